@@ -1,0 +1,178 @@
+"""Compile every kernel at every setting for several GPUs, on a machine that needs none of them.
+
+    python -m benchmarks.cross_compile [--arch sm_80 sm_90 sm_100 gfx942] [--kernel NAME] [--first]
+
+Prints registers, shared memory, spills and the matrix instruction of each.  Exits with 1 if one
+spills, asks for more shared memory than a block may have, is serialised by ptxas (a C75xx
+warning), or fails to compile.  The cases come from `compile_cases()` of each kernel module.
+"""
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# What one block may have, in bytes (CUDA programming guide, compute capabilities; CDNA3 LDS).
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+MATRIX = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
+
+
+class Case(NamedTuple):
+    """One entry of `compile_cases()`."""
+
+    setting: str
+    kernel: JITFunction
+    args: dict[str, str]  # name -> type; the other parameters are constants
+    constants: dict[str, object]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel, compiled; registers per thread, bytes of the rest."""
+
+    kernel: str
+    setting: str
+    arch: str
+    registers: int = 0
+    shared: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    matrix: str = "-"
+    serialised: bool = False
+    error: str = ""
+
+    def fault(self) -> str:
+        if self.error:
+            return self.error
+        if self.spill_stores or self.spill_loads:
+            return "spills"
+        if self.serialised:
+            return "serialised"
+        return "too much shared memory" if self.shared > SHARED_LIMIT[self.arch] else ""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel:<26}{self.setting:<38}{self.arch:<8}{self.registers:>5}{self.shared:>8}"
+            f"{self.spill_stores:>7}/{self.spill_loads:<6}{self.matrix:<17}{self.fault()}"
+        )
+
+
+HEADER = (
+    f"{'kernel':<26}{'setting':<38}{'target':<8}{'regs':>5}{'shared':>8}{'spills st/ld':>14}"
+    f"{'matrix op':<17}fault"
+)
+
+
+def compile_case(case: Case, arch: str) -> Row:
+    kernel = case.kernel
+    name = kernel.__name__.strip("_").removesuffix("_kernel")
+    signature = {n: case.args.get(n, "constexpr") for n in kernel.arg_names}
+    # Tensors come from PyTorch's allocator, so every pointer is a multiple of 16.
+    pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
+    attrs = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    source = ASTSource(kernel, signature, case.constants, attrs)
+    try:
+        compiled = triton.compile(source, target=TARGETS[arch], options=options)
+    except Exception as error:  # whatever a compiler can say, it belongs in the table
+        return Row(name, case.setting, arch, error=f"{type(error).__name__}: {error}"[:200])
+    measure = _measure_amd if TARGETS[arch].backend == "hip" else _measure_nvidia
+    found = measure(compiled, arch)
+    text = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
+    matrix = next((m for m in MATRIX if m in text), "-")
+    shared = compiled.metadata.shared
+    return Row(name, case.setting, arch, shared=shared, matrix=matrix, **found)
+
+
+def _measure_nvidia(compiled, arch: str) -> dict:
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    newer = folder / "ptxas-blackwell"
+    ptxas = newer if arch == "sm_100" and newer.exists() else folder / "ptxas"
+    exact = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"])
+    with tempfile.TemporaryDirectory() as scratch:
+        ptx = Path(scratch) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        cubin = str(ptx.with_suffix(".cubin"))
+        command = [str(ptxas), "-v", f"--gpu-name={exact[1] if exact else arch}", str(ptx)]
+        result = subprocess.run([*command, "-o", cubin], capture_output=True, text=True)
+    log = result.stdout + result.stderr
+    if result.returncode:
+        return {"error": f"ptxas: {log.strip()[:200]}"}
+    return {
+        "registers": _number(r"Used (\d+) registers", log),
+        "spill_stores": _number(r"(\d+) bytes spill stores", log),
+        "spill_loads": _number(r"(\d+) bytes spill loads", log),
+        "serialised": re.search(r"C75\d\d", log) is not None,
+    }
+
+
+def _measure_amd(compiled, arch: str) -> dict:
+    text = compiled.asm["amdgcn"]
+    return {
+        "registers": _number(r"\.vgpr_count:\s+(\d+)", text),
+        "spill_stores": _number(r"\.vgpr_spill_count:\s+(\d+)", text),
+        "spill_loads": _number(r"\.sgpr_spill_count:\s+(\d+)", text),
+    }
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's log has no {pattern!r}")
+    return int(found[1])
+
+
+def cases(hip: bool, only: str | None = None, first: bool = False) -> list[Case]:
+    """All cases of the modules in kernels/ (of one of them); or only the first of each kernel."""
+    found: dict[tuple, Case] = {}
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        module = importlib.import_module(f"moe_compile.kernels.{path.stem}")
+        if only in (None, path.stem) and hasattr(module, "compile_cases"):
+            for case in map(Case._make, module.compile_cases(hip=hip)):
+                name = case.kernel.__name__
+                found.setdefault((name,) if first else (name, case.setting), case)
+    return list(found.values())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--kernel", help="a module of kernels/, all of them if left out")
+    parser.add_argument("--first", action="store_true", help="one setting of each kernel")
+    options = parser.parse_args()
+    print(HEADER)
+    rows: list[Row] = []
+    for arch in options.arch:
+        for case in cases(TARGETS[arch].backend == "hip", options.kernel, options.first):
+            if not isinstance(case.kernel, JITFunction):
+                parser.error("unset TRITON_INTERPRET")
+            rows.append(compile_case(case, arch))
+            print(rows[-1], flush=True)
+    faults = sum(bool(row.fault()) for row in rows)
+    print(f"{len(rows)} compiled, {faults} at fault")
+    return 1 if faults or not rows else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp(prefix="cross_compile_"))
+    sys.exit(main())

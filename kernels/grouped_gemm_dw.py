@@ -1,0 +1,134 @@
+"""Triton kernel for `moe_ep.grouped_gemm_dw`: the weight gradient of a grouped GEMM.
+
+    dw_EFD[e, f, d] = sum over offsets_E[e-1] <= r < offsets_E[e] of dy_RF[r, f] * x_RD[r, d]
+
+One program writes one tile of one expert, whatever its number of rows: zeros where it has none.
+
+Letters    R routed rows, E experts, D inner width, F outer width.
+Types      dy, x, dw: bf16 | f16 | f32, all the same, summed in f32 (f32: no tf32).  offsets: i32.
+Layout     All row-major; other strides are copied first.
+Cost       2*R*D*F FLOP, R*(D + F) elements read for each tile row and column, E*D*F written.
+           Compute bound from about 125 rows per expert on (H100, bf16), else by writing dw.
+           No atomics, no split over rows, no host read.
+Gradient   None: nothing differentiates it a second time.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+import moe_compile.ops
+from moe_compile.kernels.dispatch import FLOATS, compiled
+from moe_compile.kernels.grouped_gemm import rows_per_expert
+
+# -- kernel ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _grouped_gemm_dw_kernel(
+    dy_ptr,
+    x_ptr,
+    offsets_ptr,
+    dw_ptr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # The tiles of one expert run together: they share its rows.
+    num_f_tiles: tl.constexpr = (F + BLOCK_M - 1) // BLOCK_M
+    num_tiles: tl.constexpr = num_f_tiles * ((D + BLOCK_N - 1) // BLOCK_N)
+    e = tl.program_id(0) // num_tiles
+    tile = tl.program_id(0) % num_tiles
+    f = tile % num_f_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tile // num_f_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    start = tl.load(offsets_ptr + e - 1, mask=e > 0, other=0)
+    stop = tl.load(offsets_ptr + e)
+    rows = start.to(tl.int64) + k
+    dy_ptrs = dy_ptr + rows[:, None] * F + f[None, :]
+    x_ptrs = x_ptr + rows[:, None] * D + d[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(start, stop, BLOCK_K):
+        r_in = first + k < stop
+        dy = tl.load(dy_ptrs, mask=r_in[:, None] & (f < F)[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=r_in[:, None] & (d < D)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
+        dy_ptrs += BLOCK_K * F
+        x_ptrs += BLOCK_K * D
+    dw_ptrs = dw_ptr + e.to(tl.int64) * F * D + f.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(f < F)[:, None] & (d < D)[None, :])
+
+
+# -- launcher -------------------------------------------------------------------------------
+
+
+@triton_op("moe_ep_triton::grouped_gemm_dw", mutates_args=())
+def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+    if reason := why_not(dy_RF, x_RD, offsets_E):
+        raise ValueError(f"moe_ep_triton.grouped_gemm_dw: {reason}")
+    E, F, D = int(offsets_E.shape[0]), int(dy_RF.shape[1]), int(x_RD.shape[1])
+    dw_EFD = dy_RF.new_empty(E, F, D)
+    rows, hip = rows_per_expert(dy_RF.shape[0], E), torch.version.hip is not None
+    block_m, block_n, block_k, warps, stages = _launch_config(rows, dy_RF.dtype, hip)
+    run: Any = (
+        wrap_triton(_grouped_gemm_dw_kernel)
+        if compiled(_grouped_gemm_dw_kernel)
+        else _grouped_gemm_dw_kernel
+    )
+    run[(E * triton.cdiv(F, block_m) * triton.cdiv(D, block_n),)](
+        *(dy_RF.contiguous(), x_RD.contiguous(), offsets_E.contiguous(), dw_EFD, D, F),
+        *(block_m, block_n, block_k),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return dw_EFD
+
+
+def _launch_config(rows: int, dtype: torch.dtype, hip: bool) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M over F, BLOCK_N over D, BLOCK_K rows, num_warps, num_stages)."""
+    if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
+        return (64, 64, 16, 8, 2)
+    return (128, 128, 64, 8, 2 if hip else 3) if rows >= 64 else (128, 128, 32, 8, 2 if hip else 3)
+
+
+@grouped_gemm_dw.register_fake
+def _(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+    return dy_RF.new_empty(offsets_E.shape[0], dy_RF.shape[1], x_RD.shape[1])
+
+
+def why_not(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> str | None:
+    """Return why this kernel cannot take these arguments, or None if it can."""
+    if dy_RF.dim() != 2 or x_RD.dim() != 2:
+        return f"dy has {dy_RF.dim()} dimensions and x {x_RD.dim()}, expected 2"
+    if dy_RF.dtype not in FLOATS or x_RD.dtype != dy_RF.dtype:
+        return f"dy is {dy_RF.dtype} and x is {x_RD.dtype}, expected one of bf16, f16, f32"
+    if offsets_E.dtype != torch.int32:
+        return f"offsets are {offsets_E.dtype}, expected int32"
+    if offsets_E.shape[0] < 1:
+        return "offsets are for 0 experts"
+    return None
+
+
+def compile_cases(hip: bool = False) -> list[tuple]:
+    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
+    cases: list[tuple] = []
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for rows in (256, 32) if short == "bf16" else (256,):
+            m, n, k, warps, stages = _launch_config(rows, dtype, hip)
+            args = dict.fromkeys(("dy_ptr", "x_ptr", "dw_ptr"), f"*{short}")
+            args |= {"offsets_ptr": "*i32"}
+            constants = {"D": 2048, "F": 1536, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
+            setting = f"{short} {m}x{n}x{k} w{warps} s{stages}"
+            cases.append((setting, _grouped_gemm_dw_kernel, args, constants, warps, stages))
+    return cases
+
+
+# -- reference: the meaning of the op, and the oracle of its tests --------------------------
+
+grouped_gemm_dw_reference = moe_compile.ops.grouped_gemm_dw

@@ -1,0 +1,388 @@
+"""Capture: a candidate function as an ATen graph, run once in Python on fake tensors.
+
+Every iteration of every loop is traced, so every Python branch on an expert's index is seen.  What Python asks of
+data is answered here, and each answer becomes an obligation that detection must meet:
+
+    iterating over mask.nonzero()     all indices; it must be the list of experts that somebody chose
+    where(mask), x[mask], nonzero     r rows, r symbolic; any decision of the program on r is noted
+    if mask.any(), if count == 0      one way, then the other: the empty way must add nothing
+
+The function runs with its module's parameters replaced by fake ones.  What would be lost by running it out of band
+is a refusal: hooks, changed attributes, custom autograd functions, random state, prints.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from moe_compile.errors import Refusal
+from moe_compile.python_state import watch
+
+_lib = torch.library.Library("moe_ep_capture", "DEF")
+_lib.define("nonzero(Tensor mask, SymInt rows) -> Tensor")
+torch.library.register_fake(
+    "moe_ep_capture::nonzero", lambda mask, rows: mask.new_empty((rows, mask.dim()), dtype=torch.int64), lib=_lib
+)
+
+SYMBOLIC = -1
+ROWS = "rows"  # the last placeholder: a vector as long as a selection
+
+
+@dataclass
+class Capture:
+    """A function as a graph: `gm(*tensors, *state)`, tensors as they stand in its arguments, state by name.
+
+    `iterated` and `answered` are the nodes behind data-dependent answers; `sees_rows`: whether the program looked at
+    a number of rows; `guards`: what was assumed of sizes, as sympy expressions over the caller's symbols.
+    """
+
+    gm: GraphModule
+    state: list[str]  # qualified names of the parameters and buffers that follow the tensors
+    out_spec: Any
+    iterated: list[Node] = field(default_factory=list)
+    answered: list[tuple[Node, bool]] = field(default_factory=list)
+    counted: list[Node] = field(default_factory=list)
+    sees_rows: bool = False
+    guards: list[Any] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Answers(TorchFunctionMode):
+    """Answers what Python asks of data, and keeps the tensors that it asked about."""
+
+    def __init__(self, rows: Any, truth: bool) -> None:
+        super().__init__()
+        self.rows, self.truth = rows, truth
+        self.iterated: list[Tensor] = []
+        self.answered: list[Tensor] = []
+        self.counted: list[Tensor] = []
+        self.sees_rows = False
+        self._chosen: dict[int, tuple[Tensor, Tensor]] = {}  # nonzero table -> its mask
+        self._found: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.where and len(args) == 1 and not kwargs:
+            return self._nonzero(args[0]).unbind(1)
+        if func in (torch.Tensor.nonzero, torch.nonzero):
+            table = self._nonzero(args[0])
+            return table.unbind(1) if kwargs.get("as_tuple") else table
+        if func is torch.Tensor.__getitem__ and _has_mask(args[1]):
+            return args[0][self._indices(args[1])]
+        if func is torch.Tensor.__setitem__ and _has_mask(args[1]):
+            args[0][self._indices(args[1])] = args[2]
+            return None
+        if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and (table := self._source(args)):
+            return self._all_indices(args[0], table)
+        if func is torch.Tensor.tolist and (table := self._source(args)):
+            return [t.tolist() for t in self._all_indices(args[0], table)]
+        if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero) and _unknown(args[0]):
+            self.answered.append(args[0])
+            return self.truth
+        if func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__) and _unknown(args[0]):
+            if args[0].dtype.is_floating_point:
+                raise Refusal("Python reads a number that depends on the data")
+            self.counted.append(args[0])
+            self.sees_rows = True
+            return self.rows
+        if func in _SIZES:
+            result = func(*args, **kwargs)
+            self.sees_rows |= _has_symbol(result, self.rows)
+            return result
+        result = func(*args, **kwargs)
+        if func in _SAME_LIST and id(args[0]) in self._chosen and isinstance(result, Tensor):
+            self._chosen[id(result)] = (result, self._chosen[id(args[0])][1])
+        return result
+
+    def _nonzero(self, mask: Tensor) -> Tensor:
+        """One table a mask, so that asking twice is the same selection."""
+        if id(mask) not in self._found:
+            with torch._C.DisableTorchFunction():
+                table = torch.ops.moe_ep_capture.nonzero(mask, self.rows)
+            self._found[id(mask)] = table
+            self._chosen[id(table)] = (table, mask)
+        return self._found[id(mask)]
+
+    def _indices(self, index: Any) -> Any:
+        parts: list[Any] = []
+        for i in index if isinstance(index, tuple) else (index,):
+            parts += self._nonzero(i).unbind(1) if _is_mask(i) else [i]
+        return tuple(parts)
+
+    def _source(self, args: Any) -> tuple[Tensor, Tensor] | None:
+        """The (table, mask) behind a list of found indices that is iterated over."""
+        along = args[1] if len(args) > 1 else 0
+        return self._chosen.get(id(args[0])) if along == 0 else None
+
+    def _all_indices(self, table: Tensor, source: tuple[Tensor, Tensor]) -> list[Tensor]:
+        mask = source[1]
+        if mask.dim() != 1 or not isinstance(mask.shape[0], int):
+            raise Refusal("a Python loop runs over chosen rows, not over experts")
+        self.iterated.append(table)
+        return [torch.tensor([i] if table.dim() > 1 else i) for i in range(mask.shape[0])]
+
+
+_SIZES = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.__len__, torch.numel}  # type: ignore[attr-defined]
+_SAME_LIST = {torch.Tensor.squeeze, torch.squeeze, torch.Tensor.flatten, torch.flatten, torch.Tensor.view, torch.Tensor.reshape}
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) and index.dim() > 0
+
+
+def _has_mask(index: Any) -> bool:
+    return any(map(_is_mask, index if isinstance(index, tuple) else (index,)))
+
+
+def _unknown(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor) and tensor.constant is None
+
+
+def _has_symbol(result: Any, rows: Any) -> bool:
+    sizes = result if isinstance(result, (tuple, list)) else [result]
+    if not isinstance(rows, torch.SymInt):
+        return True
+    symbol = rows.node.expr
+    return any(isinstance(s, torch.SymInt) and symbol in s.node.expr.free_symbols for s in sizes)
+
+
+# -- the trace ------------------------------------------------------------------------------
+
+
+def capture(
+    fn: Callable[..., Any],
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    rows: int = SYMBOLIC,
+    truth: bool = True,
+) -> Capture:
+    """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
+    be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets; `truth`: the answer to every question.
+
+    Raises `Refusal` with the reason if the function cannot be run out of band.
+    """
+    check_module(module)
+    world = _World()
+    fake_args, spec = tree_flatten((list(args), kwargs))
+    tensors = [i for i, a in enumerate(fake_args) if isinstance(a, Tensor)]
+    inputs = [world.fake(fake_args[i], i) for i in tensors]
+    state = {n: t for n, t in _state(module)}
+    unique: dict[int, Tensor] = {}
+    state_fakes = [unique.setdefault(id(t), world.fake(t, None)) for t in state.values()]
+    length = world.rows_vector() if rows == SYMBOLIC else torch.empty(rows, device="meta")
+    answers = Answers(length.shape[0], truth)
+    seen: dict[str, Any] = {}
+
+    def run(inputs: list[Tensor], state_values: list[Tensor], length: Tensor) -> Any:
+        answers.rows = length.shape[0] if rows == SYMBOLIC else rows
+        leaves = list(fake_args)
+        for i, t in zip(tensors, inputs, strict=True):
+            leaves[i] = t
+        call_args, call_kwargs = tree_unflatten(leaves, spec)
+        with _state_replaced(module, dict(zip(state, state_values, strict=True))), answers:
+            result = fn(module, *call_args, **call_kwargs)
+        flat, seen["spec"] = tree_flatten(result)
+        if not all(isinstance(t, Tensor) or t is None for t in flat):
+            raise Refusal(f"it returns {type(next(t for t in flat if not isinstance(t, Tensor))).__name__}")
+        seen["sizes"] = len(flat), len(answers.iterated), len(answers.answered)
+        return [*flat, *answers.iterated, *answers.answered, *answers.counted]
+
+    with watch(module), world.mode, _compiling(), _refusals():
+        gm = make_fx(run, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(inputs, state_fakes, length)
+    gm.graph.set_codegen(torch.fx.graph.CodeGen())
+    _name_inputs(gm, [*_argument_names(fn, args, kwargs, tensors), *state, ROWS])
+    out = next(reversed(gm.graph.nodes))
+    results = list(out.args[0])  # type: ignore[arg-type]
+    n, iterated, answered = seen["sizes"]
+    out.args = (tuple(results[:n]),)
+    parts = results[n : n + iterated], results[n + iterated : n + iterated + answered], results[n + iterated + answered :]
+    constants = {k: v for k, v in vars(gm).items() if k.startswith("_tensor_constant")} | dict(gm.named_buffers())
+    return Capture(
+        gm,
+        list(state),
+        seen["spec"],
+        iterated=parts[0],
+        answered=[(node, truth) for node in parts[1]],
+        counted=parts[2],
+        sees_rows=answers.sees_rows,
+        guards=world.guards(length.shape[0]),
+        constants=_literals(gm, constants),
+    )
+
+
+class _World:
+    """A fake world of its own: sizes that were symbols of the caller are fresh symbols here, with the same values."""
+
+    def __init__(self) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
+        self._theirs: dict[Any, torch.SymInt] = {}  # their symbol -> our number
+
+    def vector(self, name: str, hint: int) -> Tensor:
+        """A vector of symbolic length, for the symbol."""
+        real = torch.empty(hint, device="meta")
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+        return self.mode.from_tensor(real, source=ConstantSource(name), symbolic_context=context)
+
+    def rows_vector(self) -> Tensor:
+        return self.vector("rows", 7919)  # a prime that no other size is likely to be
+
+    def size(self, size: Any) -> Any:
+        if not isinstance(size, torch.SymInt):
+            return size
+        expr = size.node.expr
+        for theirs in expr.free_symbols:
+            if theirs not in self._theirs:
+                hint = _hint(size, theirs)
+                self._theirs[theirs] = self.vector(f"their_{theirs}", hint).shape[0]  # type: ignore[assignment]
+        ours = expr.xreplace({t: self._theirs[t].node.expr for t in expr.free_symbols})
+        value = int(ours.xreplace({n.node.expr: n.node.hint for n in self._theirs.values()}))
+        return self.env.create_symintnode(ours, hint=value)
+
+    def fake(self, tensor: Tensor, _position: int | None) -> Tensor:
+        size, stride = [self.size(s) for s in tensor.shape], [self.size(s) for s in tensor.stride()]
+        with self.mode:
+            fake = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
+        return fake.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else fake
+
+    def guards(self, rows: Any) -> list[Any]:
+        """What the trace assumed of the caller's sizes; a decision on the number of rows is a refusal."""
+        back = {ours.node.expr: theirs for theirs, ours in self._theirs.items()}
+        found = []
+        for guard in self.env.guards:
+            if isinstance(rows, torch.SymInt) and rows.node.expr in guard.expr.free_symbols:
+                raise Refusal(f"it decides on the number of rows that an expert gets ({guard.expr})")
+            found.append(guard.expr.xreplace(back))
+        return found
+
+
+def _hint(size: torch.SymInt, symbol: Any) -> int:
+    """The caller's example value of a symbol; some number for one that has none."""
+    env = size.node.shape_env
+    table = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    return int(table.get(symbol, 97))
+
+
+def _argument_names(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], tensors: list[int]) -> list[str]:
+    """A name for each tensor argument: its parameter's, where an argument is one tensor."""
+    names = list(inspect.signature(fn).parameters)[1:]
+    leaves = []
+    for i, arg in enumerate(args):
+        name = names[i] if i < len(names) else f"arg_{i}"
+        leaves += [name] * len(tree_flatten(arg)[0])
+    for name, arg in kwargs.items():
+        leaves += [name] * len(tree_flatten(arg)[0])
+    return [leaves[i] for i in tensors]
+
+
+def _name_inputs(gm: GraphModule, names: list[str]) -> None:
+    """Rename the placeholders, so that graphs read like the program."""
+    for node, name in zip(gm.graph.find_nodes(op="placeholder"), names, strict=True):
+        node._rename(name.replace(".", "_"))
+        node.target = node.name
+
+
+def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+@contextlib.contextmanager
+def _state_replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    from torch.nn.utils.stateless import _reparametrize_module
+
+    with _reparametrize_module(module, values):
+        yield
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """`torch.compiler.is_compiling()` says what it says to a program that Dynamo traces: yes."""
+    compiler = torch.compiler
+    saved = compiler._is_compiling_flag, compiler.is_dynamo_compiling
+    compiler._is_compiling_flag, compiler.is_dynamo_compiling = True, lambda: True
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag, compiler.is_dynamo_compiling = saved
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What can go wrong in a run on fake tensors, as reasons."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    try:
+        with _no_custom_autograd():
+            yield
+    except Refusal:
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
+        raise Refusal(f"Python decides on data: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, NotImplementedError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise Refusal(f"it does not run on fake tensors: {type(error).__name__}: {line}") from error
+
+
+@contextlib.contextmanager
+def _no_custom_autograd() -> Iterator[None]:
+    function = torch.autograd.Function
+    apply = function.__dict__["apply"]
+
+    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("torch."):  # the gradient of a library op, which the op itself keeps
+            return apply.__get__(None, cls)(*args, **kwargs)
+        raise Refusal(f"it uses the custom autograd function {cls.__name__}, whose gradient a trace would lose")
+
+    function.apply = classmethod(refuse)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        function.apply = apply  # type: ignore[method-assign]
+
+
+def _literals(gm: GraphModule, constants: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors that the function itself made from numbers; any other tensor constant is state that it reads."""
+    found = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        tensor = constants.get(str(node.target), getattr(gm, str(node.target), None))
+        made_here = all(str(u.target).startswith("aten.lift_fresh") for u in node.users)
+        if not made_here:
+            raise Refusal("it reads a tensor that is neither an argument nor a parameter or buffer of its module")
+        if isinstance(tensor, FakeTensor):
+            tensor = tensor.constant
+        if isinstance(tensor, Tensor):
+            found[str(node.target)] = tensor
+            node.meta.setdefault("val", tensor)
+    return found
+
+
+def check_module(module: nn.Module) -> None:
+    """Refuse modules that a trace would not show whole."""
+    for name, child in module.named_modules():
+        label = name or type(module).__name__
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if child is not module and any(getattr(child, h, None) for h in hooks):
+            raise Refusal(f"module {label} has hooks")
+        if getattr(child, "_compiled_call_impl", None) is not None and child is not module:
+            raise Refusal(f"module {label} is compiled on its own")
+    for name, tensor in _state(module):
+        if tensor.is_complex():
+            raise Refusal(f"{name} is {tensor.dtype}")
+        if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+            raise Refusal(f"{name} is a {type(tensor).__name__}")

@@ -1,0 +1,199 @@
+"""All models and variants in a row, with a callback for progress."""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_compile.demo.data import Corpus, load_corpus
+from moe_compile.demo.generate import PROMPT, generate_text
+from moe_compile.demo.models import (
+    REFERENCE,
+    SPECS,
+    ModelSpec,
+    Variant,
+    build_model,
+    num_parameters,
+    variants,
+)
+from moe_compile.demo.parity import TOLERANCE, compare_losses
+from moe_compile.demo.record import ModelRun, RegionRecord, RunRecord
+from moe_compile.demo.train import (
+    Trainer,
+    TrainSettings,
+    cold_compilers,
+    train_variant,
+    validation_loss,
+    warm_up_toolchain,
+)
+
+LONGEST = "moe_ep_loop"  # the variant that trains to the end and then writes text
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the command line chooses. Steps per variant; the longest one has its own number."""
+
+    train: TrainSettings
+    models: Sequence[str] = ("mixtral", "qwen3_moe")
+    steps: int = 30
+    long_steps: int = 300
+    new_tokens: int = 300
+    backend: str = "moe_ep"
+
+    def steps_of(self, variant: Variant) -> int:
+        """Return how many steps a variant trains for."""
+        return max(self.steps, self.long_steps) if variant.key == LONGEST else self.steps
+
+
+Progress = Callable[[str, int, int, float], None]
+"""Called as (what runs, step, steps in all, loss)."""
+
+
+def run_demo(settings: DemoSettings, on_progress: Progress, specs: dict[str, ModelSpec] = SPECS) -> RunRecord:
+    """Train every chosen model with every variant and return the record."""
+    start = time.perf_counter()
+    corpus = load_corpus()
+    record = RunRecord(machine_facts(settings.train.device), _settings_text(settings, corpus))
+    on_progress("start the compilers", 0, 1, float("nan"))
+    warm_up_toolchain(settings.train.device)
+    for name in settings.models:
+        record.models.append(_run_model(specs[name], settings, corpus, on_progress))
+    record.total_s = time.perf_counter() - start
+    return record
+
+
+def _run_model(
+    spec: ModelSpec, settings: DemoSettings, corpus: Corpus, on_progress: Progress
+) -> ModelRun:
+    train = settings.train
+    run = ModelRun(
+        spec.name,
+        spec.title,
+        spec.sizes,
+        num_parameters(build_model(spec)),
+        train.tokens_per_step,
+        prompt=PROMPT,
+    )
+    for variant in variants(settings.backend):
+        num_steps = settings.steps_of(variant)
+        title = f"{spec.title}: {variant.label}"
+        on_progress(title, 0, num_steps, float("nan"))
+        with cold_compilers():
+            trainer = Trainer(spec, variant, corpus, train)
+            if variant.key == LONGEST:
+                batches = corpus.validation_batches(8, train.batch_size, train.length)
+                run.validation_before = validation_loss(trainer.model, batches, train.device)
+            result = train_variant(
+                trainer,
+                num_steps,
+                lambda step, loss, title=title, total=num_steps: on_progress(
+                    title, step + 1, total, loss
+                ),
+            )
+            run.variants.append(result)
+            if variant.key == LONGEST and not result.error:
+                run.validation_after = validation_loss(trainer.model, batches, train.device)
+                on_progress(f"{spec.title}: generate text", 0, 1, float("nan"))
+                _generate(run, trainer.model, settings)
+    _compare(run, settings)
+    on_progress(f"{spec.title}: explain", 0, 1, float("nan"))
+    _explain(run, spec, settings, corpus)
+    return run
+
+
+def _compare(run: ModelRun, settings: DemoSettings) -> None:
+    reference = run.variant(REFERENCE)
+    tolerance = TOLERANCE[str(settings.train.dtype).removeprefix("torch.")]
+    for result in run.variants:
+        if reference is not None and result is not reference and not result.error:
+            run.parity.append(
+                compare_losses(result.key, reference.losses, result.losses, tolerance)
+            )
+
+
+def _generate(run: ModelRun, model: nn.Module, settings: DemoSettings) -> None:
+    try:
+        run.generated, run.generate_s = generate_text(
+            model, settings.train.device, max_new_tokens=settings.new_tokens
+        )
+    except Exception as error:  # reported beside the numbers that did come out
+        run.generate_error = f"{type(error).__name__}: {error}"
+
+
+def _explain(run: ModelRun, spec: ModelSpec, settings: DemoSettings, corpus: Corpus) -> None:
+    train = settings.train
+    tokens = corpus.batch(0, train.batch_size, train.length, train.seed).to(train.device)
+    try:
+        from moe_compile import explain
+
+        for label, experts in (("HF eager loop", "eager"), ("HF default", "grouped_mm")):
+            model = build_model(spec, experts, train.seed, train.dtype, train.device)
+            with cold_compilers():
+                report = explain(model, input_ids=tokens, labels=tokens, use_cache=False)
+            run.regions[label] = [region_record(region) for region in report.regions]
+    except Exception as error:  # reported beside the numbers that did come out
+        run.explain_error = f"{type(error).__name__}: {error}"
+
+
+def region_record(region: Any) -> RegionRecord:
+    """Copy what the report shows from a region of `moe_compile.explain`."""
+    return RegionRecord(
+        region.matched,
+        region.module,
+        region.location,
+        region.form,
+        region.num_experts,
+        region.top_k,
+        region.reason,
+        getattr(region, "before", ""),
+        getattr(region, "after", ""),
+    )
+
+
+def machine_facts(device: str = "cpu") -> dict[str, str]:
+    """Return what a reader needs to place the numbers."""
+    import transformers
+
+    facts = {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if device.startswith("cuda"):
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _settings_text(settings: DemoSettings, corpus: Corpus) -> dict[str, str]:
+    train = settings.train
+    return {
+        "compiler under test": settings.backend,
+        "dtype": str(train.dtype).removeprefix("torch."),
+        "device": train.device,
+        "batch": f"{train.batch_size} x {train.length} tokens",
+        "steps": f"{settings.steps} (longest variant {max(settings.steps, settings.long_steps)})",
+        "seed": str(train.seed),
+        "optimizer": f"AdamW (fused), peak rate {train.learning_rate:g}",
+        "text": f"{len(corpus.train):,} bytes in {len(corpus.train_files)} files of the standard "
+        f"library; {len(corpus.validation):,} bytes held out",
+    }

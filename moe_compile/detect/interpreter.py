@@ -1,0 +1,274 @@
+"""Walks an ATen graph once and gives every node a meaning (values.py), by the rule tables.
+
+A value that the region would need and no rule explains becomes `Unknown` with the reason; nothing is guessed.
+Mutation: each storage has a version; reading a name of it that is older than its last change is `Unknown`.
+Grad mode: values computed under an explicit `no_grad` may say who is chosen, not what is computed.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from moe_compile.detect.values import Constant, Plain, Region, Rows, RowTuple, Sum, Unknown, Value
+from moe_compile.region import Expr, Table
+
+Rule = Callable[["Call"], Value | None]
+SMALL = 4096  # elements of a constant that is still folded
+
+
+@dataclass
+class Facts:
+    """What the caller knows about the graph's inputs."""
+
+    distinct_ids: frozenset[Node] = frozenset()  # no id twice in a row, as top-k gives
+    constants: Mapping[str, Tensor] | None = None  # get_attr targets that are literals of the program
+
+
+@dataclass
+class Call:
+    """One node under interpretation, with its arguments' meanings."""
+
+    node: Node
+    op: str  # "index_add_": the op without namespace and overload
+    args: list[Any]
+    kwargs: dict[str, Any]
+    run: "Interpreter"
+
+    def arg(self, index: int, name: str = "", default: Any = None) -> Any:
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
+
+    def val(self, of: Node | None = None) -> Any:
+        return (of or self.node).meta.get("val")
+
+    def number(self, index: int, name: str = "", default: Any = None) -> Any:
+        """The argument as a Python number or list, if it is one; else None."""
+        arg = self.arg(index, name, default)
+        if isinstance(arg, Constant):
+            return arg.number.item() if isinstance(arg.number, Tensor) and arg.number.numel() == 1 else None
+        return None if isinstance(arg, Value) else arg
+
+
+class Interpreter:
+    """Interprets one graph.  `values` maps nodes to meanings; `regions` lists the finished sums."""
+
+    def __init__(self, graph: Graph, rules: Mapping[str, tuple[Rule, ...]], facts: Facts) -> None:
+        self.graph, self.rules, self.facts = graph, rules, facts
+        self.values: dict[Node, Value] = {}
+        self.table = Table()
+        self.regions: dict[Node, Region] = {}
+        self.refused: list[tuple[Node, str]] = []
+        self.no_grad = False
+        self._version: dict[Any, int] = {}  # storage -> number of changes
+        self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
+        self._stale_reads: set[Any] = set()
+        self._first: dict[Any, Node] = {}  # what is computed -> the node that computed it first
+        self.canonical: dict[Node, Node] = {}  # plain nodes -> an earlier node of equal value
+        self._inputs = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in _storages(n)}
+
+    def run(self, finish: Callable[["Interpreter", Node, Sum], Value]) -> None:
+        self._finish = finish
+        for node in self.graph.nodes:
+            if node.op == "output":
+                for source in node.all_input_nodes:
+                    self._stale(source)
+                    self.settle(source)
+                break
+            self.values[node] = self._meaning(node)
+
+    def settle(self, node: Node) -> Value:
+        """The meaning of a node for somebody outside of the sum: a finished region if it is a sum."""
+        value = self.values[node]
+        if isinstance(value, Sum):
+            value = self.values[node] = self._finish(self, node, value)
+            if isinstance(value, Region):
+                self.regions[node] = value
+            elif isinstance(value, Unknown):
+                self.refused.append((node, value.reason))
+        return value
+
+    # -- one node ---------------------------------------------------------------------------
+
+    def _meaning(self, node: Node) -> Value:
+        if node.op == "placeholder":
+            return self._made(node, Plain(node))
+        if node.op == "get_attr":
+            literal = (self.facts.constants or {}).get(str(node.target))
+            return self._made(node, Plain(node) if literal is None else Constant(literal))
+        if node.op != "call_function":
+            return Plain(node)
+        if node.target is torch._C._set_grad_enabled:
+            self.no_grad = not node.args[0]
+            return Plain(node)
+        for source in node.all_input_nodes:
+            if stale := self._stale(source):
+                return self._made(node, Unknown(stale))
+        changed = self._change(node)
+        value = self._apply(node)
+        value = self._made(node, value)
+        if changed and isinstance(value, Rows | Unknown) and changed & self._inputs:
+            return Unknown(f"{name_of(node)} changes an input of the region in place")
+        return value
+
+    def _apply(self, node: Node) -> Value:
+        call = Call(node, op_of(node), [], {}, self)
+        for attempt in ("as it is", "settled"):
+            if attempt == "settled":
+                for source in node.all_input_nodes:
+                    self.settle(source)
+            call.args = [self._arg(a) for a in node.args]
+            call.kwargs = {k: self._arg(a) for k, a in node.kwargs.items()}
+            values = [v for v in tree_leaves([call.args, call.kwargs]) if isinstance(v, Value)]
+            for value in values:
+                if isinstance(value, Unknown):
+                    return value
+            for rule in self.rules.get(call.op, ()):
+                result = rule(call)
+                if result is not None:
+                    return self._no_grad_check(node, result)
+            if not any(isinstance(v, Sum) for v in values):
+                break
+        if folded := self._fold(node, call):
+            return folded
+        if all(v.plain for v in values):
+            return Plain(node)
+        kinds = ", ".join(sorted({type(v).__name__.lower() for v in values if not v.plain}))
+        return Unknown(f"{name_of(node)} is not known to be row-wise (it reads {kinds})")
+
+    def _no_grad_check(self, node: Node, value: Value) -> Value:
+        val = node.meta.get("val")
+        if self.no_grad and isinstance(value, Rows | Sum) and isinstance(val, Tensor):
+            if val.is_floating_point() or val.is_complex():
+                return Unknown(f"{name_of(node)} runs under no_grad inside the expert loop")
+        return value
+
+    def _fold(self, node: Node, call: Call) -> Value | None:
+        """A call on constants alone is a constant."""
+        inputs = [v for v in tree_leaves([call.args, call.kwargs]) if isinstance(v, Value | torch.SymInt)]
+        val = node.meta.get("val")
+        known = all(isinstance(v, Constant) for v in inputs)
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
+            known = False
+        small = isinstance(val, Tensor) and all(isinstance(s, int) for s in val.shape) and val.numel() <= SMALL
+        if not (known and small and (inputs or call.op == "arange")):
+            return None
+        assert callable(node.target)
+        cpu = {"device": torch.device("cpu")} if "device" in call.kwargs else {}
+        args = [a.number if isinstance(a, Constant) else a for a in call.args]
+        kwargs = {k: a.number if isinstance(a, Constant) else a for k, a in (call.kwargs | cpu).items()}
+        result = node.target(*args, **kwargs)
+        return Constant(result.clone()) if isinstance(result, Tensor) else None
+
+    def _arg(self, arg: Any) -> Any:
+        if isinstance(arg, Node):
+            return self.values[arg]
+        if isinstance(arg, (tuple, list)):
+            return [self._arg(a) for a in arg]
+        return arg
+
+    # -- mutation ---------------------------------------------------------------------------
+
+    def _change(self, node: Node) -> set[Any]:
+        """Count one more change of every storage that the call writes to; return them."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            return set()
+        written = set()
+        for position, argument in enumerate(schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                source = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+                for n in tree_leaves(source):
+                    if isinstance(n, Node):
+                        written |= _storages(n)
+        for storage in written:
+            self._version[storage] = self._version.get(storage, 0) + 1
+        return written
+
+    def _made(self, node: Node, value: Value) -> Value:
+        if value.plain:
+            self.canonical[node] = self._first.setdefault(self._key(node), node)
+            if isinstance(value, Plain):
+                value = Plain(self.canonical[node])
+        self._seen_at[node] = max((self._version.get(s, 0) for s in _storages(node)), default=0)
+        return value
+
+    def _key(self, node: Node) -> Any:
+        """Equal for nodes that compute the same: a pure call of the same inputs, unchanged in between."""
+        tags = getattr(node.target, "tags", ())
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in tags:
+            return node
+        versions = [self._version.get(s, 0) for n in node.all_input_nodes for s in _storages(n)]
+        same = lambda n: self.canonical.get(n, n)  # noqa: E731
+        args, kwargs = map_arg(node.args, same), map_arg(node.kwargs, same)
+        return (node.target, repr(args), repr(kwargs), tuple(versions))
+
+    def _stale(self, node: Node) -> str | None:
+        now = max((self._version.get(s, 0) for s in _storages(node)), default=0)
+        if node in self._seen_at and self._seen_at[node] != now:
+            self._stale_reads |= _storages(node)
+            return f"{node.name} is read after it was changed in place through another name"
+        return None
+
+    def unchanged(self, node: Node) -> bool:
+        """Whether the node still has the value that was read from it."""
+        now = max((self._version.get(s, 0) for s in _storages(node)), default=0)
+        return self._seen_at.get(node, now) == now
+
+    def read_elsewhere(self, node: Node) -> bool:
+        """Whether the node's memory is read through a name that is older than a change of it."""
+        return bool(_storages(node) & self._stale_reads)
+
+    def is_fresh(self, node: Node) -> bool:
+        """Whether the node's memory was made inside this graph."""
+        return not (_storages(node) & self._inputs)
+
+    # -- help for rules ---------------------------------------------------------------------
+
+    def expr(self, call: Call, target: Any, args: Any, kwargs: dict[str, Any] | None = None, val: Any = None) -> Expr:
+        """The call as an expression of the body; its value is this node's unless `val` says otherwise."""
+        return self.table.call(target, tuple(args), kwargs or {}, call.val() if val is None else val)
+
+
+def op_of(node: Node) -> str:
+    """`index_add_` of `aten.index_add_.default`; `getitem` of operator.getitem."""
+    if node.target is operator.getitem:
+        return "getitem"
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
+
+
+def name_of(node: Node) -> str:
+    """How a refusal calls a node: `aten.index_add_`, and the user's line if the trace knows it."""
+    line = source_line(node)
+    target = str(node.target).removesuffix(".default")
+    target = "getitem" if node.target is operator.getitem else target
+    return target + (f" at {line}" if line else "")
+
+
+def source_line(node: Node) -> str | None:
+    """file:line of the user's code that made the node."""
+    trace = node.stack_trace or node.meta.get("stack_trace")
+    for entry in reversed((trace or "").split("File ")[1:]):
+        path, _, rest = entry.partition('", line ')
+        if "/torch/" not in path and "moe_compile" not in path:
+            return f"{path.strip().lstrip(chr(34)).rsplit('/', 1)[-1]}:{rest.split(',')[0].split(chr(10))[0]}"
+    return None
+
+
+def rows_of(value: Any) -> bool:
+    return isinstance(value, Rows) or (isinstance(value, RowTuple) and any(map(rows_of, value.items)))
+
+
+def _storages(node: Node) -> set[Any]:
+    return {
+        t.untyped_storage()._cdata
+        for t in tree_leaves(node.meta.get("val"))
+        if isinstance(t, Tensor)
+    }

@@ -1,0 +1,386 @@
+"""Rules for the expert's body: an op is row-wise if no row of its result depends on another row of its inputs.
+
+One line of a table says it for one ATen op.  An op without a line is a refusal that names it.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.values import Constant, Repeated, Rows, RowTuple, Selection, Slice, Unknown, Value
+from moe_compile.region import Expr
+
+aten = torch.ops.aten
+
+POINTWISE = """
+    abs add addcdiv addcmul alias bitwise_and bitwise_not bitwise_or celu clamp clamp_max clamp_min clone contiguous
+    cos detach div elu eq erf exp exp2 expm1 float floor ge gelu greater gt half hardsigmoid hardswish hardtanh le
+    leaky_relu lerp less log log1p log_sigmoid logical_and logical_not logical_or lt masked_fill maximum minimum mish
+    mul multiply nan_to_num ne neg pow reciprocal relu relu6 round rsqrt rsub selu sigmoid sign silu sin softplus
+    sqrt square sub subtract tanh threshold to _to_copy true_divide type_as where
+""".split()
+
+# The position of the dimensions an op works along, and its default there.
+ALONG: dict[str, tuple[int, Any]] = {
+    "softmax": (1, None), "_softmax": (1, None), "log_softmax": (1, None), "logsumexp": (1, None),
+    "sum": (1, None), "mean": (1, None), "var": (1, None), "std": (1, None), "amax": (1, None), "amin": (1, None),
+    "linalg_vector_norm": (2, None), "norm": (2, None), "cumsum": (1, None), "glu": (1, -1), "flip": (1, None),
+    "max": (1, None), "min": (1, None), "select": (1, None), "slice": (1, 0), "narrow": (1, None),
+    "unsqueeze": (1, None), "chunk": (2, 0), "split": (2, 0), "split_with_sizes": (2, 0), "unbind": (1, 0),
+    "tensor_split": (2, 0), "cat": (1, 0),
+}  # fmt: skip
+
+
+# -- operands -------------------------------------------------------------------------------
+
+
+def selection_of(call: Call) -> Selection | Unknown | None:
+    """The one selection whose rows the call reads, if it reads rows."""
+    found: Selection | None = None
+    for value in _values([call.args, call.kwargs]):
+        if not isinstance(value, Rows):
+            continue
+        if value.dim != 0:
+            return Unknown(f"rows lie along dimension {value.dim}")
+        joined = value.selection if found is None else _join(found, value.selection)
+        if joined is None:
+            return Unknown("rows of two different selections are mixed")
+        found = joined
+    return found
+
+
+def _join(a: Selection, b: Selection) -> Selection | None:
+    if a == b:
+        return a
+    for one, other in ((a, b), (b, a)):
+        if one.ids is None and other.order == "flat" and other.top_k == one.top_k:
+            return other
+    return None
+
+
+def operands(call: Call, selection: Selection, args: Any = None, nodes: Any = None) -> Any:
+    """The call's arguments with values as expressions; an `Unknown` somewhere inside if one has none."""
+    args = call.args if args is None else args
+    nodes = call.node.args if nodes is None else nodes
+    return [_operand(call, selection, value, node) for value, node in zip(args, nodes, strict=False)]
+
+
+def _operand(call: Call, selection: Selection, value: Any, node: Any) -> Any:
+    if isinstance(value, list):
+        return [_operand(call, selection, v, n) for v, n in zip(value, node, strict=True)]
+    if isinstance(value, Rows):
+        return value.expr
+    if isinstance(value, Slice) and value.index == selection.expert:
+        return value.expr
+    if not isinstance(value, Value):
+        return value
+    if not value.plain or not isinstance(node, Node):
+        return Unknown(f"a {type(value).__name__.lower()} is used as a number")
+    node, val = call.run.canonical[node], call.val(node)
+    if not isinstance(val, Tensor):
+        return Unknown(f"{node.name}, a size known only at run time, is used in the expert")
+    if selection.order == "flat" and val.dim() and _same(val.shape[0], rows_val(call).shape[0]):
+        return call.run.table.leaf("flat_pair", node, val)
+    if isinstance(value, Constant) and val.dim() == 0:
+        return value.number.item()
+    return call.run.table.leaf("outer", node, val)
+
+
+def rows_val(call: Call) -> Tensor:
+    """The value of the first argument that is rows of the layout."""
+    for value, node in zip(_values([call.args]), _nodes(call.node.args), strict=False):
+        if isinstance(value, Rows) and value.expr.level == "row":
+            return call.val(node)
+    return call.val()
+
+
+def unknown(args: Any) -> Unknown | None:
+    return next((a for a in _leaves(args) if isinstance(a, Unknown)), None)
+
+
+def result(call: Call, selection: Selection, expr: Expr) -> Rows:
+    rows = [v for v in _values([call.args, call.kwargs]) if isinstance(v, Rows)]
+    return (Repeated if all(isinstance(r, Repeated) for r in rows) and selection.ids is None else Rows)(selection, expr)
+
+
+# -- rules ----------------------------------------------------------------------------------
+
+
+def pointwise(call: Call) -> Value | None:
+    selection = selection_of(call)
+    if selection is None or isinstance(selection, Unknown):
+        return selection
+    if call.op.endswith("_") and not isinstance(call.arg(0), Rows):
+        return Unknown(f"{call.op} changes a value outside of the expert")
+    args = operands(call, selection)
+    if bad := unknown(args) or _kwargs_unknown(call):
+        return bad
+    out = call.val()
+    for expr in _leaves(args):
+        if not isinstance(expr, Expr) or not isinstance(expr.val, Tensor):
+            continue
+        rank = expr.val.dim()
+        if expr.level == "row" and rank != out.dim():
+            return Unknown(f"{call.op} broadcasts rows of rank {rank} to rank {out.dim()}: rows would meet rows")
+        if expr.level != "row" and (rank > out.dim() or rank == out.dim() and not _is_one(expr.val.shape[0])):
+            return Unknown(f"{call.op} adds a tensor of shape {tuple(expr.val.shape)} across the rows")
+    return result(call, selection, _functional(call, args))
+
+
+def _functional(call: Call, args: list[Any]) -> Expr:
+    """The call as an expression; an in-place op as its functional form, with the dtype it would keep."""
+    target = call.node.target
+    if not call.op.endswith("_") or call.op.startswith("_"):
+        return call.run.expr(call, target, args, call.kwargs)
+    packet = getattr(aten, call.op[:-1])
+    overload = getattr(packet, target._overloadname)  # type: ignore[union-attr]
+    expr = call.run.expr(call, overload, args, call.kwargs)
+    dtypes = {a.val.dtype for a in _leaves(args) if isinstance(a, Expr)}
+    if dtypes <= {call.val().dtype}:
+        return expr
+    return call.run.expr(call, aten.to.dtype, [expr, call.val().dtype])
+
+
+def along(call: Call) -> Value | None:
+    """Ops that work along given dimensions: right if the rows' dimension is not among them."""
+    selection = selection_of(call)
+    if selection is None or isinstance(selection, Unknown):
+        return selection
+    op = call.op
+    position, default = ALONG[op]
+    name = "self" if position == 0 else "dims" if op == "flip" else "dim"
+    dims = call.arg(position, name, default)
+    rank = call.val(next(n for n in _nodes(call.node.args) if isinstance(n, Node))).dim()
+    rank += op == "unsqueeze"
+    if dims is None or dims == []:
+        return Unknown(f"{op} reduces over all rows")
+    if any(d % rank == 0 for d in (dims if isinstance(dims, list) else [dims])):
+        return Unknown(f"{op} along dimension 0 lets rows depend on each other")
+    args = operands(call, selection)
+    if op == "cat":
+        if any(isinstance(e, Expr) and e.level != "row" for e in args[0]):
+            return Unknown("cat joins rows with something that has none")
+    elif not (isinstance(args[0], Expr) and args[0].level == "row"):
+        return Unknown(f"{op} of a value that is the same for all rows of an expert")
+    if bad := unknown(args) or _kwargs_unknown(call):
+        return bad
+    return _spread(call, selection, call.run.expr(call, call.node.target, args, call.kwargs))
+
+
+def _spread(call: Call, selection: Selection, expr: Expr) -> Value:
+    """One value, or a tuple of them."""
+    vals = call.val()
+    if isinstance(vals, Tensor):
+        return result(call, selection, expr)
+    parts = [call.run.table.call(operator.getitem, (expr, i), {}, val) for i, val in enumerate(vals)]
+    return RowTuple(tuple(result(call, selection, part) for part in parts))
+
+
+def reshape(call: Call) -> Value | None:
+    value = call.arg(0)
+    if not isinstance(value, Rows):
+        return None
+    before, after = call.val(call.node.args[0]), call.val()
+    if value.dim == 1:
+        same = after.dim() == before.dim() - 1 and all(map(_same, after.shape, before.shape[1:]))
+        return Rows(value.selection, value.expr) if same else Unknown("a view mixes rows and features")
+    if value.expr.level != "row":
+        return None
+    if not after.dim() or not _same(after.shape[0], before.shape[0]):
+        return Unknown(f"{call.op} to {tuple(after.shape)} mixes rows and features")
+    if not all(isinstance(s, int) for s in after.shape[1:]):
+        return Unknown(f"{call.op} to {tuple(after.shape)}: a feature size is not known")
+    expr = call.run.expr(call, aten.reshape.default, [value.expr, [-1, *map(int, after.shape[1:])]])
+    return result(call, value.selection, expr)
+
+
+def squeeze(call: Call) -> Value | None:
+    value, dims = call.arg(0), call.number(1)
+    if not isinstance(value, Rows):
+        return None
+    rank = call.val(call.node.args[0]).dim()
+    if value.dim == 1 and dims == 0:
+        return Rows(value.selection, value.expr)
+    dims = dims if isinstance(dims, list) else [dims]
+    if value.dim or None in dims or any(d % rank == 0 for d in dims):
+        return Unknown("squeeze may drop the rows' dimension")
+    inner = value.expr
+    if inner.target is aten.unsqueeze.default and [inner.args[1] % rank] == [d % rank for d in dims]:
+        return result(call, value.selection, inner.args[0])
+    return result(call, value.selection, call.run.expr(call, call.node.target, [inner, *call.args[1:]]))
+
+
+def expand(call: Call) -> Value | None:
+    value = call.arg(0)
+    if not isinstance(value, Rows):
+        return None
+    before, after = call.val(call.node.args[0]), call.val()
+    if value.dim or before.dim() != after.dim() or not all(isinstance(s, int) for s in after.shape[1:]):
+        return Unknown(f"expand to {tuple(after.shape)} moves the rows' dimension")
+    sizes = [-1, *map(int, after.shape[1:])]
+    return result(call, value.selection, call.run.expr(call, aten.expand.default, [value.expr, sizes]))
+
+
+def reorder(call: Call) -> Value | None:
+    value = call.arg(0)
+    if not isinstance(value, Rows):
+        return None
+    rank = call.val().dim()
+    dims = call.arg(1) if call.op == "permute" else [*call.args[1:3]] or [0, 1]
+    first = dims[0] % rank != 0 if call.op == "permute" else any(d % rank == 0 for d in dims)
+    if value.dim or first:
+        return Unknown(f"{call.op} moves the rows' dimension")
+    return result(call, value.selection, call.run.expr(call, call.node.target, [value.expr, *call.args[1:]]))
+
+
+def norm(call: Call) -> Value | None:
+    selection = selection_of(call)
+    if selection is None or isinstance(selection, Unknown):
+        return selection
+    args = operands(call, selection)
+    if bad := unknown(args):
+        return bad
+    if not all(isinstance(s, int) for s in args[1]) or len(args[1]) >= call.arg(0).expr.val.dim():
+        return Unknown(f"{call.op} over {args[1]} normalises across rows")
+    if any(isinstance(a, Expr) and a.level == "row" for a in args[2:]):
+        return Unknown(f"{call.op} has a weight that depends on the rows")
+    return _spread(call, selection, call.run.expr(call, call.node.target, args, call.kwargs))
+
+
+def matmul(call: Call) -> Value | None:
+    """x @ w.T + b with rows x, and a weight that belongs to the expert or to all: as `linear` or `matmul`."""
+    selection = selection_of(call)
+    if selection is None or isinstance(selection, Unknown):
+        return selection
+    args = operands(call, selection)
+    if bad := unknown(args):
+        return bad
+    run, rest = call.run, []
+    if call.op == "addmm":
+        if call.kwargs:
+            return Unknown("addmm with alpha or beta")
+        bias, x, w = args
+        rest = [bias]
+    else:
+        x, w, *rest = args
+    if not (isinstance(x, Expr) and x.level == "row" and isinstance(w, Expr) and w.level != "row"):
+        return Unknown(f"{call.op} multiplies rows with rows")
+    if w.val.dim() != 2 or any(isinstance(b, Expr) and (b.level == "row" or b.val.dim() > 1) for b in rest):
+        return Unknown(f"{call.op} with a weight of shape {tuple(w.val.shape)}")
+    if call.op == "linear":
+        return result(call, selection, run.expr(call, aten.linear.default, [x, w, *rest]))
+    product = run.expr(call, aten.matmul.default, [x, w])
+    return result(call, selection, run.expr(call, aten.add.Tensor, [product, *rest]) if rest else product)
+
+
+def batched_matmul(call: Call) -> Value | None:
+    """bmm of rows with the weight of each row's expert, as [R, F, D] @ [R, D, 1] or [R, 1, D] @ [R, D, F]."""
+    selection = selection_of(call)
+    if selection is None or isinstance(selection, Unknown):
+        return selection
+    args = operands(call, selection)
+    if bad := unknown(args):
+        return bad
+    run, (a, b), val = call.run, args, call.val()
+    if a.level == "param" and b.level == "row" and _unsqueezed(b, (2, -1)):
+        product = run.expr(call, aten.linear.default, [b.args[0], a], val=val.select(2, 0))
+        return result(call, selection, run.expr(call, aten.unsqueeze.default, [product, 2]))
+    if b.level == "param" and a.level == "row" and _unsqueezed(a, (1, -2)):
+        product = run.expr(call, aten.matmul.default, [a.args[0], b], val=val.select(1, 0))
+        return result(call, selection, run.expr(call, aten.unsqueeze.default, [product, 1]))
+    return Unknown("bmm of two row-wise values")
+
+
+def _unsqueezed(expr: Expr, dims: tuple[int, ...]) -> bool:
+    return expr.target is aten.unsqueeze.default and expr.args[1] in dims
+
+
+def dropout(call: Call) -> Value | None:
+    value = call.arg(0)
+    if not isinstance(value, Rows):
+        return None
+    if call.number(1, "p", 0.5) == 0 or call.number(2, "train", True) is False:
+        return value
+    return Unknown(f"dropout with p = {call.number(1, 'p', 0.5)} draws random numbers expert by expert")
+
+
+def on_slices(call: Call) -> Value | None:
+    """A call on an expert's own weights alone belongs to the expert too."""
+    values = _values([call.args, call.kwargs])
+    indices = {v.index for v in values if isinstance(v, Slice)}
+    schema = getattr(call.node.target, "_schema", None)
+    if len(indices) != 1 or schema is None or schema.is_mutable:
+        return None
+    if not all(isinstance(v, Slice) for v in values) or call.kwargs and _kwargs_unknown(call):
+        return None
+    args = [_strip(a) for a in call.args]
+    if any(isinstance(a, torch.SymInt) for a in _leaves(args)):
+        return None
+    index, expr = indices.pop(), call.run.expr(call, call.node.target, args, call.kwargs)
+    if isinstance(call.val(), Tensor):
+        return Slice(index, expr)
+    if not isinstance(call.val(), (tuple, list)):
+        return None
+    parts = [call.run.table.call(operator.getitem, (expr, i), {}, v) for i, v in enumerate(call.val())]
+    return RowTuple(tuple(Slice(index, part) for part in parts))
+
+
+def _strip(arg: Any) -> Any:
+    if isinstance(arg, list):
+        return [_strip(a) for a in arg]
+    return arg.expr if isinstance(arg, Slice) else arg
+
+
+# -- small help -----------------------------------------------------------------------------
+
+
+def _values(tree: Any) -> list[Value]:
+    return [v for v in _leaves(tree) if isinstance(v, Value)]
+
+
+def _leaves(tree: Any) -> list[Any]:
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    return [x for a in tree for x in _leaves(a)] if isinstance(tree, (list, tuple)) else [tree]
+
+
+def _nodes(args: Any) -> list[Any]:
+    return [x for x in _leaves(args) if isinstance(x, Node)]
+
+
+def _kwargs_unknown(call: Call) -> Unknown | None:
+    if _values([call.kwargs]):
+        return Unknown(f"{call.op} takes a tensor by keyword")
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal sizes, shown without a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    left = a.node.expr if isinstance(a, torch.SymInt) else a
+    right = b.node.expr if isinstance(b, torch.SymInt) else b
+    return left == right
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    **{op: (pointwise,) for op in POINTWISE},
+    **{op + "_": (pointwise,) for op in POINTWISE},
+    **{op: (along,) for op in ALONG},
+    **{op: (reshape,) for op in ("view", "reshape", "flatten", "unflatten", "_unsafe_view")},
+    **{op: (squeeze,) for op in ("squeeze",)},
+    **{op: (expand,) for op in ("expand", "expand_as")},
+    **{op: (reorder,) for op in ("permute", "transpose", "t", "swapaxes", "mT")},
+    **{op: (norm,) for op in ("layer_norm", "rms_norm", "native_layer_norm")},
+    **{op: (matmul,) for op in ("linear", "matmul", "mm", "addmm")},
+    "bmm": (batched_matmul,),
+    "dropout": (dropout,),
+}

@@ -1,0 +1,366 @@
+"""Rules for who is chosen: masks over (token, k, expert), their reductions, nonzero, and gathers by them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
+from moe_compile.detect.values import (
+    Column,
+    Constant,
+    Emptiness,
+    FlatIds,
+    Hits,
+    Index,
+    MaskedWeights,
+    Member,
+    Plain,
+    Rows,
+    RowTuple,
+    Selection,
+    Slice,
+    TokenOf,
+    Unknown,
+    Value,
+)
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+# -- making masks ---------------------------------------------------------------------------
+
+
+def ids_node(value: Any) -> Node | None:
+    """The node of a value that can hold expert ids: a plain integer vector or matrix."""
+    node = value.node if isinstance(value, Plain) else None
+    val = node.meta.get("val") if node is not None else None
+    return node if isinstance(val, Tensor) and val.dtype in INTEGERS and 1 <= val.dim() <= 2 else None
+
+
+def one_hot(call: Call) -> Value | None:
+    ids, classes = ids_node(call.arg(0)), call.number(1, "num_classes", -1)
+    if ids is None or not isinstance(classes, int) or classes < 1:
+        return None
+    dims = tuple(range(call.val(ids).dim()))
+    return Member(ids, (*dims, "e"), None, classes)
+
+
+def equal(call: Call) -> Value | None:
+    left, right = call.arg(0), call.arg(1)
+    number = call.number(1)
+    if number is None and isinstance(left, Constant):
+        left, right, number = right, left, call.number(0)
+    if isinstance(left, FlatIds) and left.order == "flat":
+        left = Plain(call.node.all_input_nodes[0])  # as a vector of ids it is as good as any
+    if isinstance(left, Member | Emptiness):
+        return _compare(left, {0: "none", 1: "mask"}.get(number)) if type(number) in (int, bool) else None
+    if (ids := ids_node(left)) is None or isinstance(number, bool) or not isinstance(number, int):
+        return None
+    return Member(ids, tuple(range(call.val(ids).dim())), number, None)
+
+
+def positive(call: Call) -> Value | None:
+    """mask > 0, != 0, .bool(), and the same of a count."""
+    value = call.arg(0)
+    if not isinstance(value, Member | Emptiness):
+        return None
+    op, number = call.op, call.number(1)
+    if op in ("gt", "greater", "ne", "not_equal") and number == 0 or op in ("ge", "greater_equal") and number == 1:
+        return _compare(value, "any")
+    if op in ("lt", "less") and number == 1 or op in ("le", "less_equal") and number == 0:
+        return _compare(value, "none")
+    return None
+
+
+def _compare(value: Member | Emptiness, wanted: str | None) -> Value | None:
+    """The mask or count turned into a truth: `wanted` is "any" (nonzero), "none" (zero) or "mask" (one)."""
+    if value.kind == "mask" and wanted in ("any", "mask"):
+        return value
+    if value.kind in ("count", "any") and wanted == "any" or value.kind == "count" and wanted == "none":
+        return _with(value, kind=wanted)
+    return None
+
+
+def cast(call: Call) -> Value | None:
+    """A change of dtype keeps a mask a mask."""
+    value = call.arg(0)
+    if not isinstance(value, Member | Emptiness):
+        return None
+    to_bool = isinstance(call.val(), Tensor) and call.val().dtype == torch.bool
+    return _compare(value, "any") if to_bool and value.kind == "count" else value
+
+
+def negate(call: Call) -> Value | None:
+    value = call.arg(0)
+    flip = {"any": "none", "none": "any"}
+    if isinstance(value, Member | Emptiness) and value.kind in flip and call.val().dtype == torch.bool:
+        return _with(value, kind=flip[value.kind])
+    return None
+
+
+# -- shaping and reducing masks -------------------------------------------------------------
+
+
+def reorder(call: Call) -> Value | None:
+    value = call.arg(0)
+    if not isinstance(value, Member):
+        return None
+    rank = len(value.dims)
+    if call.op == "permute":
+        order = [d % rank for d in call.arg(1)]
+    else:
+        order = list(range(rank))
+        a, b = (0, 1) if call.op == "t" else (call.number(1) % rank, call.number(2) % rank)
+        if rank == 2 or call.op != "t":
+            order[a], order[b] = order[b], order[a]
+    return _with(value, dims=tuple(value.dims[d] for d in order))
+
+
+def take(call: Call) -> Value | None:
+    """mask[e], table[:, e], weights[e], rows of a nonzero table."""
+    value, dim, index = call.arg(0), call.number(1, "dim", 0), call.number(2)
+    if isinstance(value, Index) and isinstance(value.dim, tuple) and dim in (1, -1) and isinstance(index, int):
+        return Index(value.selection, value.dim[index])
+    if not isinstance(index, int):
+        return None
+    if isinstance(value, Member):
+        name = value.dims[dim]
+        if name == "e" and index >= 0:
+            rest = tuple(d for i, d in enumerate(value.dims) if i != dim % len(value.dims))
+            return _with(value, dims=rest, expert=index)
+        return None
+    if isinstance(value, Plain) and index >= 0:
+        val = call.val(value.node)
+        if isinstance(val, Tensor) and val.dim() == 2 and dim in (1, -1) and val.is_floating_point():
+            return Column(value.node, index)
+        if isinstance(val, Tensor) and dim == 0 and isinstance(val.shape[0], int):
+            return Slice(index, call.run.table.leaf("slice", value.node, call.val()))
+    return None
+
+
+def index_mask(call: Call) -> Value | None:
+    """mask[e] with the expert's number in a tensor: [1, ...] or without the first dimension."""
+    value, indices = call.arg(0), call.arg(1)
+    if not (len(indices) == 1 and isinstance(indices[0], Constant) and indices[0].number.numel() == 1):
+        return None
+    number = int(indices[0].number.item())
+    lead: tuple[Any, ...] = ("one",) * indices[0].number.dim()
+    if isinstance(value, Member) and value.dims[0] == "e" and len(lead) <= 1:
+        return _with(value, dims=(*lead, *value.dims[1:]), expert=number)
+    if isinstance(value, Plain) and not lead and isinstance(call.val(value.node).shape[0], int):
+        return Slice(number, call.run.table.leaf("slice", value.node, call.val()))
+    return None
+
+
+def squeeze(call: Call) -> Value | None:
+    value = call.arg(0)
+    if isinstance(value, Member):
+        dims = [call.number(1)] if len(call.args) > 1 and call.number(1) is not None else []
+        dims = dims[0] if dims and isinstance(dims[0], list) else dims
+        drop = {d % len(value.dims) for d in dims}
+        if drop and all(value.dims[d] == "one" for d in drop):
+            return _with(value, dims=tuple(n for i, n in enumerate(value.dims) if i not in drop))
+    if isinstance(value, Index) and isinstance(value.dim, tuple) and len(value.dim) == 1:
+        return Index(value.selection, value.dim[0]) if call.val().dim() == 1 else None
+    return None
+
+
+def reduce(call: Call) -> Value | None:
+    value = call.arg(0)
+    if isinstance(value, MaskedWeights) and call.op == "sum":
+        dims = call.number(1, "dim")
+        dims = dims if isinstance(dims, list) else [dims]
+        keep = call.number(2, "keepdim", False)
+        if [d % 2 for d in dims if d is not None] == [1] and not keep and not value.summed:
+            return MaskedWeights(value.weights, value.ids, value.expert, value.classes, summed=True)
+        return None
+    if not isinstance(value, Member) or value.kind not in ("mask", "count", "any"):
+        return None
+    if call.number(2, "keepdim", False):
+        return None
+    rank, dims = len(value.dims), call.number(1, "dim")
+    dims = list(range(rank)) if dims in (None, []) else dims if isinstance(dims, list) else [dims]
+    gone = {d % rank for d in dims}
+    if any(value.dims[d] == "e" for d in gone):
+        return None
+    if value.kind == "any" and call.op == "sum" or value.kind == "count" and call.op == "any":
+        kind = "any" if call.op == "any" else "weighted"
+    else:
+        kind = "count" if call.op in ("sum", "count_nonzero") else "any"
+    if kind == "weighted":
+        return None  # a number of tokens; nobody needs it yet
+    rest = tuple(d for i, d in enumerate(value.dims) if i not in gone)
+    if not rest and value.expert is not None:
+        return Emptiness(value.ids, value.expert, kind)
+    return _with(value, dims=rest, kind=kind)
+
+
+# -- choosing -------------------------------------------------------------------------------
+
+
+def nonzero(call: Call) -> Value | None:
+    """where(mask), mask.nonzero(): the selection, or the list of experts that somebody chose."""
+    if call.op == "where" and len(call.args) != 1:
+        return None
+    chosen = choose(call.arg(0))
+    if chosen is None:
+        return None
+    if isinstance(chosen, Unknown) or call.op == "nonzero" and not isinstance(chosen, Hits):
+        return chosen if isinstance(chosen, Unknown) else Index(chosen, call.arg(0).dims)
+    if isinstance(chosen, Hits):
+        return chosen
+    return RowTuple(tuple(Index(chosen, d) for d in call.arg(0).dims))
+
+
+def choose(value: Any) -> Selection | Hits | Unknown | None:
+    """What a mask selects when it is used as an index."""
+    if not isinstance(value, Member) or value.kind not in ("mask", "any"):
+        return None
+    if value.dims == ("e",):
+        return Hits(value.ids, value.classes) if value.kind == "any" else None
+    if value.expert is None or "e" in value.dims or "one" in value.dims:
+        return Unknown("a mask over several experts at once selects rows")
+    rank = value.ids.meta["val"].dim()
+    if sorted(value.dims) == list(range(rank)) and value.kind == "mask":
+        return Selection(value.ids, value.expert, value.classes, "pair")
+    if value.dims == (0,) and value.kind == "any":
+        return Selection(value.ids, value.expert, value.classes, "token")
+    return Unknown(f"a mask over dimensions {value.dims} of the ids selects rows")
+
+
+def columns(call: Call) -> Value | None:
+    """unbind(1) of a nonzero table: its index vectors, in the order of the mask's dimensions."""
+    value = call.arg(0)
+    if not (isinstance(value, Index) and isinstance(value.dim, tuple) and call.number(1, "dim", 0) in (1, -1)):
+        return None
+    return RowTuple(tuple(Index(value.selection, d) for d in value.dim))
+
+
+def item(call: Call) -> Value | None:
+    value = call.arg(0)
+    return value.items[call.args[1]] if isinstance(value, RowTuple) and isinstance(call.args[1], int) else None
+
+
+# -- gathering rows -------------------------------------------------------------------------
+
+
+def gather_rows(call: Call) -> Value | None:
+    """x[token], weights[token, k], table[:, e][token]; a mask in the index is what it selects."""
+    value, indices = call.arg(0), call.arg(1) if call.op == "index" else [call.arg(2)]
+    if call.op == "index_select" and call.number(1) != 0:
+        return None
+    picked, selection = index_vectors(indices)
+    if selection is None:
+        return None
+    if isinstance(selection, Unknown):
+        return selection
+    table, val = call.run.table, call.val()
+    if isinstance(value, MaskedWeights) and value.summed and picked == [0]:
+        if (value.ids, value.expert) != (selection.ids, selection.expert):
+            return Unknown(f"weights of expert {value.expert} are read for the rows of expert {selection.expert}")
+        if selection.per == "pair" and (repeated := not_distinct(call.run, selection.ids)):
+            return Unknown(f"weights summed over a token's experts are read for each of them: {repeated}")
+        return Rows(selection, table.leaf("pair", value.weights, val))
+    if isinstance(value, Column) and picked == [0]:
+        if value.expert != selection.expert:
+            return Unknown(f"column {value.expert} of the weights is read for the rows of expert {selection.expert}")
+        return Rows(selection, table.leaf("column", value.table, val))
+    if not isinstance(value, Plain):
+        return None
+    if picked == [0]:
+        return Rows(selection, table.leaf("token", value.node, val))
+    if picked == [0, 1] and selection.per == "pair":
+        return Rows(selection, table.leaf("pair", value.node, val))
+    source = value.node
+    if picked == [None, 0] and op_of(source) == "unsqueeze" and source.args[1] == 0:
+        row = val.select(0, 0)
+        return Rows(selection, table.leaf("token", source.args[0], row), dim=1)
+    return Unknown(f"rows are gathered along dimensions {picked} of the expert ids")
+
+
+def top_k(ids: Node) -> Any:
+    val = ids.meta["val"]
+    return val.shape[1] if val.dim() == 2 else 1
+
+
+def everyone(ids: Node, order: Any) -> Selection:
+    """All pairs at once, laid out by `order`."""
+    k = top_k(ids)
+    return Selection(ids, None, None, "pair", order, k if isinstance(k, int) else 0)
+
+
+def index_vectors(indices: list[Any]) -> tuple[list[Any], Selection | Unknown | None]:
+    """For [Index, None, mask]: the ids' dimension behind each place, and the one selection they share."""
+    picked: list[Any] = []
+    found: set[Selection] = set()
+    for index in indices:
+        if isinstance(index, Member):
+            chosen = choose(index)
+            if not isinstance(chosen, Selection):
+                return [], chosen if isinstance(chosen, Unknown) else None
+            picked += index.dims
+            found.add(chosen)
+        elif isinstance(index, Index):
+            picked.append(index.dim)
+            found.add(index.selection)
+        elif isinstance(index, TokenOf):
+            picked.append(0)
+            found.add(everyone(index.ids, index.order))
+        elif index is None:
+            picked.append(None)
+        else:
+            return [], Unknown("one index is the selection's, another is not") if found else None
+    if len(found) > 1:
+        return [], Unknown("rows of two different selections are mixed")
+    return picked, next(iter(found), None)
+
+
+def masked_weights(call: Call) -> Value | None:
+    """weights * (ids == e), before its sum over k."""
+    for mask, weights in ((call.arg(0), call.arg(1)), (call.arg(1), call.arg(0))):
+        if isinstance(mask, Member) and mask.kind == "mask" and mask.dims == (0, 1) and mask.expert is not None:
+            if isinstance(weights, Plain) and call.val(weights.node).shape == call.val(mask.ids).shape:
+                return MaskedWeights(weights.node, mask.ids, mask.expert, mask.classes)
+    return None
+
+
+_SAME_IDS = ("aten.to.dtype", "aten._to_copy.default", "aten.clone.default", "aten.detach.default", "aten.alias.default")
+
+
+def not_distinct(run: Interpreter, ids: Node | None) -> str | None:
+    """Why a token might choose one expert twice, or None if it cannot: its ids are those of a topk."""
+    if ids is None or ids.meta["val"].dim() == 1:
+        return None
+    source: Any = ids
+    while isinstance(source, Node) and source.op == "call_function" and str(source.target) in _SAME_IDS:
+        source = source.args[0]
+    if source in run.facts.distinct_ids:
+        return None
+    if op_of(source) == "getitem" and source.args[1] == 1 and str(source.args[0].target) == "aten.topk.default":
+        return None
+    return f"the ids ({ids.name}) are not shown to be distinct, as those of topk are"
+
+
+def _with(value: Any, **changes: Any) -> Any:
+    return type(value)(**{**{f: getattr(value, f) for f in value.__dataclass_fields__}, **changes})
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "one_hot": (one_hot,),
+    "eq": (equal,),
+    **{op: (positive,) for op in ("gt", "greater", "ne", "not_equal", "ge", "greater_equal", "lt", "less", "le", "less_equal")},
+    **{op: (cast,) for op in ("to", "_to_copy", "bool", "long", "int", "contiguous", "clone")},
+    **{op: (negate,) for op in ("logical_not", "bitwise_not")},
+    **{op: (reorder,) for op in ("permute", "transpose", "t")},
+    "select": (take,),
+    **{op: (squeeze,) for op in ("squeeze", "view", "reshape", "flatten")},
+    **{op: (reduce,) for op in ("sum", "any", "count_nonzero")},
+    **{op: (nonzero,) for op in ("nonzero", "where", "nonzero_numpy")},
+    "unbind": (columns,),
+    "getitem": (item,),
+    "index": (index_mask, gather_rows),
+    "index_select": (gather_rows,),
+    "mul": (masked_weights,),
+}

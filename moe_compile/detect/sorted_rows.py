@@ -1,0 +1,198 @@
+"""Rules for rows of all experts at once: in flat pair order (t*K + k), or sorted by expert.
+
+Covers the grouped form (sort, gather, grouped GEMM over offsets, unsort) and the batched form (weights gathered by row).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.rows import result, selection_of
+from moe_compile.detect.selection import INTEGERS, everyone, ids_node, top_k
+from moe_compile.detect.values import (
+    Counts,
+    FlatIds,
+    PairGrid,
+    Permutation,
+    Plain,
+    Repeated,
+    Rows,
+    RowTuple,
+    Selection,
+    TokenOf,
+    Unknown,
+    Value,
+)
+
+aten = torch.ops.aten
+
+
+# -- the ids in flat order, and sorted ------------------------------------------------------
+
+
+def flatten(call: Call) -> Value | None:
+    value = call.arg(0)
+    if call.op != "flatten" and call.number(1) not in ([-1], -1):
+        return None
+    if isinstance(value, Plain) and (ids := ids_node(value)) is not None and call.val().dim() == 1:
+        return FlatIds(ids)
+    return None
+
+
+def convert(call: Call) -> Value | None:
+    value, val = call.arg(0), call.val()
+    if isinstance(value, FlatIds | Counts) and isinstance(val, Tensor):
+        exact = val.dtype in (*INTEGERS[:2], torch.float32, torch.float64)
+        return value if exact else None
+    return value if isinstance(value, Permutation | TokenOf) and val.dtype in INTEGERS[:2] else None
+
+
+def sort(call: Call) -> Value | None:
+    value = call.arg(0)
+    if call.kwargs.get("descending") or any(a is True for a in call.args[2:]) and "stable" not in str(call.node.target):
+        return None
+    if isinstance(value, Permutation) and call.op == "argsort" and not value.inverse:
+        return Permutation(value.ids, value.order, inverse=True)
+    if isinstance(value, Plain) and (ids := ids_node(value)) is not None and call.val(ids).dim() == 1:
+        value = FlatIds(ids)
+    if not isinstance(value, FlatIds) or value.order != "flat":
+        return None
+    order = Permutation(value.ids, call.node)
+    return order if call.op == "argsort" else RowTuple((FlatIds(value.ids, call.node), order))
+
+
+def token_of(call: Call) -> Value | None:
+    """permutation // K."""
+    value, divisor = call.arg(0), call.number(1)
+    if not isinstance(value, Permutation) or value.inverse or isinstance(divisor, bool):
+        return None
+    if call.op == "div" and call.kwargs.get("rounding_mode") not in ("floor", "trunc"):
+        return None
+    if not isinstance(divisor, int) or divisor != top_k(value.ids):
+        return Unknown(f"the sorted order is divided by {divisor}, not by the {top_k(value.ids)} experts of a token")
+    return TokenOf(value.ids, value.order)
+
+
+def count(call: Call) -> Value | None:
+    """histc(ids, bins=E, min=0, max=E-1), bincount(ids, minlength=E)."""
+    value = call.arg(0)
+    if not isinstance(value, FlatIds):
+        return None
+    if call.op == "histc":
+        bins, low, high = (call.number(i, n) for i, n in ((1, "bins"), (2, "min"), (3, "max")))
+        return Counts(value.ids, bins) if low == 0 and high == bins - 1 else None
+    return None
+
+
+def running_sum(call: Call) -> Value | None:
+    value = call.arg(0)
+    if isinstance(value, Counts) and not value.ends and call.number(1, "dim") in (0, -1):
+        return Counts(value.ids, value.num, ends=True)
+    return None
+
+
+def invert(call: Call) -> Value | None:
+    """inverse[permutation] = arange(R)."""
+    indices, source = call.arg(1), call.node.args[2]
+    if not (len(indices) == 1 and isinstance(indices[0], Permutation) and isinstance(source, Node)):
+        return None
+    if call.number(3, "accumulate", False) or str(source.target) not in ("aten.arange.default", "aten.arange.start"):
+        return None
+    if str(source.target) == "aten.arange.start" and source.args[0] != 0 or indices[0].inverse:
+        return None
+    return Permutation(indices[0].ids, indices[0].order, inverse=True)
+
+
+# -- rows and weights by row ----------------------------------------------------------------
+
+
+def repeat(call: Call) -> Value | None:
+    """x.repeat_interleave(K, 0): the token of every pair."""
+    value, times, dim = call.arg(0), call.number(1, "repeats"), call.number(2, "dim")
+    if not isinstance(value, Plain) or not isinstance(times, int) or isinstance(times, bool) or dim != 0:
+        return None
+    if not isinstance(val := call.val(value.node), Tensor) or not val.is_floating_point():
+        return None
+    anyone = Selection(None, None, None, "pair", "flat", times)
+    return Repeated(anyone, call.run.table.leaf("token", value.node, call.val()))
+
+
+def by_row(call: Call) -> Value | None:
+    """weights[flat ids], values[permutation], rows[inverse permutation]."""
+    value, indices = call.arg(0), call.arg(1)
+    if len(indices) != 1:
+        return None
+    index, run = indices[0], call.run
+    if isinstance(index, FlatIds) and isinstance(value, Plain):
+        first = call.val(value.node).shape[0]
+        if not isinstance(first, int):
+            return None
+        leaf = run.table.leaf("slice", value.node, call.val().select(0, 0))
+        return Rows(everyone(index.ids, index.order), leaf)
+    if not isinstance(index, Permutation):
+        return None
+    if index.inverse:
+        if isinstance(value, Rows) and value.selection == everyone(index.ids, index.order):
+            return Rows(everyone(index.ids, "flat"), value.expr)
+        return Unknown("the unsorting index is used on other rows than it sorted")
+    sorted_rows = everyone(index.ids, index.order)
+    if isinstance(value, Plain):
+        return Rows(sorted_rows, run.table.leaf("flat_pair", value.node, call.val()))
+    if isinstance(value, Repeated):
+        return Rows(sorted_rows, value.expr)
+    if isinstance(value, FlatIds) and value.order == "flat":
+        return FlatIds(value.ids, index.order)
+    return None
+
+
+def grouped_mm(call: Call) -> Value | None:
+    """aten._grouped_mm(rows, w [E, D, F], offs): every row times the weight of its expert."""
+    selection = selection_of(call)
+    if selection is None or isinstance(selection, Unknown):
+        return selection
+    offsets = call.arg(2, "offs")
+    if not (isinstance(offsets, Counts) and offsets.ends and offsets.ids is selection.ids):
+        return Unknown("the offsets of the grouped product are not the ends of these rows' groups")
+    if selection.order in (None, "flat"):
+        return Unknown("the grouped product reads rows that are not sorted by expert")
+    x, stack = call.arg(0), call.node.args[1]
+    assert isinstance(stack, Node)
+    if not (isinstance(x, Rows) and isinstance(call.arg(1), Plain)) or call.arg(3, "bias") is not None:
+        return Unknown("the grouped product has a bias, or a weight that depends on the rows")
+    weight = call.val(stack)
+    if weight.dim() != 3 or weight.shape[0] != offsets.num:
+        return Unknown(f"{offsets.num} groups for a weight of shape {tuple(weight.shape)}")
+    leaf = call.run.table.leaf("slice", stack, weight.select(0, 0))
+    return result(call, selection, call.run.expr(call, aten.matmul.default, [x.expr, leaf]))
+
+
+# -- back to tokens -------------------------------------------------------------------------
+
+
+def grid(call: Call) -> Value | None:
+    """rows.view(T, K, ...)."""
+    value = call.arg(0)
+    if not isinstance(value, Rows) or value.selection.order != "flat" or value.selection.ids is None:
+        return None
+    before, after, k = call.val(call.node.args[0]), call.val(), value.selection.top_k
+    if after.dim() != before.dim() + 1 or after.shape[1] != k or tuple(after.shape[2:]) != tuple(before.shape[1:]):
+        return None
+    return PairGrid(value.selection, value.expr)
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    **{op: (flatten, grid) for op in ("view", "reshape", "_unsafe_view")},
+    "flatten": (flatten,),
+    **{op: (convert,) for op in ("to", "_to_copy", "int", "long", "float")},
+    **{op: (sort,) for op in ("sort", "argsort")},
+    **{op: (token_of,) for op in ("floor_divide", "div")},
+    **{op: (count,) for op in ("histc",)},
+    "cumsum": (running_sum,),
+    **{op: (invert,) for op in ("index_put", "index_put_")},
+    "repeat_interleave": (repeat,),
+    "index": (by_row,),
+    **{op: (grouped_mm,) for op in ("_grouped_mm", "grouped_mm_fallback")},
+}

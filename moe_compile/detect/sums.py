@@ -1,0 +1,259 @@
+"""Rules for where results go: buffers, accumulation by index, and the proof that a sum is a whole region."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
+from moe_compile.detect.selection import index_vectors, not_distinct
+from moe_compile.detect.values import (
+    Buffer,
+    PairGrid,
+    Plain,
+    Region,
+    Rows,
+    Selection,
+    Sum,
+    SumRead,
+    Unknown,
+    Value,
+)
+from moe_compile.region import Expr, Leaf, flat
+
+# -- accumulation ---------------------------------------------------------------------------
+
+
+def buffer(call: Call) -> Value | None:
+    if call.op == "full" and call.number(1) != 0 or call.op == "full_like" and call.number(1) != 0:
+        return None
+    if not isinstance(call.val(), Tensor) or not call.val().is_floating_point():
+        return None
+    return Buffer(call.node, "empty" if "empty" in call.op else "zero")
+
+
+def total_of(call: Call, position: int = 0) -> Buffer | Sum | None:
+    """The buffer that an accumulating call adds to."""
+    value, node = call.arg(position), call.node.args[position]
+    if isinstance(value, Buffer | Sum):
+        return value
+    if isinstance(value, Plain | Region) and isinstance(node, Node):
+        return Buffer(node, "known")
+    return None
+
+
+def add_term(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection) -> Value:
+    start, terms = (total.start, total.terms) if isinstance(total, Sum) else (total, ())
+    if rows.selection != selection:
+        return Unknown(f"{name_of(call.node)} adds the rows of one selection at the places of another")
+    if rows.dim != 0 or rows.expr.level != "row":
+        return Unknown(f"{name_of(call.node)} adds something that is not one value a row")
+    if call.op.endswith("_") and not call.run.is_fresh(start.node):
+        return Unknown(f"{name_of(call.node)} adds into {start.node.name}, an input")
+    return Sum(start, (*terms, rows))
+
+
+def index_add(call: Call) -> Value | None:
+    total = total_of(call)
+    picked, selection = index_vectors([call.arg(2)])
+    if selection is None or total is None:
+        return None
+    rows = call.arg(3)
+    if isinstance(selection, Unknown):
+        return selection
+    if call.number(1) != 0 or picked != [0] or call.number(4, "alpha", 1) != 1 or not isinstance(rows, Rows):
+        return Unknown(f"{name_of(call.node)} does not add rows to tokens along dimension 0 with factor 1")
+    if isinstance(total, Buffer) and total.kind == "empty":
+        return Unknown(f"{name_of(call.node)} adds into memory that was never set")
+    return add_term(call, total, rows, selection)
+
+
+def index_put(call: Call) -> Value | None:
+    """total[token] = rows, with accumulation, as `total[token] += rows`, or as an assignment."""
+    total = total_of(call)
+    picked, selection = index_vectors(call.arg(1))
+    if selection is None or total is None:
+        return None
+    if isinstance(selection, Unknown):
+        return selection
+    new, accumulate = call.arg(2), call.number(3, "accumulate", False)
+    if picked != [0]:
+        return Unknown(f"{name_of(call.node)} writes along dimensions {picked} of the expert ids")
+    if isinstance(new, Rows) and accumulate:
+        return index_add_checked(call, total, new, selection)
+    if isinstance(new, SumRead) and new.added is not None and not accumulate:
+        if new.total != total or new.selection != selection:
+            return Unknown(f"{name_of(call.node)} writes back what was read elsewhere")
+        if selection.per == "pair" and (repeated := not_distinct(call.run, selection.ids)):
+            return Unknown(f"{name_of(call.node)} keeps only one of two equal tokens: {repeated}")
+        return index_add_checked(call, total, new.added, selection)
+    if isinstance(new, Rows) and not accumulate:
+        if selection.ids is None or selection.ids.meta["val"].dim() != 1:
+            return Unknown(f"{name_of(call.node)} overwrites what another expert of the same token wrote")
+        start = total.start if isinstance(total, Sum) else total
+        if start.kind == "known":
+            return Unknown(f"{name_of(call.node)} overwrites values of {start.node.name}")
+        return add_term(call, total, new, selection)
+    return None
+
+
+def index_add_checked(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection) -> Value:
+    start = total.start if isinstance(total, Sum) else total
+    if start.kind == "empty":
+        return Unknown(f"{name_of(call.node)} adds into memory that was never set")
+    return add_term(call, total, rows, selection)
+
+
+def read(call: Call) -> Value | None:
+    """total[token], to add to it."""
+    value = call.arg(0)
+    if not isinstance(value, Buffer | Sum):
+        return None
+    picked, selection = index_vectors(call.arg(1))
+    if not isinstance(selection, Selection):
+        return selection
+    return SumRead(value, selection) if picked == [0] else Unknown("the sum is read along other dimensions")
+
+
+def add_to_read(call: Call) -> Value | None:
+    """total[token] + rows."""
+    for old, new in ((call.arg(0), call.arg(1)), (call.arg(1), call.arg(0))):
+        if isinstance(old, SumRead):
+            fits = isinstance(new, Rows) and new.selection == old.selection and old.added is None
+            if not fits or call.number(2, "alpha", 1) != 1 or call.val().shape != call.val(_node(call, old)).shape:
+                return Unknown(f"{name_of(call.node)} uses the running sum inside the loop")
+            return SumRead(old.total, old.selection, new)
+    return None
+
+
+def _node(call: Call, value: Value) -> Node:
+    return next(n for n in call.node.all_input_nodes if call.run.values[n] is value)
+
+
+def sum_of_grid(call: Call) -> Value | None:
+    """rows.view(T, K, D).sum(1): all contributions of a token at once."""
+    value = call.arg(0)
+    if not isinstance(value, PairGrid):
+        return None
+    dims, keep = call.number(1, "dim"), call.number(2, "keepdim", False)
+    dims = dims if isinstance(dims, list) else [dims]
+    if [d % (call.val().dim() + 1) for d in dims] != [1] or keep:
+        return Unknown(f"{name_of(call.node)} does not sum the experts of a token")
+    if call.val().dtype != value.expr.val.dtype:
+        return Unknown(f"{name_of(call.node)} changes the dtype while it sums")
+    return Sum(Buffer(call.node, "zero"), (Rows(value.selection, value.expr),))
+
+
+# -- the whole region -----------------------------------------------------------------------
+
+
+def finish(run: Interpreter, node: Node, total: Sum) -> Value:
+    """The region that a sum is, or the first thing that could not be shown."""
+    first = total.terms[0].selection
+    if any((t.selection.ids, t.selection.classes, t.selection.per) != (first.ids, first.classes, first.per) for t in total.terms):
+        return Unknown("the iterations choose their rows in different ways")
+    assert first.ids is not None
+    if any(t.selection.expert is None for t in total.terms):
+        if len(total.terms) > 1:
+            return Unknown("rows of all experts are added more than once")
+        body, families = total.terms[0].expr, {}
+        experts = None
+    else:
+        experts = [t.selection.expert for t in total.terms]
+        if sorted(experts) != list(range(len(experts))):
+            return Unknown(f"the loop visits experts {_short(experts)}, not each of 0..{len(experts) - 1} once")
+        bodies = [t.expr for t in sorted(total.terms, key=lambda t: t.selection.expert or 0)]
+        merged = unify(bodies)
+        if isinstance(merged, Unknown):
+            return merged
+        body, families = bodies[0], merged
+        if first.per == "token" and (repeated := not_distinct(run, first.ids)):
+            return Unknown(f"a token that chose an expert twice counts once: {repeated}")
+    leaves = _leaves(body)
+    stacks = {leaf.node: leaf.node.meta["val"].shape[0] for leaf in leaves if leaf.role == "slice"}
+    number = len(experts) if experts is not None else next(iter(stacks.values()), 0)
+    for stack, size in stacks.items():
+        if size != number:
+            return Unknown(f"{number} experts are used, {stack.name} holds {size}")
+    if not number or not (stacks or families):
+        return Unknown("no weight belongs to an expert")
+    if not body.val.is_floating_point():
+        return Unknown(f"results are {body.val.dtype}, not floating point")
+    for source in [first.ids, *(leaf.node for leaf in leaves), *(n for nodes in families.values() for n in nodes)]:
+        if not run.unchanged(source):
+            return Unknown(f"{source.name} is changed in place while the experts run")
+    classes = number if experts is None else first.classes
+    return Region(total, first.ids, number, classes, body, families)
+
+
+def unify(bodies: list[Expr]) -> "dict[Expr, list[Node]] | Unknown":
+    """Show that all experts compute the same function of their own weights.
+
+    Returns, for each leaf of the first body that is another node for another expert, the node of every expert.
+    """
+    seen: dict[Leaf, list[Node]] = {}
+    for e, body in enumerate(bodies):
+        met: dict[Leaf, Leaf] = {}
+        reason = _match(bodies[0], body, met, set())
+        if reason:
+            return Unknown(f"expert {e} differs from expert 0: {reason}")
+        for leaf, other in met.items():
+            seen.setdefault(leaf, []).append(other.node)
+    return {leaf: nodes for leaf, nodes in seen.items() if any(n is not leaf.node for n in nodes)}
+
+
+def _match(a: Any, b: Any, met: dict[Leaf, Leaf], done: set[tuple[int, int]]) -> str | None:
+    """Why b is not a with other leaves; fills `met` with the leaf of b for each leaf of a."""
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        if len(a) != len(b):
+            return f"{len(b)} arguments for {len(a)}"
+        return next((r for x, y in zip(a, b, strict=True) if (r := _match(x, y, met, done))), None)
+    if not (isinstance(a, Expr) and isinstance(b, Expr)):
+        same = type(a) is type(b) and (a == b or a != a and b != b)
+        return None if same else f"{b!r} where that has {a!r}"
+    if (id(a), id(b)) in done:
+        return None
+    done.add((id(a), id(b)))
+    if isinstance(a, Leaf) and isinstance(b, Leaf):
+        if a.role != b.role or a.role != "outer" and a.node is not b.node:
+            return f"it reads {b.role} {b.node.name}, that one {a.role} {a.node.name}"
+        if a.val.shape != b.val.shape or a.val.dtype != b.val.dtype:
+            return f"{b.node.name} is {b.val.dtype} {tuple(b.val.shape)}, {a.node.name} is {a.val.dtype} {tuple(a.val.shape)}"
+        if met.setdefault(a, b) is not b:
+            return f"{a.node.name} is used twice there, {b.node.name} and {met[a].node.name} here"
+        return None
+    if isinstance(a, Leaf) or isinstance(b, Leaf) or a.target is not b.target:
+        return f"{_called(b)} where that has {_called(a)}"
+    return _match((a.args, a.kwargs), (b.args, b.kwargs), met, done)
+
+
+def _called(expr: Expr) -> str:
+    return f"{expr.role} {expr.node.name}" if isinstance(expr, Leaf) else str(expr.target).removesuffix(".default")
+
+
+def _leaves(root: Expr) -> list[Leaf]:
+    found: dict[int, Leaf] = {}
+    visited: set[int] = set()
+    stack: list[Any] = [root]
+    while stack:
+        expr = stack.pop()
+        if isinstance(expr, Leaf):
+            found[id(expr)] = expr
+        elif isinstance(expr, Expr) and id(expr) not in visited:
+            visited.add(id(expr))
+            stack += flat([expr.args, expr.kwargs])
+    return list(found.values())
+
+
+def _short(numbers: list[Any]) -> str:
+    return str(numbers) if len(numbers) <= 8 else f"[{', '.join(map(str, numbers[:6]))}, ... {numbers[-1]}]"
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    **{op: (buffer,) for op in ("zeros", "zeros_like", "new_zeros", "full", "full_like", "empty", "empty_like", "new_empty")},
+    **{op: (index_add,) for op in ("index_add", "index_add_")},
+    **{op: (index_put,) for op in ("index_put", "index_put_", "_index_put_impl_")},
+    "index": (read,),
+    **{op: (add_to_read,) for op in ("add", "add_")},
+    "sum": (sum_of_grid,),
+}

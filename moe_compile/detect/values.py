@@ -1,0 +1,242 @@
+"""What a value of the graph can mean for routing.
+
+A `plain` value can be computed outside of the region, whatever it means; the others exist only within it.
+`ids` is always the node that holds the expert ids; its dimensions are named 0, 1, ... and the expert dimension "e".
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from moe_compile.region import Expr
+
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class Value:
+    plain = False
+
+
+@dataclass(frozen=True)
+class Plain(Value):
+    """An ordinary value: computed outside the region, nothing known."""
+
+    node: Node
+    plain = True
+
+
+@dataclass(frozen=True)
+class Unknown(Value):
+    """A value the region needs that nobody could interpret, and why."""
+
+    reason: str
+
+
+# -- who is chosen --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Member(Value):
+    """Truth of id == e over `dims`: kind "mask" as it is; over missing dims "any", "none" or "count" of them."""
+
+    ids: Node
+    dims: tuple[Dim, ...]
+    expert: int | None  # None: "e" is among dims, or was summed over
+    classes: int | None  # ids outside [0, classes) raise an error (one_hot); None: they are ignored
+    kind: str = "mask"
+    plain = True
+
+
+@dataclass(frozen=True)
+class Constant(Value):
+    """A number the loop made: an expert's index, or what follows from it."""
+
+    number: Any
+    plain = True
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows of one expert: pairs (t, k) with id == expert, or tokens ("any" k); or all pairs at once."""
+
+    ids: Node | None  # None: any ids with `top_k` columns (`Repeated`)
+    expert: int | None  # None: all experts together
+    classes: int | None
+    per: str = "pair"  # "pair" | "token"
+    order: Any = None  # all experts together: "flat", or the node of the sorting permutation
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Index(Value):
+    """The index vector of a selection along dimension `dim` of its ids; a tuple: the [r, n] table of n vectors."""
+
+    selection: Selection
+    dim: int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Hits(Value):
+    """The list of experts that somebody chose."""
+
+    ids: Node
+    classes: int | None
+
+
+@dataclass(frozen=True)
+class Emptiness(Value):
+    """Whether (`empty`) or whether not anybody chose the expert; `count` is the number itself."""
+
+    ids: Node
+    expert: int
+    kind: str  # "any", "none", "count"
+    plain = True
+
+
+# -- what the expert computes on ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slice(Value):
+    """stack[index], or something computed from such slices alone: `expr` holds for expert `index`."""
+
+    index: int
+    expr: Expr
+    plain = True
+
+
+@dataclass(frozen=True)
+class Column(Value):
+    """table[:, expert] of a [T, E] table of routing weights."""
+
+    table: Node
+    expert: int
+    plain = True
+
+
+@dataclass(frozen=True)
+class MaskedWeights(Value):
+    """weights[t, k] where id[t, k] == expert, else 0; `summed`: added over k, one number a token."""
+
+    weights: Node
+    ids: Node
+    expert: int
+    classes: int | None
+    summed: bool = False
+    plain = True
+
+
+@dataclass(frozen=True)
+class Rows(Value):
+    """One value a row: dimension `dim` runs over the rows of the selection, `expr` says what a row holds."""
+
+    selection: Selection
+    expr: Expr
+    dim: int = 0
+
+
+@dataclass(frozen=True)
+class Repeated(Rows):
+    """Rows of all pairs in flat order that depend on tokens alone: x.repeat_interleave(top_k, 0)."""
+
+    plain = True
+
+
+@dataclass(frozen=True)
+class RowTuple(Value):
+    """Several `Rows` or `Slice` values, from chunk, split or unbind."""
+
+    items: tuple[Value, ...]
+
+
+# -- rows in sorted order -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FlatIds(Value):
+    """ids.reshape(-1); sorted by `order` if that is not "flat"."""
+
+    ids: Node
+    order: Any = "flat"
+    plain = True
+
+
+@dataclass(frozen=True)
+class Permutation(Value):
+    """The permutation that sorts the flat ids (`inverse`: that undoes it)."""
+
+    ids: Node
+    order: Node
+    inverse: bool = False
+    plain = True
+
+
+@dataclass(frozen=True)
+class TokenOf(Value):
+    """The token of each pair, in the layout `order`."""
+
+    ids: Node
+    order: Any
+    plain = True
+
+
+@dataclass(frozen=True)
+class Counts(Value):
+    """Rows of each expert 0..num-1; `ends`: their running sum."""
+
+    ids: Node
+    num: int
+    ends: bool = False
+    plain = True
+
+
+@dataclass(frozen=True)
+class PairGrid(Value):
+    """Rows of all pairs viewed as [T, K, ...]."""
+
+    selection: Selection
+    expr: Expr
+
+
+# -- where results go -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Buffer(Value):
+    """A tensor that results may be added into; kind: "zero", "empty" (never set) or "known"."""
+
+    node: Node
+    kind: str
+    plain = True
+
+
+@dataclass(frozen=True)
+class Sum(Value):
+    """`start` plus the contributions so far."""
+
+    start: Buffer
+    terms: tuple[Rows, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SumRead(Value):
+    """total[index], and after `added`: with the selection's new rows on top."""
+
+    total: Value  # Buffer or Sum
+    selection: Selection
+    added: Rows | None = None
+
+
+@dataclass(frozen=True)
+class Region(Value):
+    """A finished sum over all experts, shown to be one: ready to be written as an `experts` node."""
+
+    total: Sum
+    ids: Node
+    num_experts: int
+    num_classes: int | None  # ids outside [0, num_classes) are an error; None: they choose nobody
+    body: Expr
+    families: dict[Expr, list[Node]] = field(repr=False)
+    plain = True

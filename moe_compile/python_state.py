@@ -1,0 +1,198 @@
+"""What a function reads and changes besides its arguments: the Python side of the soundness contract.
+
+A captured function is replaced by a graph, so what it reads must be guarded and what it changes must not be lost.
+`reachable` lists the functions it can run, `check_effects` refuses lasting changes, `check_loops` refuses loops whose
+iterations can tell each other something that the trace cannot show, `watch` catches what happened all the same.
+"""
+
+import ast
+import contextlib
+import dis
+import inspect
+import textwrap
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from moe_compile.errors import Refusal
+
+Functions = tuple[types.FunctionType, ...]
+
+
+def reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
+    """The Python functions outside torch that `fn(module, ...)` can run, found by name: more than it does run."""
+    classes = {c for m in module.modules() for c in type(m).__mro__ if not is_torch(c.__module__)}
+    found: dict[int, types.FunctionType] = {}
+    names: set[str] = {"forward", "__call__"}
+    todo: list[Any] = [fn]
+    while todo:
+        f = inspect.unwrap(todo.pop()) if callable(todo[-1]) else todo.pop()
+        if isinstance(f, types.MethodType):
+            f = f.__func__
+        if not isinstance(f, types.FunctionType) or id(f) in found or is_torch(f.__module__ or ""):
+            continue
+        found[id(f)] = f
+        new = code_names(f.__code__) - names
+        names |= new
+        todo += [f.__globals__[n] for n in new if n in f.__globals__]
+        todo += [c.cell_contents for c in f.__closure__ or () if _filled(c)]
+        todo += [vars(c)[n] for c in classes for n in names if n in vars(c)]
+        for m in module.modules():
+            todo += [vars(m)[n] for n in names if n in vars(m) and callable(vars(m)[n])]
+    return tuple(found.values())
+
+
+def is_torch(module: str) -> bool:
+    return module.partition(".")[0] in ("torch", "builtins", "math", "typing", "functools", "operator")
+
+
+def code_names(code: types.CodeType) -> set[str]:
+    """All names a code object and those nested in it mention, and strings that could be names."""
+    names = set(code.co_names) | {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            names |= code_names(const)
+    return names
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def check_effects(functions: Functions) -> None:
+    """Refuse functions that change anything that outlives the call."""
+    for f in functions:
+        for code in _codes(f.__code__):
+            for step in dis.get_instructions(code):
+                where = f"{f.__qualname__} ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})"
+                if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                    raise Refusal(f"{where} sets the attribute {step.argval}")
+                if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                    raise Refusal(f"{where} sets the global {step.argval}")
+                if step.opname == "STORE_DEREF" and step.argval in code.co_freevars and code is f.__code__:
+                    raise Refusal(f"{where} sets the nonlocal {step.argval}")
+                if step.opname == "LOAD_GLOBAL" and step.argval in ("print", "input", "breakpoint"):
+                    raise Refusal(f"{where} calls {step.argval}")
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _codes(const)
+
+
+@contextlib.contextmanager
+def watch(module: nn.Module) -> Iterator[None]:
+    """Undo and refuse changes of module attributes during a trace."""
+    before = {m: dict(vars(m)) for m in module.modules()}
+    yield
+    for m, attributes in before.items():
+        changed = [k for k in vars(m).keys() | attributes.keys() if vars(m).get(k) is not attributes.get(k)]
+        if changed:
+            vars(m).clear()
+            vars(m).update(attributes)
+            raise Refusal(f"{type(m).__name__} changes its attribute {changed[0]} when it runs")
+
+
+# -- loops that skip empty experts ----------------------------------------------------------
+
+_MUTATORS = {"append", "extend", "add", "update", "pop", "insert", "remove", "clear", "setdefault", "discard"}
+_TENSOR_MAKERS = {
+    "zeros", "zeros_like", "new_zeros", "empty", "empty_like", "new_empty", "full", "full_like", "clone", "ones_like",
+}  # fmt: skip
+
+
+def check_loops(functions: Functions) -> None:
+    """Refuse loops in which an iteration can see, in Python, whether an earlier one was skipped.
+
+    Needed where `if mask.any()` and the like were answered: only the cases "all skipped" and "none skipped" are traced.
+    """
+    for f in functions:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(f)))
+        except (OSError, TypeError, SyntaxError) as error:
+            raise Refusal(f"the source of {f.__qualname__}, which decides on data, is not available") from error
+        for loop in ast.walk(tree):
+            if isinstance(loop, ast.While):
+                raise Refusal(f"{f.__qualname__} has a while loop and decides on data")
+            if isinstance(loop, ast.For):
+                _check_loop(f, tree, loop)
+
+
+def _check_loop(f: types.FunctionType, tree: ast.AST, loop: ast.For) -> None:
+    inside = list(ast.walk(loop))
+    stored = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    tensors = _made_as_tensors(tree)
+    carried: set[str] = set()
+    _flow(loop.body, {n.id for n in ast.walk(loop.target) if isinstance(n, ast.Name)}, stored, carried)
+    last = max(getattr(n, "end_lineno", 0) or 0 for n in inside)
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.lineno > last and n.id in stored:
+            carried.add(n.id)
+    for name in sorted(carried - tensors):
+        raise Refusal(f"{f.__qualname__} carries {name} from one iteration to the next and skips some")
+    for n in inside:
+        if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Store) and isinstance(n.value, ast.Name):
+            if n.value.id not in tensors:
+                raise Refusal(f"{f.__qualname__} writes into {n.value.id} in a loop that skips iterations")
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in _MUTATORS:
+            raise Refusal(f"{f.__qualname__} calls {n.func.attr} in a loop that skips iterations")
+        if isinstance(n, (ast.Break, ast.Return)):
+            raise Refusal(f"{f.__qualname__} leaves a loop early, depending on data")
+
+
+def _made_as_tensors(tree: ast.AST) -> set[str]:
+    """Names that are set once outside of self-updates, by a call that makes a tensor."""
+    made: dict[str, list[bool]] = {}
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Assign) and len(n.targets) == 1 and isinstance(n.targets[0], ast.Name):
+            name, call = n.targets[0].id, n.value
+            maker = call.func if isinstance(call, ast.Call) else None
+            known = getattr(maker, "attr", getattr(maker, "id", None)) in _TENSOR_MAKERS
+            itself = any(isinstance(x, ast.Name) and x.id == name for x in ast.walk(call))
+            made.setdefault(name, []).append(known or itself)
+    return {name for name, known in made.items() if all(known)}
+
+
+def _flow(body: list[ast.stmt], known: set[str], stored: set[str], carried: set[str]) -> set[str] | None:
+    """Definite assignment: adds to `carried` what may be read before it is set; None if the body never ends."""
+    known = set(known)
+    for statement in body:
+        if isinstance(statement, (ast.Continue, ast.Break, ast.Return, ast.Raise)):
+            _reads(statement, known, stored, carried)
+            return None
+        if isinstance(statement, ast.If):
+            _reads(statement.test, known, stored, carried)
+            ways = [_flow(b, known, stored, carried) for b in (statement.body, statement.orelse)]
+            open_ways = [w for w in ways if w is not None]
+            if not open_ways:
+                return None
+            known = set.intersection(*open_ways)
+        elif isinstance(statement, (ast.For, ast.With, ast.Try)):
+            _reads(statement, known, stored, carried)
+            if isinstance(statement, ast.With):
+                known = _flow(statement.body, known, stored, carried) or known
+        else:
+            _reads(statement, known, stored, carried)
+            known |= {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return known
+
+
+def _reads(node: ast.AST, known: set[str], stored: set[str], carried: set[str]) -> None:
+    local = set(known)
+    if isinstance(node, ast.With):
+        for item in node.items:
+            _reads(item, known, stored, carried)
+        return
+    if isinstance(node, ast.For):
+        local |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    for n in ast.walk(node):
+        if isinstance(n, ast.Name) and n.id in stored and n.id not in local:
+            if isinstance(n.ctx, ast.Load) or isinstance(node, ast.AugAssign) and n is node.target:
+                carried.add(n.id)

@@ -1,0 +1,140 @@
+"""Find sums over experts in an ATen graph and write each as one `experts` node.
+
+Before (one of E iterations, or the sorted form, or the batched form):
+    where   = aten.where(mask_e)                      # (t, k) with ids[t, k] == e
+    rows    = aten.index(x, [where[1]])
+    y       = <row-wise body of rows and the weights of e>
+    total_e = aten.index_add_(total, 0, where[1], y)
+
+After:
+    experts = experts(ids, [x], [weights], [w13, w2], [], body, E)
+
+Stage      detect; reads ATen graphs (pre-dispatch or not), needs nothing.
+Numerics   the same sums; their order and the dtype they run in are those of `moe_ep.combine`.
+Why        one node that says what is computed, whatever way it was written in.
+Refuses    whatever the interpreter (moe_compile/detect) cannot prove, with the first unproven point.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from moe_compile.detect import rows, selection, sorted_rows, sums
+from moe_compile.detect.interpreter import Facts, Interpreter, Rule
+from moe_compile.detect.values import Constant, Permutation, Region
+from moe_compile.region import Body, Leaf, experts
+from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
+
+aten = torch.ops.aten
+
+
+def _rules() -> dict[str, tuple[Rule, ...]]:
+    """All rules of an op, the particular before the general."""
+    tables = (selection.RULES, sorted_rows.RULES, sums.RULES, rows.RULES)
+    ops = {op for table in tables for op in table}
+    found = {op: tuple(rule for table in tables for rule in table.get(op, ())) for op in ops}
+    return _WithSlices({op: (*found[op], rows.on_slices) for op in ops})
+
+
+class _WithSlices(dict[str, tuple[Rule, ...]]):
+    """Any op may be applied to an expert's weights alone."""
+
+    def get(self, op: str, default=()):  # type: ignore[no-untyped-def, override]
+        return super().get(op, (rows.on_slices,))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A sum over experts that ends at `site`, or why it could not be shown to be one."""
+
+    site: Node
+    region: Region | None
+    reason: str | None
+
+
+class DetectExperts(RewritePass[Found]):
+    def __init__(self, facts: Facts | None = None) -> None:
+        self.facts = facts or Facts()
+        self.run: Interpreter | None = None
+
+    def find(self, graph: Graph) -> Iterator[tuple[Node, Found]]:
+        self.run = Interpreter(graph, _rules(), self.facts)
+        self.run.run(sums.finish)
+        for site, region in self.run.regions.items():
+            yield site, Found(site, region, None)
+        for site, reason in self.run.refused:
+            yield site, Found(site, None, reason)
+
+    def refuse(self, found: Found) -> str | None:
+        if found.region is None:
+            return found.reason
+        assert self.run is not None
+        if found.region.total.start.node is not found.site and self.run.read_elsewhere(found.region.total.start.node):
+            return f"{found.region.total.start.node.name} is read through another name while results are added to it"
+        return None
+
+    def rewrite(self, graph: Graph, found: Found) -> None:
+        region, site = found.region, found.site
+        assert region is not None
+        body = Body(region.families)
+        module = body.build(region.body)
+        owner = graph.owning_module
+        name = next(n for i in range(len(graph.nodes)) if not hasattr(owner, n := f"experts_body_{i}"))
+        setattr(owner, name, module)
+        with graph.inserting_before(site):
+            ids = region.ids if _rank(region.ids) == 2 else emit(graph, aten.unsqueeze.default, region.ids, 1, like=site)
+            args = (
+                ids,
+                [leaf.node for leaf in body.inputs["token"]],
+                [_pairs(graph, leaf, ids, region, site) for leaf in body.inputs["pair"]],
+                [region.families.get(leaf, leaf.node) for leaf in body.inputs["param"]],
+                [leaf.node for leaf in body.inputs["shared"]],
+                graph.get_attr(name),
+                region.num_experts,
+                region.num_classes,
+            )
+            start = region.total.start
+            node = emit(graph, experts, *args, like=site, val=site.meta["val"])
+            if start.kind == "known":
+                node = emit(graph, aten.add.Tensor, start.node, node, like=site, val=site.meta["val"])
+        site.replace_all_uses_with(node)
+
+    def __call__(self, gm: GraphModule) -> PassReport:
+        report = super().__call__(gm)
+        if report.applied:
+            values = self.run.values if self.run else {}
+            sites = set(self.run.regions) if self.run else set()
+            local = {n for n, v in values.items() if not v.plain or isinstance(v, Permutation | Constant)}
+            drop_dead(gm.graph, lambda n: n in sites or n in local)
+            _drop_idle_grad_modes(gm.graph)
+            gm.recompile()
+        return report
+
+
+def _drop_idle_grad_modes(graph: Graph) -> None:
+    """Erase changes of the grad mode with nothing between them."""
+    switches = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    for first, second in itertools.pairwise(switches):
+        if first.next is second and first.args[0] is not second.args[0]:
+            graph.erase_node(first)
+            graph.erase_node(second)
+            return _drop_idle_grad_modes(graph)
+
+
+def _pairs(graph: Graph, leaf: Leaf, ids: Node, region: Region, site: Node) -> Node:
+    """The node [T, K, ...] that holds the leaf's entry for every pair."""
+    node, val = leaf.node, leaf.node.meta["val"]
+    if leaf.role == "flat_pair":
+        return emit(graph, aten.reshape.default, node, [-1, ids.meta["val"].shape[1], *val.shape[1:]], like=site)
+    if leaf.role == "column":
+        inside = emit(graph, aten.clamp.default, ids, 0, val.shape[1] - 1, like=site)
+        inside = emit(graph, aten.to.dtype, inside, torch.int64, like=site)
+        return emit(graph, aten.gather.default, node, 1, inside, like=site)
+    return node
+
+
+def _rank(node: Node) -> int:
+    return node.meta["val"].dim()

@@ -1,0 +1,65 @@
+"""Where the kernel tests run: on the GPU if there is one, else in Triton's interpreter.
+
+TRITON_INTERPRET=1 chooses the interpreter; it must be set before kernels are defined, so it is set
+here, at import, and stays set for the process.  That harms no other test: without a GPU nothing
+else runs Triton kernels, and tests that compile them start a process without the variable.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+# `tl.dot` on bf16 operands is wrong in the interpreter (triton 3.6 and 3.7).
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+
+
+def interpret() -> None:
+    """Choose the interpreter, also where Triton is loaded already (torch._dynamo imports it)."""
+    loaded = "triton" in sys.modules
+    late = ("triton.language", "moe_compile.kernels")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    if loaded:  # then these modules may hold functions that are meant for the compiler
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+
+        for name in [n for n in sys.modules if n.startswith(late)]:
+            for attribute, function in list(vars(sys.modules[name]).items()):
+                if isinstance(function, JITFunction):
+                    setattr(sys.modules[name], attribute, InterpretedFunction(function.fn))
+
+
+if not ON_GPU:
+    interpret()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory holds NaN, or numbers that no index can be: what a kernel leaves out shows."""
+
+    def poisoned(allocate):
+        def allocate_poisoned(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            floating = out.is_floating_point()
+            return out.fill_(float("nan") if floating else torch.iinfo(out.dtype).max)
+
+        return allocate_poisoned
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def offsets(*counts: int) -> torch.Tensor:
+    """i32 inclusive ends of groups of these sizes."""
+    return torch.tensor(counts, device=DEVICE).cumsum(0).int()

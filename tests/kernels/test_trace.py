@@ -1,0 +1,54 @@
+"""torch.compile sees through the ops to their kernels, and asks nothing about the number of rows.
+
+In a process without the interpreter, on fake CUDA tensors: as Inductor's front half does it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROGRAM = """
+import logging
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from moe_compile.kernels import combine, combine_backward, dispatch, grouped_gemm, grouped_gemm_dw
+
+logging.disable(logging.WARNING)  # without a driver it cannot tell which arguments are written
+ops = torch.ops.moe_ep_triton
+
+def layer(x, ids, w, weights, mask):
+    if mask is not None:  # a number of tokens that only the device knows
+        kept = torch.ops.aten.nonzero.default(mask).squeeze(1)
+        x, ids, weights = (torch.index_select(t, 0, kept) for t in (x, ids, weights))
+    rows, ends, order = ops.dispatch(x, ids, 8)
+    y = ops.grouped_gemm(rows, w, ends)
+    out = ops.combine(y, weights, order, ends, 2), ops.combine(y, None, order, ends, 2)
+    dy, dweights = ops.combine_backward(out[0], y, weights, order, ends)
+    return *out, ops.grouped_gemm_dw(y, rows, ends), dy, dweights
+
+for unbacked in (False, True):
+    shape_env = ShapeEnv(allow_dynamic_output_shape_ops=True)
+    with FakeTensorMode(shape_env=shape_env) as mode:
+        T = 10 if unbacked else mode.from_tensor(torch.empty(10), static_shapes=False).shape[0]
+        new = lambda *s, dtype=torch.bfloat16: torch.empty(*s, dtype=dtype, device="cuda")
+        mask = new(T, dtype=torch.bool) if unbacked else None
+        args = new(T, 16), new(T, 2, dtype=torch.int64), new(8, 32, 16), new(T, 2), mask
+    graph = make_fx(dispatch_functionalize(layer), tracing_mode="real")(*args).graph
+    launches = sum("triton_kernel_wrapper" in str(node.target) for node in graph.nodes)
+    opaque = sum("moe_ep" in str(node.target) for node in graph.nodes)
+    print(f"{launches} launches, {opaque} opaque ops, guards {shape_env.guards}")
+"""
+
+
+def test_launches_without_guards() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    # dispatch 3, grouped_gemm 2, combine twice 2, combine_backward 2, grouped_gemm_dw 1
+    assert result.stdout.splitlines() == ["12 launches, 0 opaque ops, guards []"] * 2
