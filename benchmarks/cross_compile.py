@@ -77,10 +77,7 @@ class Row:
         )
 
 
-HEADER = (
-    f"{'kernel':<26}{'setting':<38}{'target':<8}{'regs':>5}{'shared':>8}{'spills st/ld':>14}"
-    f"{'matrix op':<17}fault"
-)
+HEADER = f"{'kernel':<26}{'setting':<38}{'target':<8}{'regs':>5}{'shared':>8}{'spills st/ld':>14}{'matrix op':<17}fault"
 
 
 def compile_case(case: Case, arch: str) -> Row:

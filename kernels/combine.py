@@ -69,9 +69,7 @@ def _combine_kernel(
 
 
 @triton_op("moe_ep_triton::combine", mutates_args=())
-def combine(
-    y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int
-) -> Tensor:
+def combine(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
     if reason := why_not(y_RD, weights_TK, order_R, offsets_E, top_k):
         raise ValueError(f"moe_ep_triton.combine: {reason}")
     out_TD = _output(y_RD, weights_TK, order_R, top_k)
@@ -112,9 +110,7 @@ def _launch_config(D: int) -> tuple[int, int]:
 
 
 @combine.register_fake
-def _(
-    y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int
-) -> Tensor:
+def _(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
     return _output(y_RD, weights_TK, order_R, top_k)
 
 
@@ -125,9 +121,7 @@ def _output(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, top_k: int
     return y_RD.new_empty(weights_TK.shape[0], y_RD.shape[1], dtype=dtype)
 
 
-def why_not(
-    y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int
-) -> str | None:
+def why_not(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> str | None:
     """Return why these kernels cannot take these arguments, or None if they can."""
     if y_RD.dtype not in FLOATS:
         return f"y is {y_RD.dtype}, expected bf16, f16 or f32"

@@ -78,11 +78,7 @@ def combine_backward(
     T, K, D = weights_TK.shape[0], int(weights_TK.shape[1]), int(y_RD.shape[1])
     dy_RD, dweights_TK = y_RD.new_empty(y_RD.shape), weights_TK.new_empty(weights_TK.shape)
     block_k, block_d, warps = _launch_config(K, D)
-    run: Any = (
-        wrap_triton(_combine_backward_kernel)
-        if compiled(_combine_backward_kernel)
-        else _combine_backward_kernel
-    )
+    run: Any = wrap_triton(_combine_backward_kernel) if compiled(_combine_backward_kernel) else _combine_backward_kernel
     run[(torch.sym_max(T, 1),)](
         dout_TD.contiguous(),
         y_RD.contiguous(),
@@ -109,21 +105,15 @@ def _launch_config(K: int, D: int) -> tuple[int, int, int]:
 
 
 @combine_backward.register_fake
-def _(
-    dout_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(dout_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
     return y_RD.new_empty(y_RD.shape), weights_TK.new_empty(weights_TK.shape)
 
 
-def why_not(
-    dout_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor
-) -> str | None:
+def why_not(dout_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor) -> str | None:
     """Return why this kernel cannot take these arguments, or None if it can."""
     for name, tensor in (("dout", dout_TD), ("y", y_RD), ("weights", weights_TK)):
         if tensor.dtype not in FLOATS or tensor.dim() != 2:
-            return (
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected bf16, f16 or f32 in 2-D"
-            )
+            return f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected bf16, f16 or f32 in 2-D"
     if order_R.dtype != torch.int32 or offsets_E.dtype != torch.int32:
         return f"order is {order_R.dtype} and offsets are {offsets_E.dtype}, expected int32"
     if not 1 <= weights_TK.shape[1] <= MAX_TOP_K:

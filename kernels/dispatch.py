@@ -44,9 +44,7 @@ def _load_key(ids_ptr, pair, R, E: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["R", "num_blocks"])
-def _count_kernel(
-    ids_ptr, counts_ptr, R, num_blocks, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _count_kernel(ids_ptr, counts_ptr, R, num_blocks, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """counts[key, block], one block of pairs per program."""
     block = tl.program_id(0)
     key = _load_key(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), R, E)
@@ -84,9 +82,7 @@ def _order_kernel(
 
 
 @triton.jit(do_not_specialize=["R"])
-def _gather_kernel(
-    x_ptr, order_ptr, out_ptr, R, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _gather_kernel(x_ptr, order_ptr, out_ptr, R, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """One program copies BLOCK_D elements of one row."""
     r = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -123,7 +119,7 @@ def _sort(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     if reason := _why_not_sort(ids_TK, num_experts):
         raise ValueError(f"moe_ep_triton.sort_by_expert: {reason}")
     ids_TK, R, E = ids_TK.contiguous(), ids_TK.shape[0] * ids_TK.shape[1], num_experts
-    num_blocks, bins = torch.sym_max((R + BLOCK - 1) // BLOCK, 1), _num_bins(E)
+    num_blocks, bins = torch.sym_max((R + BLOCK - 1) // BLOCK, 1), triton.next_power_of_2(E + 2)
     counts = ids_TK.new_empty(bins, num_blocks, dtype=torch.int32)
     order_R = ids_TK.new_empty(R, dtype=torch.int32)
     count: Any = wrap_triton(_count_kernel) if compiled(_count_kernel) else _count_kernel
@@ -138,10 +134,6 @@ def _sort(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def compiled(kernel: object) -> bool:
     """Not so under TRITON_INTERPRET=1, where `wrap_triton` of torch 2.11 refuses the kernel."""
     return isinstance(kernel, JITFunction)
-
-
-def _num_bins(num_experts: int) -> int:
-    return triton.next_power_of_2(num_experts + 2)
 
 
 def _launch_config(D: int) -> tuple[int, int]:
@@ -182,14 +174,13 @@ def _why_not_sort(ids_TK: Tensor, num_experts: int) -> str | None:
 
 def compile_cases(hip: bool = False) -> list[tuple]:
     """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
-    ids, i32 = {"ids_ptr": "*i64"}, {"R": "i32", "num_blocks": "i32"}
+    ids, i32 = {"ids_ptr": "*i64"}, {"counts_ptr": "*i32", "R": "i32", "num_blocks": "i32"}
     cases: list[tuple] = []
     for E in (8, 512):
         setting, sizes = f"{E} experts", {"E": E, "BLOCK": BLOCK}
-        args = ids | {"counts_ptr": "*i32"} | i32
-        constants = sizes | {"BINS": _num_bins(E)}
+        constants, args = sizes | {"BINS": triton.next_power_of_2(E + 2)}, ids | i32
         cases.append((setting, _count_kernel, args, constants, 4, 3))
-        args = ids | {"counts_ptr": "*i32", "ends_ptr": "*i32", "order_ptr": "*i32"} | i32
+        args = args | {"ends_ptr": "*i32", "order_ptr": "*i32"}
         cases.append((setting, _order_kernel, args, sizes | {"CHUNK": CHUNK}, 8, 3))
     for D in (768, 4096):
         block, warps = _launch_config(D)

@@ -33,9 +33,7 @@ GROUP_M = 8  # row tiles that take turns before the next column tile
 
 
 @triton.jit(do_not_specialize=["R"])
-def _row_tiles_kernel(
-    offsets_ptr, tiles_ptr, R, E: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr
-):
+def _row_tiles_kernel(offsets_ptr, tiles_ptr, R, E: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
     """tiles[i] = (expert, first row, end of its rows) of row tile i; expert > E: no such tile."""
     i = tl.program_id(0)
     e = tl.arange(0, GROUPS)  # group E: the rows behind the last offset
@@ -117,18 +115,15 @@ def grouped_gemm(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> Tensor:
         raise ValueError(f"moe_ep_triton.grouped_gemm: {reason}")
     x_RD, R, (E, F, D) = x_RD.contiguous(), x_RD.shape[0], map(int, w_EFD.shape)
     y_RF = x_RD.new_empty(R, F)
-    config = _launch_config(rows_per_expert(R, E), x_RD.dtype, torch.version.hip is not None)
-    block_m, block_n, block_k, warps, stages = config
+    rows, hip = rows_per_expert(R, E), torch.version.hip is not None
+    block_m, block_n, block_k, warps, stages = _launch_config(rows, x_RD.dtype, hip)
     num_row_tiles = (R + block_m - 1) // block_m + E
     tiles = offsets_E.new_empty(num_row_tiles, 3)
     make: Any = wrap_triton(_row_tiles_kernel) if compiled(_row_tiles_kernel) else _row_tiles_kernel
     groups = triton.next_power_of_2(E + 1)
     make[(num_row_tiles,)](offsets_E.contiguous(), tiles, R, E, groups, block_m, num_warps=4)
-    run: Any = (
-        wrap_triton(_grouped_gemm_kernel)
-        if compiled(_grouped_gemm_kernel)
-        else _grouped_gemm_kernel
-    )
+    run: Any = _grouped_gemm_kernel
+    run = wrap_triton(_grouped_gemm_kernel) if compiled(run) else run
     arguments = (x_RD, w_EFD, tiles, y_RF, num_row_tiles, E, D, F, *map(int, w_EFD.stride()))
     run[(num_row_tiles * triton.cdiv(F, block_n),)](
         *arguments, block_m, block_n, block_k, GROUP_M, num_warps=warps, num_stages=stages
@@ -188,9 +183,8 @@ def compile_cases(hip: bool = False) -> list[tuple]:
             for packed in "df":
                 args = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{short}")
                 args |= {"tiles_ptr": "*i32", "num_row_tiles": "i32"}
-                blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
                 setting = f"{short} {m}x{n}x{k} w{warps} s{stages}, {packed} packed"
-                constants = sizes | strides[packed] | blocks
+                constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k} | sizes | strides[packed]
                 cases.append((setting, _grouped_gemm_kernel, args, constants, warps, stages))
     return cases
 

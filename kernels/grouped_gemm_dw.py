@@ -76,11 +76,7 @@ def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
     dw_EFD = dy_RF.new_empty(E, F, D)
     rows, hip = rows_per_expert(dy_RF.shape[0], E), torch.version.hip is not None
     block_m, block_n, block_k, warps, stages = _launch_config(rows, dy_RF.dtype, hip)
-    run: Any = (
-        wrap_triton(_grouped_gemm_dw_kernel)
-        if compiled(_grouped_gemm_dw_kernel)
-        else _grouped_gemm_dw_kernel
-    )
+    run: Any = wrap_triton(_grouped_gemm_dw_kernel) if compiled(_grouped_gemm_dw_kernel) else _grouped_gemm_dw_kernel
     run[(E * triton.cdiv(F, block_m) * triton.cdiv(D, block_n),)](
         *(dy_RF.contiguous(), x_RD.contiguous(), offsets_E.contiguous(), dw_EFD, D, F),
         *(block_m, block_n, block_k),

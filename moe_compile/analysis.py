@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
@@ -24,6 +25,7 @@ class Analysis:
     capture: Capture
     functions: Functions  # everything Python the function can run: what it reads has to be guarded
     before: str
+    form: str  # "loop", "grouped" or "batched"
 
 
 def analyse(
@@ -72,13 +74,13 @@ def analyse(
     assert rows.name.startswith(ROWS) and not rows.users
     main.gm.graph.erase_node(rows)
     main.gm.recompile()
-    return Analysis(main.gm, main, functions, before)
+    return Analysis(main.gm, main, functions, before, _form(region, before))
 
 
 def _detect(found: Capture, distinct: Sequence[int]) -> tuple[DetectExperts, str | None]:
     """Run detection on the captured graph; the reason if it proves no region, or not all."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
-    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants)
+    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled())
     detect = DetectExperts(facts)
     report = detect(found.gm)
     if report.refused:
@@ -87,6 +89,12 @@ def _detect(found: Capture, distinct: Sequence[int]) -> tuple[DetectExperts, str
         assert detect.run is not None
         return detect, _first_unknown(detect.run) or "nothing is summed over experts"
     return detect, None
+
+
+def _form(region: Region, before: str) -> str:
+    if region.total.terms[0].selection.expert is not None:
+        return "loop"
+    return "grouped" if "grouped_mm" in before else "batched"
 
 
 def _first_unknown(run: Interpreter) -> str | None:

@@ -55,6 +55,7 @@ def demo(
     _quiet()
     import torch
 
+    from moe_compile.demo.models import QUICK, SPECS
     from moe_compile.demo.progress import show_progress
     from moe_compile.demo.report import write_report
     from moe_compile.demo.run import DemoSettings, run_demo
@@ -70,6 +71,7 @@ def demo(
         long_steps=steps or (60 if quick else 300),
         new_tokens=120 if quick else 300,
         backend=backend,
+        specs=QUICK if quick else SPECS,
     )
     with show_progress() as on_progress:
         record = run_demo(settings, on_progress)

@@ -51,16 +51,20 @@ def _(ids_TK: Tensor, num_classes: int) -> Tensor:
 def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(x_RD, offsets_E, order_R): the rows x_TD[t] of all pairs (t, k), laid out expert by expert.
 
-    x_RD[r] = x_TD[order_R[r] // K].  Raises on ids that are not an integer [T, K].
+    x_RD[r] = x_TD[order_R[r] // K], also behind the last offset, where nobody may read them: no gradient comes back
+    from there.  Raises on ids that are not an integer [T, K], and on K = 0 or num_experts = 0.
     """
+    if ids_TK.dim() != 2 or ids_TK.is_floating_point() or ids_TK.dtype == torch.bool:
+        raise TypeError(f"expert ids are {ids_TK.dtype} {tuple(ids_TK.shape)}, expected an integer [T, K]")
+    if ids_TK.shape[1] == 0 or num_experts == 0:
+        raise ValueError(f"{ids_TK.shape[1]} experts a token of {num_experts}, expected at least one")
     order_R, offsets_E = sort_by_expert(ids_TK, num_experts)
-    top_k = max(ids_TK.shape[1], 1)
-    return x_TD.index_select(0, order_R.div(top_k, rounding_mode="floor")), offsets_E, order_R
+    return x_TD.index_select(0, order_R.div(ids_TK.shape[1], rounding_mode="floor")), offsets_E, order_R
 
 
 def sort_by_expert(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """(order_R, offsets_E) of `dispatch`: a stable sort of the pairs and the ends of the groups."""
-    ids = ids_TK.reshape(-1)
+    ids = ids_TK.reshape(-1).long()
     key = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
     order = torch.argsort(key, stable=True)
     counts = torch.bincount(key, minlength=num_experts + 1)[:num_experts]
@@ -149,7 +153,7 @@ def _gemm_save(ctx, inputs, output) -> None:
 def _gemm_backward(ctx, dy_RF: Tensor):
     x_RD, offsets_E, *weights = ctx.saved_tensors
     stacked = weights[0].dim() == 3
-    dx_RD = dws = None
+    dx_RD, dws = None, [None] * len(weights)
     if ctx.needs_input_grad[0]:
         transposed = [w.transpose(-1, -2) for w in weights]
         dx_RD = grouped_gemm(dy_RF, transposed, offsets_E)
@@ -173,11 +177,11 @@ def combine(
     position_R, kept_R = _positions(order_R, offsets_E)
     dtype = y_RD.dtype if weights_TK is None else torch.promote_types(y_RD.dtype, weights_TK.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    num_tokens, D = (order_R.shape[0] // top_k if top_k else 0), y_RD.shape[1]
+    num_tokens, D = order_R.shape[0] // top_k, y_RD.shape[1]
     rows = y_RD.index_select(0, position_R).to(wide)
-    rows = rows.masked_fill(~kept_R.unsqueeze(1), 0).view(num_tokens, top_k, D)
     if weights_TK is not None:
-        rows = rows * weights_TK.to(wide).unsqueeze(-1)
+        rows = rows * weights_TK.to(wide).reshape(-1, 1)
+    rows = rows.masked_fill(~kept_R.unsqueeze(1), 0).view(num_tokens, top_k, D)
     out_TD = rows.new_zeros(num_tokens, D)
     for k in range(top_k):
         out_TD += rows[:, k]
@@ -196,7 +200,7 @@ def _(
     y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int
 ) -> Tensor:
     dtype = y_RD.dtype if weights_TK is None else torch.promote_types(y_RD.dtype, weights_TK.dtype)
-    T = weights_TK.shape[0] if weights_TK is not None else order_R.shape[0] // max(top_k, 1)
+    T = weights_TK.shape[0] if weights_TK is not None else order_R.shape[0] // top_k
     return y_RD.new_empty(T, y_RD.shape[1], dtype=dtype)
 
 
@@ -239,8 +243,10 @@ def _combine_backward(ctx, dout_TD: Tensor):
     if ctx.weighted:
         dy_RD, dweights_TK = combine_backward(dout_TD, *saved, order_R, offsets_E)
         return dy_RD, dweights_TK, None, None, None
-    token_R = order_R.div(max(ctx.top_k, 1), rounding_mode="floor")
-    return dout_TD.index_select(0, token_R), None, None, None, None
+    token_R = order_R.div(ctx.top_k, rounding_mode="floor")
+    _, kept_R = _positions(order_R, offsets_E)
+    kept_R = kept_R.index_select(0, order_R).unsqueeze(1)
+    return torch.where(kept_R, dout_TD.index_select(0, token_R), 0), None, None, None, None
 
 
 register_autograd("moe_ep::dispatch", _dispatch_backward, setup_context=_dispatch_save)

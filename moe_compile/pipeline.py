@@ -14,6 +14,9 @@ CANONICALISE: tuple[type[RewritePass], ...] = (
 )
 
 
+PASS_NAMES = ("detect_experts", *(cls.__module__.rsplit(".", 1)[-1] for cls in CANONICALISE))
+
+
 def detect(gm: GraphModule, facts: Facts | None = None) -> PassReport:
     """Find the experts of an ATen graph; one `experts` node each."""
     return DetectExperts(facts)(gm)
@@ -21,4 +24,4 @@ def detect(gm: GraphModule, facts: Facts | None = None) -> PassReport:
 
 def canonicalise(gm: GraphModule, skip: frozenset[str] = frozenset()) -> list[PassReport]:
     """Turn `experts` nodes into dispatch, grouped GEMMs and combine."""
-    return [cls()(gm) for cls in CANONICALISE if cls.__name__ not in skip]
+    return [cls()(gm) for cls, name in zip(CANONICALISE, PASS_NAMES[1:], strict=True) if name not in skip]

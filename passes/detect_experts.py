@@ -118,7 +118,7 @@ def _drop_idle_grad_modes(graph: Graph) -> None:
     """Erase changes of the grad mode with nothing between them."""
     switches = graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
     for first, second in itertools.pairwise(switches):
-        if first.next is second and first.args[0] is not second.args[0]:
+        if first.next is second:
             graph.erase_node(first)
             graph.erase_node(second)
             return _drop_idle_grad_modes(graph)

@@ -1,6 +1,6 @@
 """Byte-level text that every machine has: the source files of the Python standard library.
 
-The same interpreter gives the same bytes, split and batches on every run; no download, no tokenizer.
+The same interpreter gives the same bytes, split and batches on every run, without a download.
 """
 
 import hashlib
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 VOCAB_SIZE = 256  # one token per byte value
-SKIPPED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "test", "tests", "__pycache__", "idle_test", "pydoc_data"})
+SKIPPED_DIRECTORIES = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "__pycache__", "idle_test", "pydoc_data"}
+)
 VALIDATION_EVERY = 10  # each tenth file is held out
 
 
@@ -72,8 +74,9 @@ def encode(text: str) -> Tensor:
 
 
 def decode(tokens: Iterable[int]) -> str:
-    """Return the text of byte tokens; bytes that are not UTF-8 show as the replacement mark."""
-    return bytes(tokens).decode(errors="replace")
+    """Return the text of byte tokens; what is not printable shows as the replacement mark."""
+    text = bytes(tokens).decode(errors="replace")
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _source_files(root: Path) -> list[str]:

@@ -13,7 +13,7 @@ ExpertsForm = Literal["eager", "grouped_mm"]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes of one model. Letters as elsewhere: E experts, K experts per token, D width, F expert width."""
+    """Sizes of one model; E experts, K experts per token, D width, F expert width."""
 
     name: str
     title: str
@@ -28,10 +28,9 @@ class ModelSpec:
     @property
     def sizes(self) -> str:
         """A one-line description for people."""
-        return (
-            f"{self.num_layers} layers, D {self.width}, E {self.num_experts}, "
-            f"K {self.top_k}, F {self.expert_width}"
-        )
+        layers = f"{self.num_layers} layer{'s' * (self.num_layers > 1)}"
+        experts = f"{self.num_experts} experts of width {self.expert_width}, top {self.top_k}"
+        return f"{layers} of width {self.width}, {experts}"
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,16 @@ class Variant:
 
 SPECS = {
     "mixtral": ModelSpec("mixtral", "Mixtral", 64, 4, 256, 256, 2),
-    "qwen3_moe": ModelSpec("qwen3_moe", "Qwen3-MoE", 96, 8, 256, 128, 2),
+    "qwen3_moe": ModelSpec("qwen3_moe", "Qwen3-MoE", 64, 8, 256, 128, 2),
 }
-TINY = {name: replace(spec, num_experts=4, top_k=2, width=32, expert_width=16, num_layers=1)
-        for name, spec in SPECS.items()}  # fmt: skip
+QUICK = {name: replace(spec, num_layers=1) for name, spec in SPECS.items()}
+TINY = {
+    name: replace(spec, num_experts=4, top_k=2, width=32, expert_width=16, num_layers=1)
+    for name, spec in SPECS.items()
+}
 
 REFERENCE = "hf_eager"
+AUX_LOSS_COEFFICIENT = 0.1  # without it the router soon sends every byte to a handful of experts
 
 
 def variants(backend: str = "moe_ep") -> tuple[Variant, ...]:
@@ -125,6 +128,3 @@ def _config(spec: ModelSpec) -> Any:
         num_experts=spec.num_experts,
         norm_topk_prob=True,
     )
-
-
-AUX_LOSS_COEFFICIENT = 0.1

@@ -1,17 +1,15 @@
 """All models and variants in a row, with a callback for progress."""
 
-import os
-import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from moe_compile.demo.data import Corpus, load_corpus
 from moe_compile.demo.generate import PROMPT, generate_text
+from moe_compile.demo.machine import machine_facts
 from moe_compile.demo.models import (
     REFERENCE,
     SPECS,
@@ -27,6 +25,7 @@ from moe_compile.demo.train import (
     Trainer,
     TrainSettings,
     cold_compilers,
+    describe,
     train_variant,
     validation_loss,
     warm_up_toolchain,
@@ -45,6 +44,7 @@ class DemoSettings:
     long_steps: int = 300
     new_tokens: int = 300
     backend: str = "moe_ep"
+    specs: Mapping[str, ModelSpec] = field(default_factory=lambda: SPECS)
 
     def steps_of(self, variant: Variant) -> int:
         """Return how many steps a variant trains for."""
@@ -55,7 +55,7 @@ Progress = Callable[[str, int, int, float], None]
 """Called as (what runs, step, steps in all, loss)."""
 
 
-def run_demo(settings: DemoSettings, on_progress: Progress, specs: dict[str, ModelSpec] = SPECS) -> RunRecord:
+def run_demo(settings: DemoSettings, on_progress: Progress) -> RunRecord:
     """Train every chosen model with every variant and return the record."""
     start = time.perf_counter()
     corpus = load_corpus()
@@ -63,7 +63,7 @@ def run_demo(settings: DemoSettings, on_progress: Progress, specs: dict[str, Mod
     on_progress("start the compilers", 0, 1, float("nan"))
     warm_up_toolchain(settings.train.device)
     for name in settings.models:
-        record.models.append(_run_model(specs[name], settings, corpus, on_progress))
+        record.models.append(_run_model(settings.specs[name], settings, corpus, on_progress))
     record.total_s = time.perf_counter() - start
     return record
 
@@ -123,7 +123,7 @@ def _generate(run: ModelRun, model: nn.Module, settings: DemoSettings) -> None:
             model, settings.train.device, max_new_tokens=settings.new_tokens
         )
     except Exception as error:  # reported beside the numbers that did come out
-        run.generate_error = f"{type(error).__name__}: {error}"
+        run.generate_error = describe(error)
 
 
 def _explain(run: ModelRun, spec: ModelSpec, settings: DemoSettings, corpus: Corpus) -> None:
@@ -138,7 +138,7 @@ def _explain(run: ModelRun, spec: ModelSpec, settings: DemoSettings, corpus: Cor
                 report = explain(model, input_ids=tokens, labels=tokens, use_cache=False)
             run.regions[label] = [region_record(region) for region in report.regions]
     except Exception as error:  # reported beside the numbers that did come out
-        run.explain_error = f"{type(error).__name__}: {error}"
+        run.explain_error = describe(error)
 
 
 def region_record(region: Any) -> RegionRecord:
@@ -154,34 +154,6 @@ def region_record(region: Any) -> RegionRecord:
         getattr(region, "before", ""),
         getattr(region, "after", ""),
     )
-
-
-def machine_facts(device: str = "cpu") -> dict[str, str]:
-    """Return what a reader needs to place the numbers."""
-    import transformers
-
-    facts = {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    if device.startswith("cuda"):
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _settings_text(settings: DemoSettings, corpus: Corpus) -> dict[str, str]:

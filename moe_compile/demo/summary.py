@@ -12,7 +12,7 @@ from moe_compile.demo.record import ModelRun, RunRecord
 
 def print_summary(record: RunRecord, console: Console | None = None) -> None:
     """Print tables of times and parity, what was found, and the generated text."""
-    console = console or Console()
+    console = console or Console(width=max(110, Console().width))
     for model in record.models:
         console.print(_table(model))
         for form, regions in model.regions.items():

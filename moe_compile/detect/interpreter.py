@@ -29,6 +29,7 @@ class Facts:
 
     distinct_ids: frozenset[Node] = frozenset()  # no id twice in a row, as top-k gives
     constants: Mapping[str, Tensor] | None = None  # get_attr targets that are literals of the program
+    grad_enabled: bool = True  # the grad mode around the graph
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Interpreter:
         if node.op != "call_function":
             return Plain(node)
         if node.target is torch._C._set_grad_enabled:
-            self.no_grad = not node.args[0]
+            self.no_grad = self.facts.grad_enabled and not node.args[0]
             return Plain(node)
         for source in node.all_input_nodes:
             if stale := self._stale(source):

@@ -82,17 +82,9 @@ def test_shapes_without_a_gpu() -> None:
 def test_says_why_not() -> None:
     y, weights = torch.zeros(4, 8), torch.zeros(2, 2)
     order, ends = torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
-    assert (
-        why_not(y.double(), None, order, ends, 2) == "y is torch.float64, expected bf16, f16 or f32"
-    )
-    assert (
-        why_not(y, weights.double(), order, ends, 2)
-        == "weights are torch.float64, expected bf16, f16 or f32"
-    )
-    assert (
-        why_not(y, None, order.long(), ends, 2)
-        == "order is torch.int64 and offsets are torch.int32, expected int32"
-    )
+    assert why_not(y.double(), None, order, ends, 2) == "y is torch.float64, expected bf16, f16 or f32"
+    assert why_not(y, weights.double(), order, ends, 2) == "weights are torch.float64, expected bf16, f16 or f32"
+    assert why_not(y, None, order.long(), ends, 2) == "order is torch.int64 and offsets are torch.int32, expected int32"
     assert why_not(y, None, order, ends, 0) == "top_k is 0, expected 1 to 64"
     assert why_not(y, weights, order, ends, 4) == "top_k is 4, weights have 2 per token"
     assert why_not(y, None, order, ends[:0], 2) == "offsets are for 0 experts"

@@ -99,14 +99,8 @@ def test_shapes_without_a_gpu() -> None:
 
 def test_says_why_not() -> None:
     x, ids = torch.zeros(2, 4), torch.zeros(2, 1, dtype=torch.int64)
-    assert (
-        why_not(x.double(), ids, 4)
-        == "x is torch.float64 with 2 dimensions, expected bf16, f16 or f32 with 2"
-    )
-    assert (
-        why_not(x, ids.float(), 4)
-        == "ids are torch.float32 with 2 dimensions, expected integers with 2"
-    )
+    assert why_not(x.double(), ids, 4) == "x is torch.float64 with 2 dimensions, expected bf16, f16 or f32 with 2"
+    assert why_not(x, ids.float(), 4) == "ids are torch.float32 with 2 dimensions, expected integers with 2"
     assert why_not(x, ids, 0) == "0 experts, expected 1 to 1022"
     assert why_not(x, ids, 2000) == "2000 experts, expected 1 to 1022"
     assert why_not(x, ids[:, :0], 4) == "ids have 0 experts per token"

@@ -1,0 +1,56 @@
+"""`explain` and `rewrite`: the compiler's two other front doors."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from moe_compile import dynamo_hook, pipeline
+from moe_compile.backend import moe_ep
+from moe_compile.graph_text import graph_text
+from moe_compile.region import experts
+from moe_compile.report import RegionReport, Report
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Which expert regions `torch.compile(model, backend="moe_ep")` rewrites for these inputs, and which not, and why.
+
+    Runs the model once, without gradients and without Inductor.  A model that is compiled already is looked
+    through.  Parameters, buffers and the random state are left as they were.
+    """
+    target = getattr(model, "_orig_mod", model)
+    found: dynamo_hook.Collected = []
+    token = dynamo_hook.collector.set(found)
+    inplace = target.__dict__.pop("_compiled_call_impl", None) if isinstance(target, nn.Module) else None
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+        try:
+            probe = torch.compile(lambda *a, **k: target(*a, **k), backend=moe_ep, options={"inner": "eager"})
+            probe(*args, **kwargs)
+        finally:
+            dynamo_hook.collector.reset(token)
+            if inplace is not None:
+                target.__dict__["_compiled_call_impl"] = inplace
+    names = {m: name for name, m in target.named_modules()} if isinstance(target, nn.Module) else {}
+    return Report([dataclasses.replace(r, module=names.get(m, r.module)) for m, r in found])
+
+
+def rewrite(gm: GraphModule) -> Report:
+    """Find and rewrite the expert regions of an ATen graph (make_fx, torch.export), in place.
+
+    Every node needs its fake value in `meta["val"]`, as these tracers leave it.
+    """
+    before = graph_text(gm.graph)
+    report = pipeline.detect(gm)
+    sites = [(n, n.args[6], n.args[0].meta["val"].shape) for n in gm.graph.find_nodes(op="call_function", target=experts)]  # type: ignore[union-attr]
+    regions = [RegionReport(False, "", "", "", 0, None, reason, before) for _, reason in report.refused]
+    reports = pipeline.canonicalise(gm)
+    declined = {site: reason for r in reports for site, reason in r.refused if r.name == "DispatchExperts"}
+    after = graph_text(gm.graph)
+    for node, number, shape in sites:
+        reason = declined.get(node.name)
+        top_k = shape[1] if isinstance(shape[1], int) else None
+        regions.append(RegionReport(reason is None, "", "", "", number, top_k, reason, before, after))  # type: ignore[arg-type]
+    return Report(regions)

@@ -1,0 +1,184 @@
+"""Region kinds: one proof and one rewritten function for all calls that are alike.
+
+Two calls are alike if the function's code, the module's structure and plain attributes, the metadata of all tensors
+and the ambient modes agree: then their graphs are the same, and only the tensors differ.
+"""
+
+import linecache
+import logging
+import time
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from moe_compile.analysis import analyse
+from moe_compile.errors import Refusal
+from moe_compile.graph_text import graph_text
+from moe_compile.pipeline import canonicalise
+from moe_compile.python_state import Functions
+from moe_compile.region import experts
+from moe_compile.report import RegionReport
+
+log = logging.getLogger(__name__)
+
+SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A proven function: `run(*tensors, *state)` in place of the original, with the names of the state it takes."""
+
+    run: Callable[..., Any]
+    state: tuple[str, ...]
+    single: bool  # returns one tensor, not a tuple
+    guards: tuple[Any, ...]
+    functions: Functions
+    report: RegionReport  # module and location are filled in for each call
+
+
+@dataclass(frozen=True)
+class Declined:
+    reason: str
+    report: RegionReport
+
+
+_known: dict[Any, Kind | Declined] = {}
+
+
+def kind_of(
+    fn: types.FunctionType,
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    distinct: tuple[int, ...],
+    skip: frozenset[str],
+) -> Kind | Declined:
+    """The kind of a call: proven and rewritten once, remembered after."""
+    key = (fn.__code__, _structure(module), _metadata([args, kwargs]), distinct, skip, _modes())
+    if key not in _known:
+        if len(_known) >= 512:
+            _known.clear()
+        started = time.perf_counter()
+        _known[key] = _prove(fn, module, args, kwargs, distinct, skip)
+        took = 1e3 * (time.perf_counter() - started)
+        log.info("%s: %s, %.0f ms", fn.__qualname__, _known[key].report.reason or "proven", took)
+    return _known[key]
+
+
+def forget() -> None:
+    """Drop all proofs."""
+    _known.clear()
+
+
+def _prove(
+    fn: types.FunctionType,
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    distinct: tuple[int, ...],
+    skip: frozenset[str],
+) -> Kind | Declined:
+    try:
+        found = analyse(fn, module, args, kwargs, distinct)
+        node = found.gm.graph.find_nodes(op="call_function", target=experts)[0]
+        num_experts, ids = node.args[6], node.args[0]
+        top_k = ids.meta["val"].shape[1]  # type: ignore[union-attr]
+        detected = graph_text(found.gm.graph)
+        reports = canonicalise(found.gm, skip)
+        for report in reports:
+            if report.refused and report.name == "DispatchExperts":
+                raise Refusal(report.refused[0][1])
+        after = graph_text(found.gm.graph)
+    except Refusal as reason:
+        log.debug("%s refused: %s", fn.__qualname__, reason)
+        return Declined(str(reason), RegionReport(False, "", "", "", 0, None, str(reason)))
+    log.debug("%s\n%s\n%s", found.before, detected, "\n".join(map(str, reports)))
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "moe_compile_region", "encoding": "string"},
+        payload_fn=lambda: "\n\n".join([found.before, detected, *map(str, reports), after]),
+    )
+    spec = found.capture.out_spec
+    if not (spec.is_leaf() or spec.type in (tuple, list) and all(c.is_leaf() for c in spec.children())):
+        return Declined("", RegionReport(False, "", "", "", 0, None, "it returns a nested structure"))
+    placeholders = found.gm.graph.find_nodes(op="placeholder")
+    first_state = len(placeholders) - len(found.capture.state)
+    unused = [(n, i) for i, n in enumerate(placeholders) if i >= first_state and not n.users]
+    for n, _ in unused:
+        found.gm.graph.erase_node(n)
+    gone = {i - first_state for _, i in unused}
+    state = tuple(name for i, name in enumerate(found.capture.state) if i not in gone)
+    report = RegionReport(
+        True, "", "", found.form, int(num_experts), top_k if isinstance(top_k, int) else None,  # type: ignore[arg-type, call-overload]
+        None, found.before, f"{detected}\n\n{after}", tuple(map(str, reports)),
+    )  # fmt: skip
+    run = _function(found.gm, fn.__name__, spec.is_leaf())
+    return Kind(run, state, spec.is_leaf(), tuple(found.capture.guards), found.functions, report)
+
+
+def _function(gm: GraphModule, name: str, single: bool) -> Callable[..., Any]:
+    """The graph as a plain Python function, for Dynamo to trace."""
+    assert not gm.graph.find_nodes(op="get_attr")
+    code = gm.graph.python_code("self")
+    source = code.src.replace("def forward(self, ", f"def moe_ep_{name}(").replace("def forward(self)", f"def moe_ep_{name}()")
+    if single:
+        source = _returns_one(source)
+    filename = f"<moe_ep {name} {id(gm)}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    scope: dict[str, Any] = dict(code.globals)
+    exec(compile(source, filename, "exec"), scope)
+    return scope[f"moe_ep_{name}"]
+
+
+def _returns_one(source: str) -> str:
+    lines = source.rstrip().splitlines()
+    indent = lines[-1][: len(lines[-1]) - len(lines[-1].lstrip())]
+    value = lines[-1].strip().removeprefix("return ").strip()
+    return "\n".join([*lines[:-1], f"{indent}return {value}[0]"]) + "\n"
+
+
+# -- what makes calls alike -----------------------------------------------------------------
+
+
+def _structure(module: nn.Module) -> Any:
+    """Classes, plain attributes and tensor metadata of a module and its children, and which tensors are one."""
+    number: dict[int, int] = {}
+    parts = []
+    for name, child in module.named_modules(remove_duplicate=False):
+        plain = tuple((k, v if isinstance(v, SIMPLE) else id(v)) for k, v in plain_attributes(child))
+        tensors = tuple(
+            (k, number.setdefault(id(t), len(number)), _metadata(t))
+            for group in (child._parameters, child._buffers)
+            for k, t in group.items()
+            if t is not None
+        )
+        hooked = bool(child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks)
+        parts.append((name, type(child), plain, tensors, hooked))
+    return tuple(parts)
+
+
+def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """Attributes that are not torch's own bookkeeping, children, parameters or buffers."""
+    inner = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    return [(k, v) for k, v in vars(module).items() if k not in inner and not k.startswith("_backward") and not (k.startswith("_") and "hooks" in k)]
+
+
+def _metadata(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        sizes = tuple(s if isinstance(s, int) else str(s) for s in (*tree.shape, *tree.stride()))
+        return (sizes, tree.dtype, tree.device, tree.requires_grad)
+    if isinstance(tree, (list, tuple)):
+        return tuple(map(_metadata, tree))
+    if isinstance(tree, dict):
+        return tuple((k, _metadata(v)) for k, v in tree.items())
+    return (type(tree), tree) if isinstance(tree, SIMPLE) else id(tree)
+
+
+def _modes() -> Any:
+    device = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    return (torch.is_grad_enabled(), tuple((d, torch.get_autocast_dtype(d)) for d in device), torch.get_default_dtype())

@@ -1,0 +1,57 @@
+"""The options of `torch.compile(..., backend="moe_ep", options={...})`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from moe_compile.errors import MoeCompileError
+
+INNER = ("inductor", "aot_eager", "eager")
+STRATEGIES = ("auto", "grouped", "alltoall", "allgather", "gather_weights")
+NUMERICS = ("exact", "fast")
+
+
+@dataclass(frozen=True)
+class Options:
+    """inner     who compiles the rewritten graph: "inductor", "aot_eager" or "eager"
+    strict    raise if an expert region is found and not rewritten, or a graph has none (meant with fullgraph=True)
+    strategy  how experts meet tokens: "auto" or "grouped" on one process; the others need sharded experts
+    skip      names of passes to leave out, e.g. ["fold_routing_weights"]; "detect_experts" leaves all as it is
+    numerics  "exact": bitwise reproducible, sums over a token's experts in order, in f32; "fast": may reorder
+    """
+
+    inner: str = "inductor"
+    strict: bool = False
+    strategy: str = "auto"
+    skip: frozenset[str] = frozenset()
+    numerics: str = "exact"
+
+    @staticmethod
+    def parse(given: Mapping[str, Any] | None, passes: Sequence[str]) -> "Options":
+        """Checked options.  Raises `MoeCompileError` with what is known, for anything that is not."""
+        given = dict(given or {})
+        known = [f.name for f in fields(Options)]
+        for name in given:
+            if name not in known:
+                raise MoeCompileError(f"unknown option {name!r}; moe_ep knows {', '.join(known)}")
+        _one_of("inner", given.get("inner", "inductor"), INNER)
+        _one_of("strategy", given.get("strategy", "auto"), STRATEGIES)
+        _one_of("numerics", given.get("numerics", "exact"), NUMERICS)
+        if not isinstance(given.get("strict", False), bool):
+            raise MoeCompileError(f"option strict is {given['strict']!r}; it is True or False")
+        if given.get("strategy", "auto") not in ("auto", "grouped"):
+            raise MoeCompileError(
+                f"strategy {given['strategy']!r} moves tokens or weights between processes; this model's experts are "
+                f"not sharded over a mesh: use 'auto' or 'grouped'"
+            )
+        skip = given.get("skip", ())
+        if isinstance(skip, str) or not isinstance(skip, (list, tuple, set, frozenset)):
+            raise MoeCompileError(f"option skip is {skip!r}; it is a list of pass names")
+        for name in skip:
+            _one_of("skip", name, passes)
+        return Options(**{**given, "skip": frozenset(skip)})
+
+
+def _one_of(option: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise MoeCompileError(f"option {option}: {value!r} is not one of {', '.join(map(repr, known))}")
