@@ -126,7 +126,7 @@ def _check_answers(found: Capture, run: Interpreter | None, region: Region, *, e
             raise Refusal(f"Python decides on {node.name} both ways")
     for node in found.counted:
         value = run.values[node]
-        if not isinstance(value, Emptiness | Constant) or isinstance(value, Emptiness) and value.kind != "count":
+        if not isinstance(value, Emptiness | Constant) or (isinstance(value, Emptiness) and value.kind != "count"):
             raise Refusal(f"Python reads {node.name}, not shown to be the number of an expert's rows")
 
 

@@ -3,16 +3,17 @@
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.backends.registry import lookup_backend, register_backend
 from torch.fx import GraphModule
 
 import moe_compile.ops  # noqa: F401  registers torch.ops.moe_ep
 from moe_compile import dynamo_hook
 from moe_compile.errors import MoeCompileError
+from moe_compile.lower import inductor_settings
 from moe_compile.options import Options
 from moe_compile.pipeline import PASS_NAMES
 
@@ -40,7 +41,9 @@ def _compile_inner(gm: GraphModule, inputs: Sequence[Tensor], options: Options, 
         from torch._inductor.compile_fx import compile_fx
 
         settings = dict(list_mode_options(mode)) if mode and mode != "default" else {}
-        return compile_fx(gm, inputs, config_patches=settings or None)
+        if "choose_kernels" not in options.skip:
+            settings |= inductor_settings()
+        return compile_fx(gm, inputs, config_patches=settings)
     return lookup_backend(options.inner)(gm, inputs)
 
 
@@ -78,5 +81,11 @@ def _parsed(_key: str, box: _Box) -> Options:
     return Options.parse(box.value, PASS_NAMES)
 
 
-if torch._dynamo is not None:
-    dynamo_hook.install(options_of)
+def _register() -> None:
+    """Make the name known where the package is a plain checkout, without the entry point of an installation."""
+    if "moe_ep" not in entry_points(group="torch_dynamo_backends").names:
+        register_backend(moe_ep, name="moe_ep")
+
+
+dynamo_hook.install(options_of)
+_register()

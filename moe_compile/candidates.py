@@ -15,8 +15,7 @@ from torch import nn
 from moe_compile.python_state import code_names
 
 SELECTS = frozenset(
-    "where nonzero one_hot any index_add index_add_ index_put index_put_ scatter_add scatter_add_ index_select "
-    "masked_select argsort sort bincount repeat_interleave".split()
+    ["where", "nonzero", "one_hot", "any", "index_add", "index_add_", "index_put", "index_put_", "scatter_add", "scatter_add_", "index_select", "masked_select", "argsort", "sort", "bincount", "repeat_interleave"]
 )
 
 _answers: "weakref.WeakKeyDictionary[nn.Module, dict[types.CodeType, bool]]" = weakref.WeakKeyDictionary()
@@ -35,7 +34,9 @@ def _decide(fn: types.FunctionType, module: nn.Module) -> bool:
     stacked = {n for n, p in module._parameters.items() if p is not None and p.dim() >= 3 and p.shape[0] > 1}
     if stacked & names:
         return True
-    lists = {n for n, child in module._modules.items() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and _like(child)}
+    lists = {
+        n for n, child in module._modules.items() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and _like(child)
+    }
     return bool(lists & names) and "FOR_ITER" in opcodes and bool(names & SELECTS or "STORE_SUBSCR" in opcodes)
 
 

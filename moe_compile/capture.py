@@ -134,8 +134,22 @@ class Answers(TorchFunctionMode):
         return [torch.tensor([i] if table.dim() > 1 else i) for i in range(mask.shape[0])]
 
 
-_SIZES = {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.__len__, torch.numel}  # type: ignore[attr-defined]
-_SAME_LIST = {torch.Tensor.squeeze, torch.squeeze, torch.Tensor.flatten, torch.flatten, torch.Tensor.view, torch.Tensor.reshape}
+_SIZES = {
+    torch.Tensor.shape.__get__,
+    torch.Tensor.size,
+    torch.Tensor.numel,
+    torch.Tensor.nelement,
+    torch.Tensor.__len__,
+    torch.numel,
+}  # type: ignore[attr-defined]
+_SAME_LIST = {
+    torch.Tensor.squeeze,
+    torch.squeeze,
+    torch.Tensor.flatten,
+    torch.flatten,
+    torch.Tensor.view,
+    torch.Tensor.reshape,
+}
 
 
 def _is_mask(index: Any) -> bool:
@@ -202,14 +216,20 @@ def capture(
         return [*flat, *answers.iterated, *answers.answered, *answers.counted]
 
     with watch(module), world.mode, _compiling(), _refusals():
-        gm = make_fx(run, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(inputs, state_fakes, length)
+        gm = make_fx(run, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
+            inputs, state_fakes, length
+        )
     gm.graph.set_codegen(torch.fx.graph.CodeGen())
     _name_inputs(gm, [*_argument_names(fn, args, kwargs, tensors), *state, ROWS])
     out = next(reversed(gm.graph.nodes))
     results = list(out.args[0])  # type: ignore[arg-type]
     n, iterated, answered = seen["sizes"]
     out.args = (tuple(results[:n]),)
-    parts = results[n : n + iterated], results[n + iterated : n + iterated + answered], results[n + iterated + answered :]
+    parts = (
+        results[n : n + iterated],
+        results[n + iterated : n + iterated + answered],
+        results[n + iterated + answered :],
+    )
     constants = {k: v for k, v in vars(gm).items() if k.startswith("_tensor_constant")} | dict(gm.named_buffers())
     return Capture(
         gm,
@@ -277,7 +297,9 @@ def _hint(size: torch.SymInt, symbol: Any) -> int:
     return int(table.get(symbol, 97))
 
 
-def _argument_names(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], tensors: list[int]) -> list[str]:
+def _argument_names(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], tensors: list[int]
+) -> list[str]:
     """A name for each tensor argument: its parameter's, where an argument is one tensor."""
     names = list(inspect.signature(fn).parameters)[1:]
     leaves = []

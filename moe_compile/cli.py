@@ -42,9 +42,7 @@ def root() -> None:
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A run of under three minutes.")] = False,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the longest run (default 300; quick 60).")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the longest run (default 600; quick 60).")] = None,
     dtype: Annotated[DType, typer.Option(help="Type of the weights.")] = DType.float32,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
     out: Annotated[Path, typer.Option(help="Report directory.")] = Path("moe_compile_demo"),
@@ -67,10 +65,11 @@ def demo(
     settings = DemoSettings(
         TrainSettings(dtype=getattr(torch, dtype), device=device),
         ("mixtral", "qwen3_moe") if model is Model.both else (model.value,),
-        steps=22 if quick else 30,
-        long_steps=steps or (60 if quick else 300),
+        steps=21 if quick else 30,
+        long_steps=steps or (60 if quick else 600),
         new_tokens=120 if quick else 300,
         backend=backend,
+        write_all=not quick,
         specs=QUICK if quick else SPECS,
     )
     with show_progress() as on_progress:

@@ -168,7 +168,7 @@ def _from_topk(node: torch.fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem:
         return False
-    return node.args[1] == 1 and (source.target is torch.topk or source.op == "call_method" and source.target == "topk")
+    return node.args[1] == 1 and (source.target is torch.topk or (source.op == "call_method" and source.target == "topk"))
 
 
 @contextlib.contextmanager
@@ -192,7 +192,9 @@ def _record(kind: Kind | Declined, fn: types.FunctionType, owner: Any, options: 
     if (into := collector.get()) is not None:
         into.append((owner.value, report))
     if options.strict and not report.matched:
-        raise MoeCompileError(f"strict: {report.module or 'the model'} ({report.location}) is not rewritten: {report.reason}")
+        raise MoeCompileError(
+            f"strict: {report.module or 'the model'} ({report.location}) is not rewritten: {report.reason}"
+        )
 
 
 def _module_name(owner: Any) -> str:
@@ -201,9 +203,20 @@ def _module_name(owner: Any) -> str:
     while source is not None:
         kind, member = type(source).__name__, getattr(source, "member", None)
         index = getattr(source, "index", None)
-        if kind in ("DictGetItemSource", "GetItemSource", "NNModuleSource", "UnspecializedNNModuleSource") and isinstance(index, (str, int)):
+        if kind in (
+            "DictGetItemSource",
+            "GetItemSource",
+            "NNModuleSource",
+            "UnspecializedNNModuleSource",
+        ) and isinstance(index, (str, int)):
             parts.append(str(index))
-        elif isinstance(member, str) and member not in ("_modules", "__dict__", "__closure__", "cell_contents", "_orig_mod"):
+        elif isinstance(member, str) and member not in (
+            "_modules",
+            "__dict__",
+            "__closure__",
+            "cell_contents",
+            "_orig_mod",
+        ):
             parts.append(member)
         source = getattr(source, "base", None)
     return ".".join(reversed(parts))

@@ -104,7 +104,7 @@ def _prove(
         payload_fn=lambda: "\n\n".join([found.before, detected, *map(str, reports), after]),
     )
     spec = found.capture.out_spec
-    if not (spec.is_leaf() or spec.type in (tuple, list) and all(c.is_leaf() for c in spec.children())):
+    if not (spec.is_leaf() or (spec.type in (tuple, list) and all(c.is_leaf() for c in spec.children()))):
         return Declined("", RegionReport(False, "", "", "", 0, None, "it returns a nested structure"))
     placeholders = found.gm.graph.find_nodes(op="placeholder")
     first_state = len(placeholders) - len(found.capture.state)
@@ -125,7 +125,9 @@ def _function(gm: GraphModule, name: str, single: bool) -> Callable[..., Any]:
     """The graph as a plain Python function, for Dynamo to trace."""
     assert not gm.graph.find_nodes(op="get_attr")
     code = gm.graph.python_code("self")
-    source = code.src.replace("def forward(self, ", f"def moe_ep_{name}(").replace("def forward(self)", f"def moe_ep_{name}()")
+    source = code.src.replace("def forward(self, ", f"def moe_ep_{name}(").replace(
+        "def forward(self)", f"def moe_ep_{name}()"
+    )
     if single:
         source = _returns_one(source)
     filename = f"<moe_ep {name} {id(gm)}>"
@@ -157,7 +159,9 @@ def _structure(module: nn.Module) -> Any:
             for k, t in group.items()
             if t is not None
         )
-        hooked = bool(child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks)
+        hooked = bool(
+            child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
+        )
         parts.append((name, type(child), plain, tensors, hooked))
     return tuple(parts)
 
@@ -165,7 +169,11 @@ def _structure(module: nn.Module) -> Any:
 def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
     """Attributes that are not torch's own bookkeeping, children, parameters or buffers."""
     inner = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    return [(k, v) for k, v in vars(module).items() if k not in inner and not k.startswith("_backward") and not (k.startswith("_") and "hooks" in k)]
+    return [
+        (k, v)
+        for k, v in vars(module).items()
+        if k not in inner and not k.startswith("_backward") and not (k.startswith("_") and "hooks" in k)
+    ]
 
 
 def _metadata(tree: Any) -> Any:

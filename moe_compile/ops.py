@@ -30,7 +30,7 @@ def check_ids(ids_TK: Tensor, num_classes: int) -> Tensor:
     """
     if ids_TK.device.type != "cpu":
         torch._assert_async(((ids_TK >= 0) & (ids_TK < num_classes)).all())
-    elif ids_TK.numel() and not (0 <= int(ids_TK.min()) and int(ids_TK.max()) < num_classes):
+    elif ids_TK.numel() and not (int(ids_TK.min()) >= 0 and int(ids_TK.max()) < num_classes):
         low, high = int(ids_TK.min()), int(ids_TK.max())
         raise RuntimeError(
             f"Class values must be smaller than num_classes and not negative: "
@@ -62,6 +62,7 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
     return x_TD.index_select(0, order_R.div(ids_TK.shape[1], rounding_mode="floor")), offsets_E, order_R
 
 
+@custom_op("moe_ep::sort_by_expert", mutates_args=())
 def sort_by_expert(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """(order_R, offsets_E) of `dispatch`: a stable sort of the pairs and the ends of the groups."""
     ids = ids_TK.reshape(-1).long()
@@ -69,6 +70,12 @@ def sort_by_expert(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     order = torch.argsort(key, stable=True)
     counts = torch.bincount(key, minlength=num_experts + 1)[:num_experts]
     return order.to(torch.int32), counts.cumsum(0).to(torch.int32)
+
+
+@sort_by_expert.register_fake
+def _(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    i32 = {"dtype": torch.int32, "device": ids_TK.device}
+    return torch.empty(ids_TK.shape[0] * ids_TK.shape[1], **i32), torch.empty(num_experts, **i32)
 
 
 @dispatch.register_fake
@@ -167,9 +174,7 @@ def _gemm_backward(ctx, dy_RF: Tensor):
 
 
 @custom_op("moe_ep::combine", mutates_args=())
-def combine(
-    y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int
-) -> Tensor:
+def combine(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
     """out_TD[t] = sum over k of weights_TK[t, k] * (the row of y_RD of pair (t, k)).
 
     No weights mean ones.  The result has the dtype that y * weights has; sums run in f32 or wider.
@@ -196,9 +201,7 @@ def _positions(order_R: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @combine.register_fake
-def _(
-    y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int
-) -> Tensor:
+def _(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
     dtype = y_RD.dtype if weights_TK is None else torch.promote_types(y_RD.dtype, weights_TK.dtype)
     T = weights_TK.shape[0] if weights_TK is not None else order_R.shape[0] // top_k
     return y_RD.new_empty(T, y_RD.shape[1], dtype=dtype)
@@ -226,9 +229,7 @@ def combine_backward(
 
 
 @combine_backward.register_fake
-def _(
-    dout_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(dout_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
     return y_RD.new_empty(y_RD.shape), weights_TK.new_empty(weights_TK.shape)
 
 

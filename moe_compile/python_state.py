@@ -194,5 +194,5 @@ def _reads(node: ast.AST, known: set[str], stored: set[str], carried: set[str]) 
         local |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     for n in ast.walk(node):
         if isinstance(n, ast.Name) and n.id in stored and n.id not in local:
-            if isinstance(n.ctx, ast.Load) or isinstance(node, ast.AugAssign) and n is node.target:
+            if isinstance(n.ctx, ast.Load) or (isinstance(node, ast.AugAssign) and n is node.target):
                 carried.add(n.id)

@@ -256,11 +256,7 @@ def getitem(b: Batcher, node: Node) -> Batched:
     return Batched(source.level, b.emit(operator.getitem, source.node, node.args[1]))
 
 
-_POINTWISE = """
-    abs add addcmul clamp clamp_max clamp_min clone contiguous cos detach div exp ge gelu gt le log lt masked_fill maximum
-    minimum mul multiply neg pow reciprocal relu rsqrt rsub sigmoid silu sin softplus sqrt square sub tanh to _to_copy
-    true_divide type_as where
-""".split()
+_POINTWISE = ["abs", "add", "addcmul", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "cos", "detach", "div", "exp", "ge", "gelu", "gt", "le", "log", "lt", "masked_fill", "maximum", "minimum", "mul", "multiply", "neg", "pow", "reciprocal", "relu", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softplus", "sqrt", "square", "sub", "tanh", "to", "_to_copy", "true_divide", "type_as", "where"]
 
 RULES: dict[str, Callable[[Batcher, Node], Batched]] = {
     "linear": linear,

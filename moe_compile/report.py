@@ -35,11 +35,20 @@ class Report:
             return "no expert region found"
         head = ("module", "location", "form", "experts", "top-k", "result")
         rows = [
-            (r.module or "(root)", r.location, r.form or "-", str(r.num_experts or "-"), str(r.top_k or "-"), _result(r))
+            (
+                r.module or "(root)",
+                r.location,
+                r.form or "-",
+                str(r.num_experts or "-"),
+                str(r.top_k or "-"),
+                _result(r),
+            )
             for r in self.regions
         ]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+        ]
         done = sum(r.matched for r in self.regions)
         lines.insert(1, "  ".join("-" * w for w in widths))
         lines.append(f"{done} of {len(self.regions)} regions rewritten")

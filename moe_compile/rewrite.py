@@ -62,7 +62,7 @@ class RewritePass(ABC, Generic[M]):
 def drop_dead(graph: Graph, also: Callable[[Node], bool] = lambda node: False) -> None:
     """Erase nodes without users that have no effect, or of which `also` says that it is not wanted."""
     for node in reversed(graph.nodes):
-        if node.op != "call_function" and node.op != "get_attr" or node.users:
+        if (node.op != "call_function" and node.op != "get_attr") or node.users:
             continue
         if not node.is_impure() or also(node):
             graph.erase_node(node)

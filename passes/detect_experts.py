@@ -85,7 +85,9 @@ class DetectExperts(RewritePass[Found]):
         name = next(n for i in range(len(graph.nodes)) if not hasattr(owner, n := f"experts_body_{i}"))
         setattr(owner, name, module)
         with graph.inserting_before(site):
-            ids = region.ids if _rank(region.ids) == 2 else emit(graph, aten.unsqueeze.default, region.ids, 1, like=site)
+            ids = (
+                region.ids if _rank(region.ids) == 2 else emit(graph, aten.unsqueeze.default, region.ids, 1, like=site)
+            )
             args = (
                 ids,
                 [leaf.node for leaf in body.inputs["token"]],

@@ -53,7 +53,7 @@ class FoldRoutingWeights(RewritePass[Weighted]):
         if rows.dim() != 2 or weights.shape[1:].numel() != 1:
             return f"rows are {tuple(rows.shape)}, weights {tuple(weights.shape)}"
         first, last = found.product, found.combine.args[0]
-        if len(first.users) > 1 or isinstance(last, Node) and len(last.users) > 1:
+        if len(first.users) > 1 or (isinstance(last, Node) and len(last.users) > 1):
             return "the weighted rows are used elsewhere too"
         return None
 

@@ -76,7 +76,7 @@ def encode(text: str) -> Tensor:
 def decode(tokens: Iterable[int]) -> str:
     """Return the text of byte tokens; what is not printable shows as the replacement mark."""
     text = bytes(tokens).decode(errors="replace")
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)
 
 
 def _source_files(root: Path) -> list[str]:

@@ -49,8 +49,7 @@ SPECS = {
 }
 QUICK = {name: replace(spec, num_layers=1) for name, spec in SPECS.items()}
 TINY = {
-    name: replace(spec, num_experts=4, top_k=2, width=32, expert_width=16, num_layers=1)
-    for name, spec in SPECS.items()
+    name: replace(spec, num_experts=4, top_k=2, width=32, expert_width=16, num_layers=1) for name, spec in SPECS.items()
 }
 
 REFERENCE = "hf_eager"

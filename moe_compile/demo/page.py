@@ -55,9 +55,7 @@ def page(title: str, body: str) -> str:
     )
 
 
-def table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], numeric: int = 0, best: int = -1
-) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: int = 0, best: int = -1) -> str:
     """Return a table of HTML cells: columns 1 to `numeric` align right, row `best` is tinted."""
 
     def cell(tag: str, column: int, content: str) -> str:
@@ -68,12 +66,10 @@ def table(
         return "".join(cell(tag, column, content) for column, content in enumerate(cells))
 
     body = "\n".join(
-        f"<tr{' class=best' if index == best else ''}>{line('td', row)}</tr>"
-        for index, row in enumerate(rows)
+        f"<tr{' class=best' if index == best else ''}>{line('td', row)}</tr>" for index, row in enumerate(rows)
     )
     return (
-        f'<div class="wide"><table><thead><tr>{line("th", head)}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
+        f'<div class="wide"><table><thead><tr>{line("th", head)}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
     )
 
 

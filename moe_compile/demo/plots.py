@@ -101,9 +101,7 @@ def _bars(
     places = range(len(shown))
     axes.barh(places, widths, color=[_color(run) for run in shown], height=0.62)
     for place, run, width in zip(places, shown, widths, strict=True):
-        axes.annotate(
-            note(run), (width, place), (4, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        axes.annotate(note(run), (width, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(list(places), [run.label for run in shown])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(widths, default=1.0))

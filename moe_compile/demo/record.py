@@ -127,8 +127,5 @@ class RunRecord:
 def _model(entry: dict[str, Any]) -> ModelRun:
     variants = [VariantRun(**run) for run in entry.pop("variants")]
     parity = [ParityResult(**result) for result in entry.pop("parity")]
-    regions = {
-        form: [RegionRecord(**region) for region in found]
-        for form, found in entry.pop("regions").items()
-    }
+    regions = {form: [RegionRecord(**region) for region in found] for form, found in entry.pop("regions").items()}
     return ModelRun(**entry, variants=variants, parity=parity, regions=regions)

@@ -58,9 +58,9 @@ def _verdict(record: RunRecord) -> str:
 def _cards(model: ModelRun, backend: str) -> str:
     over_eager = number(model.speed_up("moe_ep_loop", REFERENCE), 1)
     over_inductor = number(model.speed_up("moe_ep_loop", "hf_inductor"), 2)
-    return card(
-        f"{over_eager}x", f"{model.title}: {backend} on the eager loop, step time over HF eager"
-    ) + card(f"{over_inductor}x", f"{model.title}: the same, over HF default + Inductor")
+    return card(f"{over_eager}x", f"{model.title}: {backend} on the eager loop, step time over HF eager") + card(
+        f"{over_inductor}x", f"{model.title}: the same, over HF default + Inductor"
+    )
 
 
 def _model(model: ModelRun, pictures: dict[str, bytes]) -> str:
@@ -82,7 +82,6 @@ def _model(model: ModelRun, pictures: dict[str, bytes]) -> str:
             "<h3>What the compiler found</h3>",
             _regions(model),
             _graphs(model),
-            "<h3>Text written by the trained, compiled model</h3>",
             _generated(model),
         ]
     )
@@ -91,9 +90,7 @@ def _model(model: ModelRun, pictures: dict[str, bytes]) -> str:
 def _times(model: ModelRun) -> str:
     head = ("Variant", "Steps", "First step (s)", "Step (ms)", "Tokens/s", "Over HF eager",
             "Over Inductor", "Loss difference", "Losses")  # fmt: skip
-    times = [
-        run.median_s if run.median_s == run.median_s else float("inf") for run in model.variants
-    ]
+    times = [run.median_s if run.median_s == run.median_s else float("inf") for run in model.variants]
     best = times.index(min(times)) if times else -1
     return table(head, [_row(model, run) for run in model.variants], numeric=7, best=best)
 
@@ -152,9 +149,13 @@ def _printed_region(model: ModelRun) -> RegionRecord | None:
 
 
 def _generated(model: ModelRun) -> str:
+    head = "<h3>Text written by the trained, compiled model</h3>"
     if model.generate_error:
-        return f"<p>{badge(False, 'ERROR')} {escape(model.generate_error)}</p>"
+        return f"{head}<p>{badge(False, 'ERROR')} {escape(model.generate_error)}</p>"
+    if not model.generated:
+        return ""
     return (
+        f"{head}"
         f'<p class="soft">{len(model.generated)} characters in {number(model.generate_s, 1)} s, '
         "compilation of the two inference graphs included; static key-value cache; the prompt is "
         f'grey.</p><pre class="text"><i>{escape(model.prompt)}</i>{escape(model.generated)}</pre>'

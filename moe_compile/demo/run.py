@@ -41,9 +41,10 @@ class DemoSettings:
     train: TrainSettings
     models: Sequence[str] = ("mixtral", "qwen3_moe")
     steps: int = 30
-    long_steps: int = 300
+    long_steps: int = 600
     new_tokens: int = 300
     backend: str = "moe_ep"
+    write_all: bool = True  # every model writes text; otherwise only the first one
     specs: Mapping[str, ModelSpec] = field(default_factory=lambda: SPECS)
 
     def steps_of(self, variant: Variant) -> int:
@@ -68,9 +69,7 @@ def run_demo(settings: DemoSettings, on_progress: Progress) -> RunRecord:
     return record
 
 
-def _run_model(
-    spec: ModelSpec, settings: DemoSettings, corpus: Corpus, on_progress: Progress
-) -> ModelRun:
+def _run_model(spec: ModelSpec, settings: DemoSettings, corpus: Corpus, on_progress: Progress) -> ModelRun:
     train = settings.train
     run = ModelRun(
         spec.name,
@@ -92,15 +91,14 @@ def _run_model(
             result = train_variant(
                 trainer,
                 num_steps,
-                lambda step, loss, title=title, total=num_steps: on_progress(
-                    title, step + 1, total, loss
-                ),
+                lambda step, loss, title=title, total=num_steps: on_progress(title, step + 1, total, loss),
             )
             run.variants.append(result)
             if variant.key == LONGEST and not result.error:
                 run.validation_after = validation_loss(trainer.model, batches, train.device)
-                on_progress(f"{spec.title}: generate text", 0, 1, float("nan"))
-                _generate(run, trainer.model, settings)
+                if settings.write_all or spec.name == settings.models[0]:
+                    on_progress(f"{spec.title}: generate text", 0, 1, float("nan"))
+                    _generate(run, trainer.model, settings)
     _compare(run, settings)
     on_progress(f"{spec.title}: explain", 0, 1, float("nan"))
     _explain(run, spec, settings, corpus)
@@ -112,16 +110,12 @@ def _compare(run: ModelRun, settings: DemoSettings) -> None:
     tolerance = TOLERANCE[str(settings.train.dtype).removeprefix("torch.")]
     for result in run.variants:
         if reference is not None and result is not reference and not result.error:
-            run.parity.append(
-                compare_losses(result.key, reference.losses, result.losses, tolerance)
-            )
+            run.parity.append(compare_losses(result.key, reference.losses, result.losses, tolerance))
 
 
 def _generate(run: ModelRun, model: nn.Module, settings: DemoSettings) -> None:
     try:
-        run.generated, run.generate_s = generate_text(
-            model, settings.train.device, max_new_tokens=settings.new_tokens
-        )
+        run.generated, run.generate_s = generate_text(model, settings.train.device, max_new_tokens=settings.new_tokens)
     except Exception as error:  # reported beside the numbers that did come out
         run.generate_error = describe(error)
 

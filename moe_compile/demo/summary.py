@@ -3,8 +3,10 @@
 import math
 
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from moe_compile.demo.models import REFERENCE
 from moe_compile.demo.record import ModelRun, RunRecord
@@ -20,11 +22,10 @@ def print_summary(record: RunRecord, console: Console | None = None) -> None:
             console.print(f"{form}: {matched} of {len(regions)} expert regions rewritten")
         if model.explain_error:
             console.print(f"explain: {model.explain_error}", style="red", markup=False)
-        console.print(
-            f"validation loss {model.validation_before:.3f} -> {model.validation_after:.3f}"
-        )
-        text = model.generate_error or model.prompt + model.generated
-        console.print(Panel(text, title="generated text", title_align="left"), markup=False)
+        console.print(f"validation loss {model.validation_before:.3f} -> {model.validation_after:.3f}")
+        if model.generated or model.generate_error:
+            text = Text(model.generate_error or model.prompt + model.generated)
+            console.print(Panel(text, title="generated text", title_align="left"))
     console.print(f"{'PASS' if record.passed else 'FAIL'}  in {record.total_s:.0f} s", style="bold")
 
 
@@ -40,7 +41,7 @@ def _table(model: ModelRun) -> Table:
     for run in model.variants:
         parity = next((result for result in model.parity if result.key == run.key), None)
         if run.error:
-            table.add_row(run.label, *[""] * 6, f"ERROR {run.error}")
+            table.add_row(run.label, *[""] * 6, escape(f"ERROR {run.error}"))
             continue
         table.add_row(
             run.label,

@@ -41,18 +41,12 @@ class TrainSettings:
 class Trainer:
     """An unmodified model, AdamW, and the batches of `corpus` in a fixed order."""
 
-    def __init__(
-        self, spec: ModelSpec, variant: Variant, corpus: Corpus, settings: TrainSettings
-    ) -> None:
+    def __init__(self, spec: ModelSpec, variant: Variant, corpus: Corpus, settings: TrainSettings) -> None:
         self.settings = settings
         self.corpus = corpus
         self.variant = variant
-        self.model = build_model(
-            spec, variant.experts, settings.seed, settings.dtype, settings.device
-        )
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, eps=ADAM_EPS, fused=True
-        )
+        self.model = build_model(spec, variant.experts, settings.seed, settings.dtype, settings.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=settings.learning_rate, eps=ADAM_EPS, fused=True)
         self.num_steps = 0
 
     def compile(self) -> None:
@@ -66,9 +60,9 @@ class Trainer:
         rate = settings.learning_rate * min(1.0, (self.num_steps + 1) / settings.warm_up_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        tokens = self.corpus.batch(
-            self.num_steps, settings.batch_size, settings.length, settings.seed
-        ).to(settings.device)
+        tokens = self.corpus.batch(self.num_steps, settings.batch_size, settings.length, settings.seed).to(
+            settings.device
+        )
         loss: Tensor = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         self.optimizer.step()
@@ -85,9 +79,7 @@ class Trainer:
         return loss, time.perf_counter() - start
 
 
-def train_variant(
-    trainer: Trainer, num_steps: int, on_step: Callable[[int, float], None] | None = None
-) -> VariantRun:
+def train_variant(trainer: Trainer, num_steps: int, on_step: Callable[[int, float], None] | None = None) -> VariantRun:
     """Run `num_steps` steps; the first one includes compilation. Errors end up in the record."""
     run = VariantRun(trainer.variant.key, trainer.variant.label)
     try:

@@ -268,8 +268,4 @@ def rows_of(value: Any) -> bool:
 
 
 def _storages(node: Node) -> set[Any]:
-    return {
-        t.untyped_storage()._cdata
-        for t in tree_leaves(node.meta.get("val"))
-        if isinstance(t, Tensor)
-    }
+    return {t.untyped_storage()._cdata for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)}

@@ -16,13 +16,7 @@ from moe_compile.region import Expr
 
 aten = torch.ops.aten
 
-POINTWISE = """
-    abs add addcdiv addcmul alias bitwise_and bitwise_not bitwise_or celu clamp clamp_max clamp_min clone contiguous
-    cos detach div elu eq erf exp exp2 expm1 float floor ge gelu greater gt half hardsigmoid hardswish hardtanh le
-    leaky_relu lerp less log log1p log_sigmoid logical_and logical_not logical_or lt masked_fill maximum minimum mish
-    mul multiply nan_to_num ne neg pow reciprocal relu relu6 round rsqrt rsub selu sigmoid sign silu sin softplus
-    sqrt square sub subtract tanh threshold to _to_copy true_divide type_as where
-""".split()
+POINTWISE = ["abs", "add", "addcdiv", "addcmul", "alias", "bitwise_and", "bitwise_not", "bitwise_or", "celu", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "cos", "detach", "div", "elu", "eq", "erf", "exp", "exp2", "expm1", "float", "floor", "ge", "gelu", "greater", "gt", "half", "hardsigmoid", "hardswish", "hardtanh", "le", "leaky_relu", "lerp", "less", "log", "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum", "mish", "mul", "multiply", "nan_to_num", "ne", "neg", "pow", "reciprocal", "relu", "relu6", "round", "rsqrt", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "square", "sub", "subtract", "tanh", "threshold", "to", "_to_copy", "true_divide", "type_as", "where"]
 
 # The position of the dimensions an op works along, and its default there.
 ALONG: dict[str, tuple[int, Any]] = {
@@ -126,7 +120,7 @@ def pointwise(call: Call) -> Value | None:
         rank = expr.val.dim()
         if expr.level == "row" and rank != out.dim():
             return Unknown(f"{call.op} broadcasts rows of rank {rank} to rank {out.dim()}: rows would meet rows")
-        if expr.level != "row" and (rank > out.dim() or rank == out.dim() and not _is_one(expr.val.shape[0])):
+        if expr.level != "row" and (rank > out.dim() or (rank == out.dim() and not _is_one(expr.val.shape[0]))):
             return Unknown(f"{call.op} adds a tensor of shape {tuple(expr.val.shape)} across the rows")
     return result(call, selection, _functional(call, args))
 
@@ -315,7 +309,7 @@ def on_slices(call: Call) -> Value | None:
     schema = getattr(call.node.target, "_schema", None)
     if len(indices) != 1 or schema is None or schema.is_mutable:
         return None
-    if not all(isinstance(v, Slice) for v in values) or call.kwargs and _kwargs_unknown(call):
+    if not all(isinstance(v, Slice) for v in values) or (call.kwargs and _kwargs_unknown(call)):
         return None
     args = [_strip(a) for a in call.args]
     if any(isinstance(a, torch.SymInt) for a in _leaves(args)):

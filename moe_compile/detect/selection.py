@@ -67,9 +67,9 @@ def positive(call: Call) -> Value | None:
     if not isinstance(value, Member | Emptiness):
         return None
     op, number = call.op, call.number(1)
-    if op in ("gt", "greater", "ne", "not_equal") and number == 0 or op in ("ge", "greater_equal") and number == 1:
+    if (op in ("gt", "greater", "ne", "not_equal") and number == 0) or (op in ("ge", "greater_equal") and number == 1):
         return _compare(value, "any")
-    if op in ("lt", "less") and number == 1 or op in ("le", "less_equal") and number == 0:
+    if (op in ("lt", "less") and number == 1) or (op in ("le", "less_equal") and number == 0):
         return _compare(value, "none")
     return None
 
@@ -78,7 +78,7 @@ def _compare(value: Member | Emptiness, wanted: str | None) -> Value | None:
     """The mask or count turned into a truth: `wanted` is "any" (nonzero), "none" (zero) or "mask" (one)."""
     if value.kind == "mask" and wanted in ("any", "mask"):
         return value
-    if value.kind in ("count", "any") and wanted == "any" or value.kind == "count" and wanted == "none":
+    if (value.kind in ("count", "any") and wanted == "any") or (value.kind == "count" and wanted == "none"):
         return _with(value, kind=wanted)
     return None
 
@@ -185,7 +185,7 @@ def reduce(call: Call) -> Value | None:
     gone = {d % rank for d in dims}
     if any(value.dims[d] == "e" for d in gone):
         return None
-    if value.kind == "any" and call.op == "sum" or value.kind == "count" and call.op == "any":
+    if (value.kind == "any" and call.op == "sum") or (value.kind == "count" and call.op == "any"):
         kind = "any" if call.op == "any" else "weighted"
     else:
         kind = "count" if call.op in ("sum", "count_nonzero") else "any"
@@ -207,7 +207,7 @@ def nonzero(call: Call) -> Value | None:
     chosen = choose(call.arg(0))
     if chosen is None:
         return None
-    if isinstance(chosen, Unknown) or call.op == "nonzero" and not isinstance(chosen, Hits):
+    if isinstance(chosen, Unknown) or (call.op == "nonzero" and not isinstance(chosen, Hits)):
         return chosen if isinstance(chosen, Unknown) else Index(chosen, call.arg(0).dims)
     if isinstance(chosen, Hits):
         return chosen
@@ -326,7 +326,13 @@ def masked_weights(call: Call) -> Value | None:
     return None
 
 
-_SAME_IDS = ("aten.to.dtype", "aten._to_copy.default", "aten.clone.default", "aten.detach.default", "aten.alias.default")
+_SAME_IDS = (
+    "aten.to.dtype",
+    "aten._to_copy.default",
+    "aten.clone.default",
+    "aten.detach.default",
+    "aten.alias.default",
+)
 
 
 def not_distinct(run: Interpreter, ids: Node | None) -> str | None:
@@ -350,7 +356,10 @@ def _with(value: Any, **changes: Any) -> Any:
 RULES: dict[str, tuple[Rule, ...]] = {
     "one_hot": (one_hot,),
     "eq": (equal,),
-    **{op: (positive,) for op in ("gt", "greater", "ne", "not_equal", "ge", "greater_equal", "lt", "less", "le", "less_equal")},
+    **{
+        op: (positive,)
+        for op in ("gt", "greater", "ne", "not_equal", "ge", "greater_equal", "lt", "less", "le", "less_equal")
+    },
     **{op: (cast,) for op in ("to", "_to_copy", "bool", "long", "int", "contiguous", "clone")},
     **{op: (negate,) for op in ("logical_not", "bitwise_not")},
     **{op: (reorder,) for op in ("permute", "transpose", "t")},

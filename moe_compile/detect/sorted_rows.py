@@ -3,7 +3,6 @@
 Covers the grouped form (sort, gather, grouped GEMM over offsets, unsort) and the batched form (weights gathered by row).
 """
 
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +51,7 @@ def convert(call: Call) -> Value | None:
 
 def sort(call: Call) -> Value | None:
     value = call.arg(0)
-    if call.kwargs.get("descending") or any(a is True for a in call.args[2:]) and "stable" not in str(call.node.target):
+    if call.kwargs.get("descending") or (any(a is True for a in call.args[2:]) and "stable" not in str(call.node.target)):
         return None
     if isinstance(value, Permutation) and call.op == "argsort" and not value.inverse:
         return Permutation(value.ids, value.order, inverse=True)
@@ -101,7 +100,7 @@ def invert(call: Call) -> Value | None:
         return None
     if call.number(3, "accumulate", False) or str(source.target) not in ("aten.arange.default", "aten.arange.start"):
         return None
-    if str(source.target) == "aten.arange.start" and source.args[0] != 0 or indices[0].inverse:
+    if (str(source.target) == "aten.arange.start" and source.args[0] != 0) or indices[0].inverse:
         return None
     return Permutation(indices[0].ids, indices[0].order, inverse=True)
 

@@ -25,7 +25,7 @@ from moe_compile.region import Expr, Leaf, flat
 
 
 def buffer(call: Call) -> Value | None:
-    if call.op == "full" and call.number(1) != 0 or call.op == "full_like" and call.number(1) != 0:
+    if (call.op == "full" and call.number(1) != 0) or (call.op == "full_like" and call.number(1) != 0):
         return None
     if not isinstance(call.val(), Tensor) or not call.val().is_floating_point():
         return None
@@ -150,7 +150,10 @@ def sum_of_grid(call: Call) -> Value | None:
 def finish(run: Interpreter, node: Node, total: Sum) -> Value:
     """The region that a sum is, or the first thing that could not be shown."""
     first = total.terms[0].selection
-    if any((t.selection.ids, t.selection.classes, t.selection.per) != (first.ids, first.classes, first.per) for t in total.terms):
+    if any(
+        (t.selection.ids, t.selection.classes, t.selection.per) != (first.ids, first.classes, first.per)
+        for t in total.terms
+    ):
         return Unknown("the iterations choose their rows in different ways")
     assert first.ids is not None
     if any(t.selection.expert is None for t in total.terms):
@@ -209,13 +212,13 @@ def _match(a: Any, b: Any, met: dict[Leaf, Leaf], done: set[tuple[int, int]]) ->
             return f"{len(b)} arguments for {len(a)}"
         return next((r for x, y in zip(a, b, strict=True) if (r := _match(x, y, met, done))), None)
     if not (isinstance(a, Expr) and isinstance(b, Expr)):
-        same = type(a) is type(b) and (a == b or a != a and b != b)
+        same = type(a) is type(b) and (a == b or (a != a and b != b))
         return None if same else f"{b!r} where that has {a!r}"
     if (id(a), id(b)) in done:
         return None
     done.add((id(a), id(b)))
     if isinstance(a, Leaf) and isinstance(b, Leaf):
-        if a.role != b.role or a.role != "outer" and a.node is not b.node:
+        if a.role != b.role or (a.role != "outer" and a.node is not b.node):
             return f"it reads {b.role} {b.node.name}, that one {a.role} {a.node.name}"
         if a.val.shape != b.val.shape or a.val.dtype != b.val.dtype:
             return f"{b.node.name} is {b.val.dtype} {tuple(b.val.shape)}, {a.node.name} is {a.val.dtype} {tuple(a.val.shape)}"
@@ -250,7 +253,10 @@ def _short(numbers: list[Any]) -> str:
 
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    **{op: (buffer,) for op in ("zeros", "zeros_like", "new_zeros", "full", "full_like", "empty", "empty_like", "new_empty")},
+    **{
+        op: (buffer,)
+        for op in ("zeros", "zeros_like", "new_zeros", "full", "full_like", "empty", "empty_like", "new_empty")
+    },
     **{op: (index_add,) for op in ("index_add", "index_add_")},
     **{op: (index_put,) for op in ("index_put", "index_put_", "_index_put_impl_")},
     "index": (read,),

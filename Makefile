@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# A CPU build of torch where the index has one under this version; a machine with its own torch sets VENV to it.
+TORCH  ?= torch==2.13.0
+
+.PHONY: setup demo test check bench gpu cross-compile coverage-table clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install -q "$(TORCH)" "triton>=3.7,<3.8" numpy
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: setup          ## train two unmodified models with and without moe_ep; report in moe_compile_demo/index.html
+	$(BIN)/moe-compile demo $(ARGS)
+
+test: setup          ## everything CI runs: style, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+check: test
+
+bench: setup         ## the bounds of docs/performance.md, on this machine
+	$(BIN)/python -m benchmarks.step --out benchmarks/results
+	$(BIN)/python -m benchmarks.first_call --out benchmarks/results
+
+cross-compile: setup ## every kernel and setting for sm_80, sm_90, sm_100 and gfx942, without a GPU
+	$(BIN)/python -m benchmarks.cross_compile
+
+gpu:                 ## on a machine with CUDA and its own torch, from a plain checkout: tests, then benchmarks
+	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels -q
+	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels_gpu --out benchmarks/results
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info moe_compile_demo
