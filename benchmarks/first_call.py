@@ -152,6 +152,9 @@ def main(
     for _ in range(repeats):  # rounds over all cases: a slow minute does not hit one case alone
         for case, times in measured:
             times.append(in_fresh_process(case))
+            spec = case.spec
+            size = f"{spec.title} {spec.num_layers} layers, {spec.num_experts} experts"
+            console.print(f"{case.group}: {size}, {case.variant}: {number(times[-1], 1)} s", style="dim")
     for group in dict.fromkeys(case.group for case, _ in measured):
         show(console, group, [entry for entry in measured if entry[0].group == group])
     ratios = experts_ratios([entry for entry in measured if entry[0].group == "experts"])

@@ -53,7 +53,9 @@ def measure(
     """Check every variant against the reference, then time the good ones in interleaved rounds."""
     # Compiled code of all variants must stay alive: one cold start, no reset between them.
     with cold_compilers():
-        timings, trainers, reference = [], [], []
+        timings: list[Timing] = []
+        trainers: list[tuple[Timing, Trainer]] = []
+        reference: list[float] = []
         for variant in variants(backend):
             timing = Timing(variant.key, variant.label)
             timings.append(timing)

@@ -154,7 +154,7 @@ def _adds_nothing(empty: Capture, region: Region, distinct: Sequence[int]) -> No
             raise Refusal(f"Python decides on {node.name}, not shown to say whether an expert was chosen")
     start = region.total.start
     target = str(start.node.target)
-    output: Any = next(reversed(empty.gm.graph.nodes))
+    output: Any = empty.gm.graph.output_node()
     if not any(str(n.target) == target for n in _upstream(output)):
         raise Refusal("without rows the function returns something else")
 

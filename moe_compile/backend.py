@@ -10,8 +10,7 @@ from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend, register_backend
 from torch.fx import GraphModule
 
-import moe_compile.ops  # noqa: F401  registers torch.ops.moe_ep
-from moe_compile import dynamo_hook
+from moe_compile import cpu, dynamo_hook
 from moe_compile.errors import MoeCompileError
 from moe_compile.lower import inductor_settings
 from moe_compile.options import Options
@@ -87,5 +86,6 @@ def _register() -> None:
         register_backend(moe_ep, name="moe_ep")
 
 
+cpu.register()
 dynamo_hook.install(options_of)
 _register()

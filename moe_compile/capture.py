@@ -221,7 +221,7 @@ def capture(
         )
     gm.graph.set_codegen(torch.fx.graph.CodeGen())
     _name_inputs(gm, [*_argument_names(fn, args, kwargs, tensors), *state, ROWS])
-    out = next(reversed(gm.graph.nodes))
+    out = gm.graph.output_node()
     results = list(out.args[0])  # type: ignore[arg-type]
     n, iterated, answered = seen["sizes"]
     out.args = (tuple(results[:n]),)
@@ -281,10 +281,10 @@ class _World:
 
     def guards(self, rows: Any) -> list[Any]:
         """What the trace assumed of the caller's sizes; a decision on the number of rows is a refusal."""
-        back = {ours.node.expr: theirs for theirs, ours in self._theirs.items()}
+        back = {ours.node._expr: theirs for theirs, ours in self._theirs.items()}  # `expr` is a number once it was compared
         found = []
         for guard in self.env.guards:
-            if isinstance(rows, torch.SymInt) and rows.node.expr in guard.expr.free_symbols:
+            if isinstance(rows, torch.SymInt) and rows.node._expr in guard.expr.free_symbols:
                 raise Refusal(f"it decides on the number of rows that an expert gets ({guard.expr})")
             found.append(guard.expr.xreplace(back))
         return found

@@ -10,6 +10,7 @@ Other backends in the process pass straight through.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import logging
 import operator
 import types
@@ -19,17 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.source import AttrSource
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource, CellContentsSource, DictGetItemSource, GetItemSource, LocalSource
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.functions import UserFunctionVariable, UserMethodVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
-from torch._dynamo.variables.tensor import TensorVariable
+from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
+from torch._guards import Source
 
 from moe_compile.candidates import is_candidate
 from moe_compile.errors import MoeCompileError
-from moe_compile.kinds import SIMPLE, Declined, Kind, kind_of, plain_attributes
+from moe_compile.kinds import Declined, Kind, declined, kind_of
 from moe_compile.options import Options
 from moe_compile.python_state import is_torch
+from moe_compile.reads import SIMPLE, Path
 from moe_compile.report import RegionReport
 
 log = logging.getLogger(__name__)
@@ -106,16 +110,22 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     if owner is None or not is_candidate(fn, owner.value):
         return None
     found = _values(rest, kwargs)
-    if found is None:
+    if isinstance(found, str):
+        _record(declined(found), fn, owner, options)
         return None
     values, named, distinct = found
     with _outside_dynamo():
-        kind = kind_of(fn, owner.value, values, named, distinct, options.skip)
+        kind: Kind | Declined = kind_of(fn, owner.value, values, named, distinct, options.skip, functools.partial(_holds, tx))
+    if owner.source is None or var.source is None and any(r.path[0][0] == "fn" and len(r.path) > 1 for r in kind.reads):
+        kind = declined("what it reads in Python cannot be guarded: Dynamo has no name for where it comes from")
     _record(kind, fn, owner, options)
     if isinstance(kind, Declined):
         return None
-    _replay_guards(tx, kind)
-    _guard_reads(tx, owner, kind)
+    for condition in kind.guards:  # what the trace assumed of sizes becomes a guard of this translation
+        tx.output.shape_env.evaluate_expr(condition)
+    _guard_reads(tx, var, owner, kind)
+    for name in _shared(owner.value):
+        _attribute(tx, owner, name).realize()  # a guard that they are one tensor
     tensors = [v for v in (*rest, *kwargs.values()) if isinstance(v, TensorVariable)]
     state = [_attribute(tx, owner, name) for name in kind.state]
     return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
@@ -133,8 +143,8 @@ def _owner(var: Any, args: list[Any]) -> tuple[Any, list[Any]]:
     return (first, rest) if isinstance(first, UnspecializedNNModuleVariable) else (None, args)
 
 
-def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], tuple[int, ...]] | None:
-    """The arguments as fake tensors and constants, and which tensors are a topk's ids; None if there is anything else."""
+def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], tuple[int, ...]] | str:
+    """The arguments as fake tensors and constants, and which tensors are a topk's ids; the reason, if it cannot be."""
     for i, arg in enumerate(args):
         args[i] = arg.realize()
     for name, arg in kwargs.items():
@@ -147,15 +157,17 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
             node = arg.as_proxy().node
             fake = node.meta.get("example_value")
             if not isinstance(fake, Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(fake):
-                return None
+                return f"an argument is a {type(fake).__name__}"
             if _from_topk(node):
                 distinct.append(tensors)
             tensors += 1
             values.append(fake)
+        elif isinstance(arg, SymNodeVariable) and arg.python_type() is float:
+            values.append(arg.evaluate_expr())  # and a guard on it
         elif arg.is_python_constant() and isinstance(arg.as_python_constant(), SIMPLE):
             values.append(arg.as_python_constant())
         else:
-            return None
+            return f"an argument is neither a tensor nor a number ({arg.python_type_name()})"
     named = dict(zip(kwargs, values[len(args) :], strict=True))
     return values[: len(args)], named, tuple(distinct)
 
@@ -219,37 +231,71 @@ def _module_name(owner: Any) -> str:
         ):
             parts.append(member)
         source = getattr(source, "base", None)
+        if isinstance(getattr(source, "base", None), LocalSource) and type(source).__name__ == "GetItemSource":
+            break  # an item of *args: Dynamo's wrapper of a top frame
     return ".".join(reversed(parts))
+
+
+def _shared(module: nn.Module) -> list[str]:
+    """The names of parameters that have more than one."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [name for group in names.values() if len(group) > 1 for name in group]
 
 
 # -- what the original would have read ------------------------------------------------------
 
 
-def _replay_guards(tx: Any, kind: Kind) -> None:
-    """What the trace assumed of sizes becomes a guard of this translation."""
+def _holds(tx: Any, condition: Any) -> bool:
+    """Whether a condition on sizes is true for the sizes at hand."""
     env = tx.output.shape_env
-    for expr in kind.guards:
-        if not env.evaluate_expr(expr):
-            raise MoeCompileError(f"internal error: a size guard does not hold ({expr})")
+    sizes = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    known = {symbol: sizes[symbol] for symbol in condition.free_symbols if symbol in sizes}
+    return condition.xreplace(known) == True  # noqa: E712  sympy's true
 
 
-def _guard_reads(tx: Any, owner: Any, kind: Kind) -> None:
-    """Read, as far as Dynamo guards it, what the function could read: attributes of its modules, and globals."""
-    names = set().union(*(f.__code__.co_names for f in kind.functions))
-    for path, module in owner.value.named_modules():
-        child = _attribute(tx, owner, path) if path else owner
-        child = child.realize()
-        torch_own = is_torch(type(module).__module__)
-        for name, value in plain_attributes(module):
-            wanted = not name.startswith("_") if torch_own else name in names or name == "training"
-            if wanted and (isinstance(value, SIMPLE) or isinstance(value, types.FunctionType)):
-                child.var_getattr(tx, name).realize()
-    for f in kind.functions:
-        for name in f.__code__.co_names:
-            value = f.__globals__.get(name)
-            if isinstance(value, (int, float, bool, str)) and not name.startswith("__"):
-                source = AttrSource(tx.import_source(f.__module__), name)
-                VariableTracker.build(tx, value, source).realize()
+def _guard_reads(tx: Any, var: Any, owner: Any, kind: Kind) -> None:
+    """A guard for each value that the original's Python could have looked at."""
+    for read in kind.reads:
+        path, absent = (read.path[:-1], read.path[-1][1]) if read.how == "absent" else (read.path, None)
+        source = _source(tx, var, owner, path)
+        if source is None:
+            continue  # the function itself, made while Dynamo traced
+        match read.how:
+            case "equals":
+                guard: Any = GuardBuilder.CONSTANT_MATCH
+            case "code":  # of a function or of a bound method, which is another object at each look
+                source, guard = AttrSource(source, "__code__"), GuardBuilder.ID_MATCH
+            case "is":
+                guard = GuardBuilder.ID_MATCH
+            case "length":
+                guard = GuardBuilder.SEQUENCE_LENGTH
+            case "type":
+                guard = GuardBuilder.TYPE_MATCH
+            case _:
+                guard = functools.partial(GuardBuilder.HASATTR, attr=absent)
+        install_guard(source.make_guard(guard))
+
+
+def _source(tx: Any, var: Any, owner: Any, path: Path) -> Source:
+    """How Dynamo names the value at the end of a path."""
+    source: Any = None
+    for step, key in path:
+        match step:
+            case "module":
+                source = (_attribute(tx, owner, key) if key else owner).realize().source
+            case "fn":
+                source = var.source
+            case "globals":
+                source = tx.import_source(key)
+            case "attr":
+                source = AttrSource(source, key)
+            case "item":
+                source = GetItemSource(source, key) if isinstance(key, int) else DictGetItemSource(source, key)
+            case "cell":
+                source = CellContentsSource(GetItemSource(AttrSource(source, "__closure__"), key), "cell_contents")
+    return source
 
 
 def _attribute(tx: Any, owner: Any, path: str) -> Any:

@@ -20,13 +20,11 @@ from moe_compile.analysis import analyse
 from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
 from moe_compile.pipeline import canonicalise
-from moe_compile.python_state import Functions
+from moe_compile.reads import SIMPLE, Read, hold, plain_attributes, reads
 from moe_compile.region import experts
 from moe_compile.report import RegionReport
 
 log = logging.getLogger(__name__)
-
-SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Kind:
     state: tuple[str, ...]
     single: bool  # returns one tensor, not a tuple
     guards: tuple[Any, ...]
-    functions: Functions
+    reads: tuple[Read, ...]  # what the original's Python could have looked at
     report: RegionReport  # module and location are filled in for each call
 
 
@@ -45,9 +43,15 @@ class Kind:
 class Declined:
     reason: str
     report: RegionReport
+    reads: tuple[Read, ...] = ()
+    guards: tuple[Any, ...] = ()
 
 
-_known: dict[Any, Kind | Declined] = {}
+def declined(reason: str, read: tuple[Read, ...] = ()) -> Declined:
+    return Declined(reason, RegionReport(False, "", "", "", 0, None, reason), read)
+
+
+_known: dict[Any, list[Kind | Declined]] = {}
 
 
 def kind_of(
@@ -57,17 +61,25 @@ def kind_of(
     kwargs: dict[str, Any],
     distinct: tuple[int, ...],
     skip: frozenset[str],
+    holds: Callable[[Any], bool] = lambda guard: True,
 ) -> Kind | Declined:
-    """The kind of a call: proven and rewritten once, remembered after."""
-    key = (fn.__code__, _structure(module), _metadata([args, kwargs]), distinct, skip, _modes())
-    if key not in _known:
-        if len(_known) >= 512:
-            _known.clear()
-        started = time.perf_counter()
-        _known[key] = _prove(fn, module, args, kwargs, distinct, skip)
-        took = 1e3 * (time.perf_counter() - started)
-        log.info("%s: %s, %.0f ms", fn.__qualname__, _known[key].report.reason or "proven", took)
-    return _known[key]
+    """The kind of a call: proven and rewritten once, remembered after.
+
+    `holds`: whether a condition on the caller's sizes is true for it.
+    """
+    key = (fn.__code__, fn.__defaults__, _structure(module), _metadata([args, kwargs]), distinct, skip, _modes())
+    alike = _known.setdefault(key, [])
+    for known in alike:
+        if all(map(holds, known.guards)) and hold(known.reads, fn, module):
+            return known
+    if len(_known) > 512:
+        _known.clear()
+    started = time.perf_counter()
+    kind = _prove(fn, module, args, kwargs, distinct, skip)
+    took = 1e3 * (time.perf_counter() - started)
+    log.info("%s: %s, %.0f ms", fn.__qualname__, kind.report.reason or "proven", took)
+    _known.setdefault(key, alike)[:] = [kind, *alike[:15]]
+    return kind
 
 
 def forget() -> None:
@@ -83,7 +95,9 @@ def _prove(
     distinct: tuple[int, ...],
     skip: frozenset[str],
 ) -> Kind | Declined:
+    read: tuple[Read, ...] = ()
     try:
+        read = reads(fn, module)
         found = analyse(fn, module, args, kwargs, distinct)
         node = found.gm.graph.find_nodes(op="call_function", target=experts)[0]
         num_experts, ids = node.args[6], node.args[0]
@@ -94,9 +108,9 @@ def _prove(
             if report.refused and report.name == "DispatchExperts":
                 raise Refusal(report.refused[0][1])
         after = graph_text(found.gm.graph)
-    except Refusal as reason:
-        log.debug("%s refused: %s", fn.__qualname__, reason)
-        return Declined(str(reason), RegionReport(False, "", "", "", 0, None, str(reason)))
+    except Refusal as refusal:
+        log.debug("%s refused: %s", fn.__qualname__, refusal)
+        return declined(str(refusal), read)
     log.debug("%s\n%s\n%s", found.before, detected, "\n".join(map(str, reports)))
     torch._logging.trace_structured(
         "artifact",
@@ -105,7 +119,7 @@ def _prove(
     )
     spec = found.capture.out_spec
     if not (spec.is_leaf() or (spec.type in (tuple, list) and all(c.is_leaf() for c in spec.children()))):
-        return Declined("", RegionReport(False, "", "", "", 0, None, "it returns a nested structure"))
+        return declined("it returns a nested structure", read)
     placeholders = found.gm.graph.find_nodes(op="placeholder")
     first_state = len(placeholders) - len(found.capture.state)
     unused = [(n, i) for i, n in enumerate(placeholders) if i >= first_state and not n.users]
@@ -118,7 +132,7 @@ def _prove(
         None, found.before, f"{detected}\n\n{after}", tuple(map(str, reports)),
     )  # fmt: skip
     run = _function(found.gm, fn.__name__, spec.is_leaf())
-    return Kind(run, state, spec.is_leaf(), tuple(found.capture.guards), found.functions, report)
+    return Kind(run, state, spec.is_leaf(), tuple(found.capture.guards), read, report)
 
 
 def _function(gm: GraphModule, name: str, single: bool) -> Callable[..., Any]:
@@ -152,7 +166,7 @@ def _structure(module: nn.Module) -> Any:
     number: dict[int, int] = {}
     parts = []
     for name, child in module.named_modules(remove_duplicate=False):
-        plain = tuple((k, v if isinstance(v, SIMPLE) else id(v)) for k, v in plain_attributes(child))
+        plain = tuple((k, v if isinstance(v, SIMPLE) else type(v)) for k, v in plain_attributes(child))
         tensors = tuple(
             (k, number.setdefault(id(t), len(number)), _metadata(t))
             for group in (child._parameters, child._buffers)
@@ -166,16 +180,6 @@ def _structure(module: nn.Module) -> Any:
     return tuple(parts)
 
 
-def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    """Attributes that are not torch's own bookkeeping, children, parameters or buffers."""
-    inner = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-    return [
-        (k, v)
-        for k, v in vars(module).items()
-        if k not in inner and not k.startswith("_backward") and not (k.startswith("_") and "hooks" in k)
-    ]
-
-
 def _metadata(tree: Any) -> Any:
     if isinstance(tree, Tensor):
         sizes = tuple(s if isinstance(s, int) else str(s) for s in (*tree.shape, *tree.stride()))
@@ -184,9 +188,10 @@ def _metadata(tree: Any) -> Any:
         return tuple(map(_metadata, tree))
     if isinstance(tree, dict):
         return tuple((k, _metadata(v)) for k, v in tree.items())
-    return (type(tree), tree) if isinstance(tree, SIMPLE) else id(tree)
+    return (type(tree), tree)
 
 
 def _modes() -> Any:
-    device = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-    return (torch.is_grad_enabled(), tuple((d, torch.get_autocast_dtype(d)) for d in device), torch.get_default_dtype())
+    casts = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+    flags = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled())
+    return (*flags, casts, torch.get_default_dtype(), str(torch.get_default_device()))

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 SOURCES = (
-    HERE / "lower.py", HERE / "loops.py", HERE / "cost.py", HERE / "ops.py", HERE / "rewrite.py",
+    HERE / "lower.py", HERE / "cost.py", HERE / "ops.py", HERE / "rewrite.py",
     HERE / "passes" / "choose_kernels.py", *sorted((HERE / "kernels").glob("*.py")),
 )  # fmt: skip
 
@@ -32,6 +32,7 @@ class Lower(CustomGraphPass):
         if self.before is not None:
             self.before(graph)
         choose = ChooseKernels()
+        assert graph.owning_module is not None
         report = choose(graph.owning_module)
         for name, kernel, why in choose.chosen:
             log.debug("%s: %s%s", name, kernel, f" ({why})" if why else "")

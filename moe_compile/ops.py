@@ -13,7 +13,7 @@ Numerics   The sort is stable, `combine` adds the K rows of a token in the order
 Gradient   Every op that carries values has one, and a second backward gives the same again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -74,15 +74,15 @@ def sort_by_expert(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 @sort_by_expert.register_fake
 def _(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    i32 = {"dtype": torch.int32, "device": ids_TK.device}
-    return torch.empty(ids_TK.shape[0] * ids_TK.shape[1], **i32), torch.empty(num_experts, **i32)
+    order_R = ids_TK.new_empty(ids_TK.shape[0] * ids_TK.shape[1], dtype=torch.int32)
+    return order_R, ids_TK.new_empty(num_experts, dtype=torch.int32)
 
 
 @dispatch.register_fake
 def _(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    R = ids_TK.shape[0] * ids_TK.shape[1]
-    i32 = {"dtype": torch.int32, "device": x_TD.device}
-    return x_TD.new_empty(R, x_TD.shape[1]), torch.empty(num_experts, **i32), torch.empty(R, **i32)
+    order_R = ids_TK.new_empty(ids_TK.shape[0] * ids_TK.shape[1], dtype=torch.int32)
+    offsets_E = ids_TK.new_empty(num_experts, dtype=torch.int32)
+    return x_TD.new_empty(order_R.shape[0], x_TD.shape[1]), offsets_E, order_R
 
 
 def _dispatch_save(ctx, inputs, output) -> None:
@@ -100,20 +100,22 @@ def _dispatch_backward(ctx, dx_RD: Tensor, _offsets, _order):
 # -- grouped GEMM ---------------------------------------------------------------------------
 
 
-@custom_op("moe_ep::grouped_gemm", mutates_args=())
-def grouped_gemm(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor) -> Tensor:
+def grouped_gemm_reference(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor) -> Tensor:
     """y_RF[r] = x_RD[r] @ w_EFD[e].T for the expert e of row r; zeros behind the last offset.
 
     `weights` is one stacked [E, F, D] tensor, of any strides, or E tensors [F, D].
     """
-    per_expert = _per_expert(weights)
-    y_RF = x_RD.new_empty(x_RD.shape[0], per_expert[0].shape[0])
+    w_FD = per_expert(weights)
+    y_RF = x_RD.new_empty(x_RD.shape[0], w_FD[0].shape[0])
     stop = 0
-    for e, rows in _groups(offsets_E):
-        torch.mm(x_RD[rows], per_expert[e].t(), out=y_RF[rows])
+    for e, rows in groups(offsets_E):
+        torch.mm(x_RD[rows], w_FD[e].t(), out=y_RF[rows])
         stop = rows.stop
     y_RF[stop:].zero_()
     return y_RF
+
+
+grouped_gemm = custom_op("moe_ep::grouped_gemm", grouped_gemm_reference, mutates_args=())
 
 
 @grouped_gemm.register_fake
@@ -121,12 +123,11 @@ def _(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor) -> Tensor:
     return x_RD.new_empty(x_RD.shape[0], weights[0].shape[-2])
 
 
-@custom_op("moe_ep::grouped_gemm_dw", mutates_args=())
-def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+def grouped_gemm_dw_reference(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
     """dw_EFD[e] = sum over the rows r of expert e of outer(dy_RF[r], x_RD[r]); zeros for an empty expert."""
     dw_EFD = dy_RF.new_empty(offsets_E.shape[0], dy_RF.shape[1], x_RD.shape[1])
     seen = set()
-    for e, rows in _groups(offsets_E):
+    for e, rows in groups(offsets_E):
         torch.mm(dy_RF[rows].t(), x_RD[rows], out=dw_EFD[e])
         seen.add(e)
     for e in set(range(offsets_E.shape[0])) - seen:
@@ -134,16 +135,20 @@ def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
     return dw_EFD
 
 
+grouped_gemm_dw = custom_op("moe_ep::grouped_gemm_dw", grouped_gemm_dw_reference, mutates_args=())
+
+
 @grouped_gemm_dw.register_fake
 def _(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
     return dy_RF.new_empty(offsets_E.shape[0], dy_RF.shape[1], x_RD.shape[1])
 
 
-def _per_expert(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+def per_expert(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The weight [F, D] of each expert."""
     return weights[0].unbind(0) if weights[0].dim() == 3 else weights
 
 
-def _groups(offsets_E: Tensor):
+def groups(offsets_E: Tensor) -> Iterator[tuple[int, slice]]:
     """Yield (expert, rows) for every expert that has rows."""
     start = 0
     for e, stop in enumerate(offsets_E.tolist()):
@@ -173,8 +178,7 @@ def _gemm_backward(ctx, dy_RF: Tensor):
 # -- combine --------------------------------------------------------------------------------
 
 
-@custom_op("moe_ep::combine", mutates_args=())
-def combine(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
+def combine_reference(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
     """out_TD[t] = sum over k of weights_TK[t, k] * (the row of y_RD of pair (t, k)).
 
     No weights mean ones.  The result has the dtype that y * weights has; sums run in f32 or wider.
@@ -200,6 +204,9 @@ def _positions(order_R: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor]:
     return position_R, position_R < offsets_E[-1]
 
 
+combine = custom_op("moe_ep::combine", combine_reference, mutates_args=())
+
+
 @combine.register_fake
 def _(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
     dtype = y_RD.dtype if weights_TK is None else torch.promote_types(y_RD.dtype, weights_TK.dtype)
@@ -207,8 +214,7 @@ def _(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tenso
     return y_RD.new_empty(T, y_RD.shape[1], dtype=dtype)
 
 
-@custom_op("moe_ep::combine_backward", mutates_args=())
-def combine_backward(
+def combine_backward_reference(
     dout_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(dy_RD, dweights_TK) of a weighted `combine`:
@@ -226,6 +232,9 @@ def combine_backward(
     dw_R = (dout_RD * y_RD.to(wide)).sum(1).masked_fill(~kept_R, 0).to(weights_TK.dtype)
     dweights_TK = torch.empty_like(dw_R).index_copy_(0, order_R.long(), dw_R)
     return dy_RD, dweights_TK.view(weights_TK.shape)
+
+
+combine_backward = custom_op("moe_ep::combine_backward", combine_backward_reference, mutates_args=())
 
 
 @combine_backward.register_fake

@@ -8,8 +8,7 @@ After, on CUDA:
     y = moe_ep_triton.grouped_gemm(x, w, offsets)      # or aten._grouped_mm, where the cost table says so
     o = moe_ep_triton.combine(y, weights, order, offsets, K)
 After, on a CPU:
-    y = moe_ep.grouped_gemm(x, [w], offsets)           # the op itself: its CPU form is the implementation
-    o = <loops over y and weights>                     # moe_compile/loops.py, for Inductor to fuse
+    the nodes as they are: each op has its CPU form (moe_compile/ops.py, moe_compile/cpu.py)
 
 Stage      lower; runs on Inductor's forward and backward graphs, after autograd and the partitioner.
 Numerics   each implementation means what the op means; products and sums may be tiled differently.
@@ -17,29 +16,21 @@ Why        one graph for all devices until here; the choice needs shapes, dtypes
 Refuses    nothing: an op that no kernel takes keeps its own form, and the report says what each kernel lacked.
 """
 
-import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-from moe_compile import loops
 from moe_compile.cost import grouped_gemm_us
 from moe_compile.rewrite import RewritePass, emit, value
 
 aten, moe_ep = torch.ops.aten, torch.ops.moe_ep
 
 OPS = ("dispatch", "grouped_gemm", "grouped_gemm_dw", "combine", "combine_backward")
-INLINED: dict[str, Callable[..., Any]] = {
-    "dispatch": loops.dispatch,
-    "combine": loops.combine,
-    "combine_backward": loops.combine_backward,
-}
 
 
 @dataclass(frozen=True)
@@ -64,9 +55,6 @@ class ChooseKernels(RewritePass[Site]):
         device = next(value(n).device.type for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
         if device == "cuda":
             self._on_cuda(graph, site)
-        elif device == "cpu" and site.op in INLINED:
-            self._inline(graph, node, INLINED[site.op])
-            self.chosen.append((node.name, "loops", ""))
         else:
             self.chosen.append((node.name, "moe_ep", ""))
 
@@ -92,40 +80,6 @@ class ChooseKernels(RewritePass[Site]):
         if new is not node:
             node.replace_all_uses_with(new)
         self.chosen.append((node.name, name, lacking))
-
-    # -- CPU --------------------------------------------------------------------------------
-
-    def _inline(self, graph: Graph, node: Node, loop: Callable[..., Any]) -> None:
-        """Write the loop's own graph in the place of the node."""
-        from torch._inductor.decomposition import select_decomp_table
-
-        inputs = [n for n in torch.utils._pytree.tree_leaves((node.args,)) if isinstance(n, Node)]
-        vals = [n.meta["val"] for n in inputs]
-
-        def call(*values: Any) -> Any:
-            given = iter(values)
-            return loop(*map_arg(node.args, lambda n: next(given)))
-
-        mode = next(v.fake_mode for v in vals if isinstance(v, torch._subclasses.FakeTensor))
-        with mode:
-            traced = make_fx(call, select_decomp_table(), tracing_mode="real")(*vals)
-        env: dict[Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
-        with graph.inserting_before(node):
-            for inner in traced.graph.nodes:
-                if inner.op == "call_function":
-                    env[inner] = graph.node_copy(inner, lambda n: env[n])
-                    env[inner].meta = {**inner.meta, "stack_trace": node.meta.get("stack_trace")}
-                elif inner.op == "get_attr":
-                    raise AssertionError("a loop has no constants")
-                elif inner.op == "output":
-                    results = map_arg(inner.args[0], lambda n: env[n])
-        if isinstance(results, (tuple, list)):
-            for user in list(node.users):
-                assert user.target is operator.getitem
-                user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-                graph.erase_node(user)
-        else:
-            node.replace_all_uses_with(results)
 
 
 def _why_not_triton(op: str, vals: tuple[Any, ...]) -> str | None:

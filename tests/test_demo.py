@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from moe_compile.demo.data import decode, encode, load_corpus
-from moe_compile.demo.models import TINY, build_model, variants
+from moe_compile.demo.models import TINY, Variant, build_model, variants
 from moe_compile.demo.parity import compare_losses
 from moe_compile.demo.record import ModelRun, RegionRecord, RunRecord, VariantRun
 from moe_compile.demo.report import write_report
@@ -98,7 +99,10 @@ def test_an_error_of_a_compiler_is_recorded_and_not_raised() -> None:
 
 
 def test_a_whole_run_of_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    region = RegionRecord(True, "model.layers.0.mlp", "m.py:7", "loop", 4, 2, None)
     monkeypatch.setattr("moe_compile.demo.run.variants", lambda backend: tuple(_stand_ins()))
+    monkeypatch.setattr("moe_compile.demo.run.warm_up_toolchain", lambda device: None)
+    monkeypatch.setattr("moe_compile.explain", lambda *_, **__: SimpleNamespace(regions=[region]))
     seen: list[str] = []
     settings = DemoSettings(
         TrainSettings(batch_size=2, length=16), ("qwen3_moe",), 3, 4, 5, backend="eager", specs=TINY
@@ -109,10 +113,11 @@ def test_a_whole_run_of_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(model.variants[1].losses) == 4
     assert model.validation_after != model.validation_before
     assert not model.generate_error
+    assert model.regions["HF default"] == [region]
     assert any("HF eager loop" in title for title in seen)
 
 
-def _stand_ins() -> list:
+def _stand_ins() -> list[Variant]:
     found = {variant.key: variant for variant in variants(backend="eager")}
     return [found["hf_eager"], found["moe_ep_loop"]]
 

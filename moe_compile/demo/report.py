@@ -138,9 +138,18 @@ def _graphs(model: ModelRun) -> str:
         return ""
     return (
         f"<details open><summary>The graph of <code>{escape(region.module)}</code> before and "
-        f'after</summary><div class="pair"><div><h3>Before</h3><pre>{escape(region.before)}</pre>'
-        f"</div><div><h3>After</h3><pre>{escape(region.after)}</pre></div></div></details>"
+        f'after</summary><div class="pair"><div><h3>Before</h3><pre>{escape(shortened(region.before))}</pre>'
+        f"</div><div><h3>After</h3><pre>{escape(shortened(region.after))}</pre></div></div></details>"
     )
+
+
+def shortened(text: str, num_lines: int = 60) -> str:
+    """Return the first and last lines of a long graph, and how many lie between."""
+    lines = text.splitlines()
+    if len(lines) <= num_lines:
+        return text
+    half = num_lines // 2
+    return "\n".join([*lines[:half], f"... {len(lines) - 2 * half} more lines ...", *lines[-half:]])
 
 
 def _printed_region(model: ModelRun) -> RegionRecord | None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from moe_compile.demo.machine import machine_facts
 from moe_compile.demo.models import (
     REFERENCE,
     SPECS,
+    ExpertsForm,
     ModelSpec,
     Variant,
     build_model,
@@ -31,6 +33,7 @@ from moe_compile.demo.train import (
     warm_up_toolchain,
 )
 
+FORMS: dict[str, ExpertsForm] = {"HF eager loop": "eager", "HF default": "grouped_mm"}
 LONGEST = "moe_ep_loop"  # the variant that trains to the end and then writes text
 
 
@@ -88,11 +91,8 @@ def _run_model(spec: ModelSpec, settings: DemoSettings, corpus: Corpus, on_progr
             if variant.key == LONGEST:
                 batches = corpus.validation_batches(8, train.batch_size, train.length)
                 run.validation_before = validation_loss(trainer.model, batches, train.device)
-            result = train_variant(
-                trainer,
-                num_steps,
-                lambda step, loss, title=title, total=num_steps: on_progress(title, step + 1, total, loss),
-            )
+            on_step = partial(_report_step, on_progress, title, num_steps)
+            result = train_variant(trainer, num_steps, on_step)
             run.variants.append(result)
             if variant.key == LONGEST and not result.error:
                 run.validation_after = validation_loss(trainer.model, batches, train.device)
@@ -103,6 +103,10 @@ def _run_model(spec: ModelSpec, settings: DemoSettings, corpus: Corpus, on_progr
     on_progress(f"{spec.title}: explain", 0, 1, float("nan"))
     _explain(run, spec, settings, corpus)
     return run
+
+
+def _report_step(on_progress: Progress, title: str, num_steps: int, step: int, loss: float) -> None:
+    on_progress(title, step + 1, num_steps, loss)
 
 
 def _compare(run: ModelRun, settings: DemoSettings) -> None:
@@ -126,7 +130,7 @@ def _explain(run: ModelRun, spec: ModelSpec, settings: DemoSettings, corpus: Cor
     try:
         from moe_compile import explain
 
-        for label, experts in (("HF eager loop", "eager"), ("HF default", "grouped_mm")):
+        for label, experts in FORMS.items():
             model = build_model(spec, experts, train.seed, train.dtype, train.device)
             with cold_compilers():
                 report = explain(model, input_ids=tokens, labels=tokens, use_cache=False)

@@ -1,0 +1,14 @@
+import pytest
+
+
+@pytest.fixture
+def fresh():
+    """No compiled code, no proofs, no counts, and a fixed seed."""
+    import torch
+
+    from moe_compile import kinds
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    kinds.forget()
+    torch.manual_seed(0)
