@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from moe_compile.capture import ROWS, Capture, capture
+from moe_compile.capture import ROWS, SYMBOLIC, Capture, capture
 from moe_compile.detect.interpreter import Facts, Interpreter
 from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Region
 from moe_compile.errors import Refusal
@@ -43,13 +43,13 @@ def analyse(
 
     functions = reachable(fn, module)
     check_effects(functions)
-    main = capture(fn, module, args, kwargs)
+    main = _trace(fn, module, args, kwargs, truth=True)
     before = graph_text(main.gm.graph)
     detect, reason = _detect(main, distinct)
     nonempty = True
     if reason is not None and main.answered:
         nonempty = False  # "if count == 0: continue" asks the other way round
-        main = capture(fn, module, args, kwargs, truth=False)
+        main = _trace(fn, module, args, kwargs, truth=False)
         before = graph_text(main.gm.graph)
         detect, second = _detect(main, distinct)
         reason = reason if second is not None else None
@@ -75,6 +75,12 @@ def analyse(
     main.gm.graph.erase_node(rows)
     main.gm.recompile()
     return Analysis(main.gm, main, functions, before, _form(region, before))
+
+
+def _trace(fn: types.FunctionType, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], truth: bool) -> Capture:
+    """The function with some rows for every expert; with a symbol for their number if it looks at it."""
+    found = capture(fn, module, args, kwargs, truth=truth)
+    return capture(fn, module, args, kwargs, truth=truth, rows=SYMBOLIC) if found.sees_rows else found
 
 
 def _detect(found: Capture, distinct: Sequence[int]) -> tuple[DetectExperts, str | None]:

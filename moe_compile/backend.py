@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend, register_backend
@@ -42,8 +42,8 @@ def _compile_inner(gm: GraphModule, inputs: Sequence[Tensor], options: Options, 
         settings = dict(list_mode_options(mode)) if mode and mode != "default" else {}
         if "choose_kernels" not in options.skip:
             settings |= inductor_settings()
-        return compile_fx(gm, inputs, config_patches=settings)
-    return lookup_backend(options.inner)(gm, inputs)
+        return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=settings))
+    return lookup_backend(options.inner)(gm, list(inputs))
 
 
 def options_of(compiler_fn: Any) -> Options | None:

@@ -12,8 +12,10 @@ is a refusal: hooks, changed attributes, custom autograd functions, random state
 """
 
 import contextlib
+import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -36,6 +38,7 @@ torch.library.register_fake(
     "moe_ep_capture::nonzero", lambda mask, rows: mask.new_empty((rows, mask.dim()), dtype=torch.int64), lib=_lib
 )
 
+EXAMPLE = 7919  # rows of a selection: a prime that no other size is likely to be, so that reading it shows
 SYMBOLIC = -1
 ROWS = "rows"  # the last placeholder: a vector as long as a selection
 
@@ -44,8 +47,9 @@ ROWS = "rows"  # the last placeholder: a vector as long as a selection
 class Capture:
     """A function as a graph: `gm(*tensors, *state)`, tensors as they stand in its arguments, state by name.
 
-    `iterated` and `answered` are the nodes behind data-dependent answers; `sees_rows`: whether the program looked at
-    a number of rows; `guards`: what was assumed of sizes, as sympy expressions over the caller's symbols.
+    `iterated`, `answered`, `counted` and `selected` are the nodes behind data-dependent answers, `questions` what was
+    asked in all captures alike, with its node; `sees_rows`: whether the program looked at a number of rows; `guards`:
+    what was assumed of sizes, as sympy expressions over the caller's symbols.
     """
 
     gm: GraphModule
@@ -54,17 +58,24 @@ class Capture:
     iterated: list[Node] = field(default_factory=list)
     answered: list[tuple[Node, bool]] = field(default_factory=list)
     counted: list[Node] = field(default_factory=list)
+    questions: dict[Hashable, Node] = field(default_factory=dict)
     sees_rows: bool = False
     guards: list[Any] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Answers(TorchFunctionMode):
-    """Answers what Python asks of data, and keeps the tensors that it asked about."""
+    """Answers what Python asks of data, and keeps the tensors that it asked about.
 
-    def __init__(self, rows: Any, truth: bool) -> None:
+    `script`: the answers by question (worlds.py); a question that is not in it is a refusal.
+    """
+
+    def __init__(self, rows: Any, truth: bool, script: Mapping[Hashable, Any] | None = None) -> None:
         super().__init__()
-        self.rows, self.truth = rows, truth
+        self.rows, self.truth, self.script = rows, truth, script
+        self.asked: dict[Hashable, Tensor] = {}
+        self._place: dict[Hashable, int] = {}  # selections, in the order in which they were first made
+        self._spellings: dict[Node, str] = {}
         self.iterated: list[Tensor] = []
         self.answered: list[Tensor] = []
         self.counted: list[Tensor] = []
@@ -84,22 +95,26 @@ class Answers(TorchFunctionMode):
         if func is torch.Tensor.__setitem__ and _has_mask(args[1]):
             args[0][self._indices(args[1])] = args[2]
             return None
-        if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and (table := self._source(args)):
-            return self._all_indices(args[0], table)
-        if func is torch.Tensor.tolist and (table := self._source(args)):
-            return [t.tolist() for t in self._all_indices(args[0], table)]
+        if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and (found := self._source(args)):
+            return self._all_indices(args[0], found)
+        if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and _has_rows(args[0].shape, self.rows):
+            raise Refusal("a Python loop runs over the rows of an expert")
+        if func is torch.Tensor.tolist and (found := self._source(args)):
+            return [t.tolist() for t in self._all_indices(args[0], found)]
         if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero) and _unknown(args[0]):
             self.answered.append(args[0])
-            return self.truth
+            return self._answer("truth", args[0], self.truth)
         if func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__) and _unknown(args[0]):
             if args[0].dtype.is_floating_point:
                 raise Refusal("Python reads a number that depends on the data")
             self.counted.append(args[0])
             self.sees_rows = True
-            return self.rows
+            return self._rows("count", args[0])
+        if func in _HOOKS:
+            raise Refusal("it puts a hook on a tensor, which a trace would lose")
         if func in _SIZES:
             result = func(*args, **kwargs)
-            self.sees_rows |= _has_symbol(result, self.rows)
+            self.sees_rows |= _has_rows(result, self.rows)
             return result
         result = func(*args, **kwargs)
         if func in _SAME_LIST and id(args[0]) in self._chosen and isinstance(result, Tensor):
@@ -109,8 +124,10 @@ class Answers(TorchFunctionMode):
     def _nonzero(self, mask: Tensor) -> Tensor:
         """One table a mask, so that asking twice is the same selection."""
         if id(mask) not in self._found:
+            rows = self._rows("rows", mask)
             with torch._C.DisableTorchFunction():
-                table = torch.ops.moe_ep_capture.nonzero(mask, self.rows)
+                table = torch.ops.moe_ep_capture.nonzero(mask, rows)
+            self.asked[self._question("rows", mask)] = table
             self._found[id(mask)] = table
             self._chosen[id(table)] = (table, mask)
         return self._found[id(mask)]
@@ -131,17 +148,68 @@ class Answers(TorchFunctionMode):
         if mask.dim() != 1 or not isinstance(mask.shape[0], int):
             raise Refusal("a Python loop runs over chosen rows, not over experts")
         self.iterated.append(table)
-        return [torch.tensor([i] if table.dim() > 1 else i) for i in range(mask.shape[0])]
+        visited = self._answer("each", mask, range(mask.shape[0]))
+        return _Visited(torch.tensor([i] if table.dim() > 1 else i) for i in visited)
+
+    def _answer(self, kind: str, about: Tensor, otherwise: Any) -> Any:
+        question = self._question(kind, about)
+        self.asked.setdefault(question, about)
+        if self.script is None:
+            return otherwise
+        if question not in self.script:
+            raise Refusal("what Python asks of the data depends on which experts have rows")
+        return self.script[question]
+
+    def _rows(self, kind: str, about: Tensor) -> Any:
+        """How many rows a selection has: another number for each, so that no two can be taken for equal."""
+        question = self._question(kind, about)
+        place = self._answer(kind, about, self._place.setdefault(question, len(self._place)))
+        if place is None:
+            return 0
+        return self.rows + place if isinstance(self.rows, torch.SymInt) else self.rows
+
+    def _question(self, kind: str, about: Tensor) -> Hashable:
+        """The same for equal questions, in all captures of one function."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        node = get_proxy_slot(about, mode.tracer, None, lambda slot: slot.proxy.node)
+        return (kind, id(about) if node is None else self._spelled(node, mode.tracer.root))
+
+    def _spelled(self, node: Node, root: Any) -> str:
+        """How a value was computed, down to the inputs."""
+        if node not in self._spellings:
+            if node.op == "placeholder":
+                spelling: Any = (node.op, node.name)
+            elif node.op == "get_attr":
+                literal = getattr(root, str(node.target))
+                literal = literal.constant if isinstance(literal, FakeTensor) else literal
+                spelling = (node.op, str(literal.tolist()) if isinstance(literal, Tensor) else node.target)
+            else:
+                args = node.args[:1] if "moe_ep_capture" in str(node.target) else node.args
+                parts = torch.fx.node.map_arg((args, node.kwargs), lambda n: self._spelled(n, root))
+                spelling = (str(node.target), parts)
+            self._spellings[node] = hashlib.sha256(repr(spelling).encode()).hexdigest()
+        return self._spellings[node]
 
 
+class _Visited(list):  # type: ignore[type-arg]
+    """The experts that somebody chose: a loop may run over them, but nobody may count them."""
+
+    def __len__(self) -> int:
+        raise Refusal("Python counts the experts that were chosen")
+
+
+_HOOKS = {torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook}
 _SIZES = {
-    torch.Tensor.shape.__get__,
+    torch.Tensor.stride,
+    torch.Tensor.nbytes.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
     torch.Tensor.size,
     torch.Tensor.numel,
     torch.Tensor.nelement,
     torch.Tensor.__len__,
     torch.numel,
-}  # type: ignore[attr-defined]
+}
 _SAME_LIST = {
     torch.Tensor.squeeze,
     torch.squeeze,
@@ -164,10 +232,11 @@ def _unknown(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) and tensor.constant is None
 
 
-def _has_symbol(result: Any, rows: Any) -> bool:
+def _has_rows(result: Any, rows: Any) -> bool:
+    """Whether a size that the program reads could hold the number of rows."""
     sizes = result if isinstance(result, (tuple, list)) else [result]
     if not isinstance(rows, torch.SymInt):
-        return True
+        return any(isinstance(s, int) and s and s % rows == 0 for s in sizes) if rows == EXAMPLE else False
     symbol = rows.node.expr
     return any(isinstance(s, torch.SymInt) and symbol in s.node.expr.free_symbols for s in sizes)
 
@@ -181,11 +250,13 @@ def capture(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     *,
-    rows: int = SYMBOLIC,
+    rows: int = EXAMPLE,
     truth: bool = True,
+    script: Mapping[Hashable, Any] | None = None,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
-    be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets; `truth`: the answer to every question.
+    be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for a number that may be
+    anything from 2 on and decides nothing; `truth`: the answer to every question.
 
     Raises `Refusal` with the reason if the function cannot be run out of band.
     """
@@ -198,7 +269,7 @@ def capture(
     unique: dict[int, Tensor] = {}
     state_fakes = [unique.setdefault(id(t), world.fake(t, None)) for t in state.values()]
     length = world.rows_vector() if rows == SYMBOLIC else torch.empty(rows, device="meta")
-    answers = Answers(length.shape[0], truth)
+    answers = Answers(length.shape[0], truth, script)
     seen: dict[str, Any] = {}
 
     def run(inputs: list[Tensor], state_values: list[Tensor], length: Tensor) -> Any:
@@ -212,8 +283,8 @@ def capture(
         flat, seen["spec"] = tree_flatten(result)
         if not all(isinstance(t, Tensor) or t is None for t in flat):
             raise Refusal(f"it returns {type(next(t for t in flat if not isinstance(t, Tensor))).__name__}")
-        seen["sizes"] = len(flat), len(answers.iterated), len(answers.answered)
-        return [*flat, *answers.iterated, *answers.answered, *answers.counted]
+        seen["sizes"] = [len(flat), len(answers.iterated), len(answers.answered), len(answers.counted)]
+        return [*flat, *answers.iterated, *answers.answered, *answers.counted, *answers.asked.values()]
 
     with watch(module), world.mode, _compiling(), _refusals():
         gm = make_fx(run, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
@@ -223,21 +294,18 @@ def capture(
     _name_inputs(gm, [*_argument_names(fn, args, kwargs, tensors), *state, ROWS])
     out = gm.graph.output_node()
     results = list(out.args[0])  # type: ignore[arg-type]
-    n, iterated, answered = seen["sizes"]
-    out.args = (tuple(results[:n]),)
-    parts = (
-        results[n : n + iterated],
-        results[n + iterated : n + iterated + answered],
-        results[n + iterated + answered :],
-    )
+    ends = list(itertools.accumulate(seen["sizes"]))
+    out.args = (tuple(results[: ends[0]]),)
+    iterated, answered, counted = (results[i:j] for i, j in itertools.pairwise(ends))
     constants = {k: v for k, v in vars(gm).items() if k.startswith("_tensor_constant")} | dict(gm.named_buffers())
     return Capture(
         gm,
         list(state),
         seen["spec"],
-        iterated=parts[0],
-        answered=[(node, truth) for node in parts[1]],
-        counted=parts[2],
+        iterated=iterated,
+        answered=[(node, truth) for node in answered],
+        counted=counted,
+        questions=dict(zip(answers.asked, results[ends[-1] :], strict=True)),
         sees_rows=answers.sees_rows,
         guards=world.guards(length.shape[0]),
         constants=_literals(gm, constants),
@@ -259,7 +327,7 @@ class _World:
         return self.mode.from_tensor(real, source=ConstantSource(name), symbolic_context=context)
 
     def rows_vector(self) -> Tensor:
-        return self.vector("rows", 7919)  # a prime that no other size is likely to be
+        return self.vector("rows", EXAMPLE)
 
     def size(self, size: Any) -> Any:
         if not isinstance(size, torch.SymInt):

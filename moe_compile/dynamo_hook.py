@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import AttrSource, CellContentsSource, DictGetItemSource, GetItemSource, LocalSource
+from torch._dynamo.source import AttrSource, CellContentsSource, DictGetItemSource, GetItemSource
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.functions import UserFunctionVariable, UserMethodVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
@@ -43,6 +43,7 @@ VERSIONS = ((2, 11), (2, 14))  # supported: from the first, below the second
 OptionsOf = Callable[[Any], Options | None]
 
 _installed = False
+_codes: dict[Any, types.CodeType] = {}
 _records: "weakref.WeakKeyDictionary[Any, list[RegionReport]]" = weakref.WeakKeyDictionary()
 Collected = list[tuple[nn.Module, RegionReport]]
 collector: contextvars.ContextVar[Collected | None] = contextvars.ContextVar("moe_compile_regions", default=None)
@@ -78,18 +79,46 @@ def check_version(version: str) -> None:
 
 
 def _see_top_frames(options_of: OptionsOf) -> None:
-    """A compiled module's own forward is a call too, for us: `wrap_top_frame` while `torch.compile` wraps it."""
-    from torch._dynamo.eval_frame import OptimizedModule
+    """Give a compiled module whose own forward is a candidate a frame around it, for a top frame is never called.
 
-    initialize = OptimizedModule._initialize
+    Only there: hooks of the module then run inside the frame, as those of its children do.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule, _TorchDynamoContext
 
-    def _initialize(self: Any) -> None:
-        backend = getattr(getattr(self.dynamo_ctx, "callback", None), "_torchdynamo_orig_backend", None)
-        ours = backend is not None and options_of(backend) is not None
-        with torch._dynamo.config.patch(wrap_top_frame=True) if ours else contextlib.nullcontext():
-            initialize(self)
+    initialize, wrap = OptimizedModule._initialize, _TorchDynamoContext.__call__
+
+    def ours(context: Any) -> bool:
+        backend = getattr(getattr(context, "callback", None), "_torchdynamo_orig_backend", None)
+        return backend is not None and options_of(backend) is not None
+
+    def _initialize(self: Any) -> None:  # torch.compile(module)
+        initialize(self)
+        if ours(self.dynamo_ctx) and _is_candidate_itself(self._orig_mod) and "_forward" not in vars(self):
+            self.forward = self.dynamo_ctx(_framed(self._orig_mod, self._orig_mod))
+
+    def __call__(self: Any, fn: Any) -> Any:  # module.compile() and torch.compile(module.forward)
+        if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nn.Module) and ours(self):
+            if _is_candidate_itself(fn.__self__) and fn != fn.__self__.__call__:
+                fn = _framed(fn, fn.__self__)
+        return wrap(self, fn)
 
     OptimizedModule._initialize = _initialize  # type: ignore[method-assign]
+    _TorchDynamoContext.__call__ = __call__  # type: ignore[method-assign]
+
+
+def _is_candidate_itself(module: nn.Module) -> bool:
+    forward = getattr(module.forward, "__func__", module.forward)
+    return isinstance(forward, types.FunctionType) and is_candidate(forward, module)
+
+
+def _framed(call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    """A frame around a call.  Modules of one class share its code, and so what was compiled."""
+
+    def framed(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    framed.__code__ = _codes.setdefault((type(module), type(call)), framed.__code__.replace())
+    return framed
 
 
 def regions_here() -> list[RegionReport]:
@@ -114,9 +143,16 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
         _record(declined(found), fn, owner, options)
         return None
     values, named, distinct = found
+    if torch.nn.modules.module._has_any_global_hook():
+        _record(declined("hooks for all modules are registered"), fn, owner, options)
+        return None
     with _outside_dynamo():
-        kind: Kind | Declined = kind_of(fn, owner.value, values, named, distinct, options.skip, functools.partial(_holds, tx))
-    if owner.source is None or var.source is None and any(r.path[0][0] == "fn" and len(r.path) > 1 for r in kind.reads):
+        kind: Kind | Declined = kind_of(
+            fn, owner.value, values, named, distinct, options.skip, functools.partial(_holds, tx)
+        )
+    if owner.source is None or (
+        var.source is None and any(r.path[0][0] == "fn" and len(r.path) > 1 for r in kind.reads)
+    ):
         kind = declined("what it reads in Python cannot be guarded: Dynamo has no name for where it comes from")
     _record(kind, fn, owner, options)
     if isinstance(kind, Declined):
@@ -180,7 +216,9 @@ def _from_topk(node: torch.fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem:
         return False
-    return node.args[1] == 1 and (source.target is torch.topk or (source.op == "call_method" and source.target == "topk"))
+    return node.args[1] == 1 and (
+        source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
+    )
 
 
 @contextlib.contextmanager
@@ -231,8 +269,6 @@ def _module_name(owner: Any) -> str:
         ):
             parts.append(member)
         source = getattr(source, "base", None)
-        if isinstance(getattr(source, "base", None), LocalSource) and type(source).__name__ == "GetItemSource":
-            break  # an item of *args: Dynamo's wrapper of a top frame
     return ".".join(reversed(parts))
 
 
@@ -257,9 +293,10 @@ def _holds(tx: Any, condition: Any) -> bool:
 
 def _guard_reads(tx: Any, var: Any, owner: Any, kind: Kind) -> None:
     """A guard for each value that the original's Python could have looked at."""
+    named: dict[Path, Source] = {}
     for read in kind.reads:
         path, absent = (read.path[:-1], read.path[-1][1]) if read.how == "absent" else (read.path, None)
-        source = _source(tx, var, owner, path)
+        source = _source(tx, var, owner, path, named)
         if source is None:
             continue  # the function itself, made while Dynamo traced
         match read.how:
@@ -276,25 +313,35 @@ def _guard_reads(tx: Any, var: Any, owner: Any, kind: Kind) -> None:
             case _:
                 guard = functools.partial(GuardBuilder.HASATTR, attr=absent)
         install_guard(source.make_guard(guard))
+    if not torch._dynamo.config.skip_nnmodule_hook_guards:
+        for name, _ in owner.value.named_modules():
+            child = _source(tx, var, owner, (("module", name),), named)
+            for hooks in (
+                ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks") if name else ()
+            ):
+                install_guard(AttrSource(child, hooks).make_guard(GuardBuilder.SEQUENCE_LENGTH))
 
 
-def _source(tx: Any, var: Any, owner: Any, path: Path) -> Source:
-    """How Dynamo names the value at the end of a path."""
-    source: Any = None
-    for step, key in path:
-        match step:
-            case "module":
-                source = (_attribute(tx, owner, key) if key else owner).realize().source
-            case "fn":
-                source = var.source
-            case "globals":
-                source = tx.import_source(key)
-            case "attr":
-                source = AttrSource(source, key)
-            case "item":
-                source = GetItemSource(source, key) if isinstance(key, int) else DictGetItemSource(source, key)
-            case "cell":
-                source = CellContentsSource(GetItemSource(AttrSource(source, "__closure__"), key), "cell_contents")
+def _source(tx: Any, var: Any, owner: Any, path: Path, named: dict[Path, Source]) -> Source:
+    """How Dynamo names the value at the end of a path.  `named`: those found before."""
+    if path in named:
+        return named[path]
+    before, (step, key) = path[:-1], path[-1]
+    base: Any = _source(tx, var, owner, before, named) if before else None
+    match step:
+        case "module":
+            source = (_attribute(tx, owner, key) if key else owner).realize().source
+        case "fn":
+            source = var.source
+        case "globals":
+            source = tx.import_source(key)
+        case "attr":
+            source = AttrSource(base, key)
+        case "item":
+            source = GetItemSource(base, key) if isinstance(key, int) else DictGetItemSource(base, key)
+        case _:
+            source = CellContentsSource(GetItemSource(AttrSource(base, "__closure__"), key), "cell_contents")
+    named[path] = source
     return source
 
 

@@ -1,6 +1,7 @@
 """`explain` and `rewrite`: the compiler's two other front doors."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,14 +28,32 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     inplace = target.__dict__.pop("_compiled_call_impl", None) if isinstance(target, nn.Module) else None
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
         try:
-            probe = torch.compile(lambda *a, **k: target(*a, **k), backend=moe_ep, options={"inner": "eager"})
-            probe(*args, **kwargs)
+            # A backend object of its own, so that nothing compiled before answers instead.
+            backend = functools.partial(moe_ep)
+            probe = torch.compile(_fresh(target), backend=backend, options={"inner": "eager"})
+            with torch._dynamo.config.patch(recompile_limit=10_000):  # after graph breaks each look is a recompilation
+                probe(*args, **kwargs)
         finally:
             dynamo_hook.collector.reset(token)
             if inplace is not None:
                 target.__dict__["_compiled_call_impl"] = inplace
     names = {m: name for name, m in target.named_modules()} if isinstance(target, nn.Module) else {}
-    return Report([dataclasses.replace(r, module=names.get(m, r.module)) for m, r in found])
+    places: dict[tuple[int, str], RegionReport] = {}
+    for module, region in found:  # Dynamo translates a function again after a graph break: one line a place
+        place = id(module), region.location
+        if place not in places or region.matched:
+            places[place] = dataclasses.replace(region, module=names.get(module, region.module))
+    return Report(list(places.values()))
+
+
+def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
+    """A function around the target whose code, and so whatever Dynamo keeps with it, is new."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    return call
 
 
 def rewrite(gm: GraphModule) -> Report:

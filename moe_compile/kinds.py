@@ -102,11 +102,15 @@ def _prove(
         node = found.gm.graph.find_nodes(op="call_function", target=experts)[0]
         num_experts, ids = node.args[6], node.args[0]
         top_k = ids.meta["val"].shape[1]  # type: ignore[union-attr]
+        if (dtype := ids.meta["val"].dtype) not in (torch.int32, torch.int64):  # type: ignore[union-attr]
+            raise Refusal(f"ids are {dtype}, which no gather takes as indices")
         detected = graph_text(found.gm.graph)
         reports = canonicalise(found.gm, skip)
         for report in reports:
             if report.refused and report.name == "DispatchExperts":
                 raise Refusal(report.refused[0][1])
+        if found.gm.graph.find_nodes(op="call_function", target=experts):
+            raise Refusal("the pass dispatch_experts is left out")
         after = graph_text(found.gm.graph)
     except Refusal as refusal:
         log.debug("%s refused: %s", fn.__qualname__, refusal)

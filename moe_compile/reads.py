@@ -72,7 +72,9 @@ def _same(read: Read, fn: types.FunctionType, module: nn.Module) -> bool:
         return read.how == "absent"
     match read.how:
         case "equals":
-            return type(value) is type(read.value) and (value == read.value or value != value and read.value != read.value)
+            return type(value) is type(read.value) and (
+                value == read.value or (value != value and read.value != read.value)
+            )
         case "code":
             return getattr(value, "__code__", None) is read.value
         case "is":
@@ -161,7 +163,7 @@ class _Walk:
             if isinstance(value, SIMPLE):
                 if not (own and name.startswith("_")) and name not in TORCH_OWN:
                     self._add((*path, ("attr", name)), "equals", value)
-            elif name in self.names or own and not name.startswith("_") and callable(value):
+            elif name in self.names or (own and not name.startswith("_") and callable(value)):
                 self._value((*path, ("attr", name)), value)
         self._class(path, module, {"forward", "__call__"} if module is not self.module else set())
 
@@ -191,7 +193,7 @@ class _Walk:
                     if isinstance(part, types.FunctionType):
                         self._function((("none", ""),), part)
             case functools.cached_property():
-                self._function((("none", ""),), value.func)
+                self._value((("none", ""),), value.func)
             case types.MemberDescriptorType() | types.GetSetDescriptorType():
                 if hasattr(instance, value.__name__):
                     self._value(path, getattr(instance, value.__name__))
@@ -268,7 +270,9 @@ class _Walk:
         elif isinstance(value, types.FunctionType):
             self._function(path, value)
         elif isinstance(value, types.MethodType):
-            self._function((*path, ("attr", "__func__")), value.__func__) if isinstance(value.__func__, types.FunctionType) else None
+            self._function((*path, ("attr", "__func__")), value.__func__) if isinstance(
+                value.__func__, types.FunctionType
+            ) else None
             self._value((*path, ("attr", "__self__")), value.__self__)
         elif isinstance(value, types.ModuleType):
             self._python_module(path, value)
@@ -285,8 +289,10 @@ class _Walk:
                 self._value((*path, ("item", key)), item)
             self._instance(path, value)
         elif isinstance(value, Tensor):
-            raise Refusal(f"it could read {spell(path)}, a tensor that is neither an argument nor a parameter or buffer")
-        elif isinstance(value, enum.Enum) or isinstance(value, type):
+            raise Refusal(
+                f"it could read {spell(path)}, a tensor that is neither an argument nor a parameter or buffer"
+            )
+        elif isinstance(value, (enum.Enum, type)):
             self._add(path, "is", value)
             if isinstance(value, type) and not is_torch(value.__module__) and not _stdlib(value.__module__):
                 self._attributes_of_class(path, value)
@@ -295,11 +301,14 @@ class _Walk:
                 self._value((*path, ("attr", part)), getattr(value, part))
         elif isinstance(value, nn.Module):
             raise Refusal(f"it could read {spell(path)}, a module that is not a part of {type(self.module).__name__}")
-        elif _constant(value) or is_torch(home):
+        elif (
+            _constant(value)
+            or is_torch(home)
+            or home == "logging"
+            or (is_torch(getattr(value, "__module__", None) or "") and callable(value))
+        ):
             self._add(path, "is", value)
-        elif home == "logging" or is_torch(getattr(value, "__module__", None) or "") and callable(value):
-            self._add(path, "is", value)
-        elif home in ("types", "argparse") or not _stdlib(home) and home.partition(".")[0] != "numpy":
+        elif home in ("types", "argparse") or (not _stdlib(home) and home.partition(".")[0] != "numpy"):
             self._add(path, "type", type(value))
             self._instance(path, value)
         else:
@@ -334,7 +343,14 @@ class _Walk:
 
     def _attributes_of_class(self, path: Path, cls: type) -> None:
         for name, value in vars(cls).items():
-            if name not in self.names and name not in ("__init__", "__new__", "__call__", "__enter__", "__exit__", "forward"):
+            if name not in self.names and name not in (
+                "__init__",
+                "__new__",
+                "__call__",
+                "__enter__",
+                "__exit__",
+                "forward",
+            ):
                 continue
             value = value.__func__ if isinstance(value, staticmethod) else value
             if isinstance(value, types.FunctionType):
@@ -346,7 +362,7 @@ class _Walk:
 
     def _python_module(self, path: Path, module: types.ModuleType) -> None:
         top = module.__name__.partition(".")[0]
-        if top in CHANGING or top == "numpy" and "random" in self.names:
+        if top in CHANGING or (top == "numpy" and "random" in self.names):
             raise Refusal(f"it could read {spell(path)}, which is not the same from call to call")
         self._add(path, "is", module)
         if is_torch(module.__name__) or _stdlib(module.__name__) or top == "numpy":
@@ -360,7 +376,11 @@ class _Walk:
 def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
     """Attributes that are not torch's own bookkeeping, children, parameters or buffers."""
     inner = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl")
-    return [(k, v) for k, v in vars(module).items() if k not in inner and not k.startswith("_backward") and not (k.startswith("_") and "hooks" in k)]
+    return [
+        (k, v)
+        for k, v in vars(module).items()
+        if k not in inner and not k.startswith("_backward") and not (k.startswith("_") and "hooks" in k)
+    ]
 
 
 @functools.cache
@@ -395,7 +415,12 @@ def _imports(fn: types.FunctionType) -> list[types.ModuleType]:
 
 def _constant(value: Any) -> bool:
     """Callables and types that hold no state of their own."""
-    kinds = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, functools._lru_cache_wrapper)
+    kinds = (
+        types.BuiltinFunctionType,
+        types.MethodDescriptorType,
+        types.WrapperDescriptorType,
+        functools._lru_cache_wrapper,
+    )
     generic = (types.GenericAlias, types.UnionType)
     return isinstance(value, (*kinds, *generic)) or type(value) is object or type(value).__module__ == "typing"
 

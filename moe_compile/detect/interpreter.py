@@ -66,6 +66,7 @@ class Interpreter:
         self.regions: dict[Node, Region] = {}
         self.refused: list[tuple[Node, str]] = []
         self.no_grad = False
+        self.bounds: dict[Node, set[int]] = {}  # ids -> numbers of experts that the graph limits them to
         self._version: dict[Any, int] = {}  # storage -> number of changes
         self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
         self._stale_reads: set[Any] = set()

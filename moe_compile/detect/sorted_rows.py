@@ -14,6 +14,7 @@ from moe_compile.detect.selection import INTEGERS, everyone, ids_node, top_k
 from moe_compile.detect.values import (
     Counts,
     FlatIds,
+    Outside,
     PairGrid,
     Permutation,
     Plain,
@@ -47,6 +48,38 @@ def convert(call: Call) -> Value | None:
         exact = val.dtype in (*INTEGERS[:2], torch.float32, torch.float64)
         return value if exact else None
     return value if isinstance(value, Permutation | TokenOf) and val.dtype in INTEGERS[:2] else None
+
+
+def limit(call: Call) -> Value | None:
+    """ids.clamp(0, E - 1): nothing new for ids of experts; `finish` checks that E is their number."""
+    value, low, high = call.arg(0), call.number(1, "min"), call.number(2, "max")
+    if call.op.startswith("clamp_max"):
+        low, high = None, call.number(1)
+    if not isinstance(value, FlatIds) or low not in (None, 0) or not isinstance(high, int):
+        return None
+    call.run.bounds.setdefault(value.ids, set()).add(high + 1)
+    return value
+
+
+def outside(call: Call) -> Value | None:
+    """ids >= E, of every pair; reshaped, it stays what it is."""
+    value, bound = call.arg(0), call.number(1)
+    if isinstance(value, Outside):
+        return value if call.op == "unsqueeze" else None
+    if isinstance(value, FlatIds) and isinstance(bound, int) and call.op in ("ge", "greater_equal"):
+        return Outside(value.ids, value.order, bound)
+    return None
+
+
+def blank_outside(call: Call) -> Value | None:
+    """Rows of pairs that chose nobody, set to zero: they count for nothing anyway."""
+    value, mask = call.arg(0), call.arg(1)
+    if not (isinstance(value, Rows) and isinstance(mask, Outside)) or call.number(2) != 0:
+        return None
+    if value.selection != everyone(mask.ids, mask.order):
+        return Unknown("rows are blanked by the ids of others")
+    call.run.bounds.setdefault(mask.ids, set()).add(mask.bound)
+    return value
 
 
 def sort(call: Call) -> Value | None:
@@ -190,6 +223,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **{op: (token_of,) for op in ("floor_divide", "div")},
     **{op: (count,) for op in ("histc",)},
     "cumsum": (running_sum,),
+    **{op: (limit,) for op in ("clamp", "clamp_", "clamp_max", "clamp_max_")},
+    **{op: (outside,) for op in ("ge", "greater_equal", "unsqueeze")},
+    **{op: (blank_outside,) for op in ("masked_fill", "masked_fill_")},
     **{op: (invert,) for op in ("index_put", "index_put_")},
     "repeat_interleave": (repeat,),
     "index": (by_row,),

@@ -178,6 +178,8 @@ def finish(run: Interpreter, node: Node, total: Sum) -> Value:
     for stack, size in stacks.items():
         if size != number:
             return Unknown(f"{number} experts are used, {stack.name} holds {size}")
+    if (bounds := run.bounds.get(first.ids, {number})) != {number}:
+        return Unknown(f"{number} experts are used, the ids are limited to {sorted(bounds)}")
     if not number or not (stacks or families):
         return Unknown("no weight belongs to an expert")
     if not body.val.is_floating_point():
