@@ -100,7 +100,7 @@ class Answers(TorchFunctionMode):
         if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and _has_rows(args[0].shape, self.rows):
             raise Refusal("a Python loop runs over the rows of an expert")
         if func is torch.Tensor.tolist and (found := self._source(args)):
-            return [t.tolist() for t in self._all_indices(args[0], found)]
+            return _Visited(t.tolist() for t in self._all_indices(args[0], found))
         if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero) and _unknown(args[0]):
             self.answered.append(args[0])
             return self._answer("truth", args[0], self.truth)

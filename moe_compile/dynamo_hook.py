@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import inspect
 import logging
 import operator
 import types
@@ -216,9 +217,8 @@ def _from_topk(node: torch.fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem:
         return False
-    return node.args[1] == 1 and (
-        source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
-    )
+    topk = source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
+    return bool(node.args[1] == 1 and topk)
 
 
 @contextlib.contextmanager
@@ -310,8 +310,10 @@ def _guard_reads(tx: Any, var: Any, owner: Any, kind: Kind) -> None:
                 guard = GuardBuilder.SEQUENCE_LENGTH
             case "type":
                 guard = GuardBuilder.TYPE_MATCH
-            case _:
+            case _ if "attr" in inspect.signature(GuardBuilder.HASATTR).parameters:
                 guard = functools.partial(GuardBuilder.HASATTR, attr=absent)
+            case _:  # torch 2.11 takes the name from the source
+                source, guard = AttrSource(source, str(absent)), GuardBuilder.HASATTR
         install_guard(source.make_guard(guard))
     if not torch._dynamo.config.skip_nnmodule_hook_guards:
         for name, _ in owner.value.named_modules():

@@ -106,9 +106,9 @@ def _prove(
             raise Refusal(f"ids are {dtype}, which no gather takes as indices")
         detected = graph_text(found.gm.graph)
         reports = canonicalise(found.gm, skip)
-        for report in reports:
-            if report.refused and report.name == "DispatchExperts":
-                raise Refusal(report.refused[0][1])
+        for done in reports:
+            if done.refused and done.name == "DispatchExperts":
+                raise Refusal(done.refused[0][1])
         if found.gm.graph.find_nodes(op="call_function", target=experts):
             raise Refusal("the pass dispatch_experts is left out")
         after = graph_text(found.gm.graph)

@@ -31,7 +31,7 @@ from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
 aten = torch.ops.aten
 
 
-def _rules() -> dict[str, tuple[Rule, ...]]:
+def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     tables = (selection.RULES, sorted_rows.RULES, sums.RULES, rows.RULES)
     ops = {op for table in tables for op in table}
@@ -61,7 +61,7 @@ class DetectExperts(RewritePass[Found]):
         self.run: Interpreter | None = None
 
     def find(self, graph: Graph) -> Iterator[tuple[Node, Found]]:
-        self.run = Interpreter(graph, _rules(), self.facts)
+        self.run = Interpreter(graph, rules(), self.facts)
         self.run.run(sums.finish)
         for site, region in self.run.regions.items():
             yield site, Found(site, region, None)

@@ -1,0 +1,216 @@
+"""Loops that ask who was chosen: shown to be right also where some experts have rows and others have none.
+
+A capture shows a function in one world: every expert has rows, more than one, and no two equally many.  What Python
+decides on data (`if mask.any()`, `if count == 0`, a loop over the chosen experts) could go another way in another
+world.  So the function is captured again in a few of them, chosen such that for any two experts there is one in which
+the first has rows and the second has none: each time exactly the experts that have rows must add what they added
+before, to the same start, with the same computation around the sum.
+"""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from moe_compile.capture import Capture
+from moe_compile.detect.interpreter import Facts, Interpreter
+from moe_compile.detect.selection import choose
+from moe_compile.detect.values import Emptiness, Hits, Index, Plain, Rows, Sum, SumRead, Value
+from moe_compile.errors import Refusal
+from moe_compile.passes.detect_experts import rules
+from moe_compile.region import Expr, Leaf
+
+World = frozenset[int]
+
+
+@dataclass
+class Survey:
+    """What a capture computes, spelled alike in all captures of one function."""
+
+    sums: int = 0
+    start: str = ""
+    around: list[str] = field(default_factory=list)  # outputs and lasting changes, with one name for the sum
+    without: list[str] = field(default_factory=list)  # the same with the start in the place of the sum
+    terms: dict[int, str] = field(default_factory=dict)  # by expert
+    ids: set[str] = field(default_factory=set)
+    questions: dict[Hashable, tuple[str, int]] = field(default_factory=dict)  # kind and expert
+    unclear: str | None = None  # a question that is not shown to be about experts
+    num_classes: int = 0
+
+
+def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Callable[..., Capture]) -> None:
+    """Refuse a function that does anything else in another world.  `again(script=..., rows=...)` captures it there."""
+    if expected.sums != 1 or len(expected.ids) != 1:
+        raise Refusal("what Python decides on is not shown to be about one sum over experts")
+    if expected.unclear is not None:
+        raise Refusal(f"Python asks about {expected.unclear}, not shown to say which experts were chosen")
+    for world in worlds(expected.num_classes):
+        found = survey(again(script=_script(expected, world)), distinct)
+        _compare(expected, found, world, "some experts have no rows")
+    if main.sees_rows:
+        found = survey(again(rows=1), distinct)
+        _compare(expected, found, frozenset(range(expected.num_classes)), "an expert has one row")
+
+
+def worlds(num_experts: int) -> Iterator[World]:
+    """Sets of experts that have rows: none, and for any two experts one with the first and without the second."""
+    yield frozenset()
+    width = next(w for w in itertools.count(1) if math.comb(w, w // 2) >= num_experts)
+    codes = list(itertools.islice(itertools.combinations(range(width), width // 2), num_experts))
+    for place in range(width):
+        yield frozenset(e for e, code in enumerate(codes) if place in code)
+
+
+def _script(expected: Survey, world: World) -> dict[Hashable, Any]:
+    answers: dict[Hashable, Any] = {}
+    for place, (question, (kind, expert)) in enumerate(expected.questions.items()):
+        chosen = expert in world
+        answers[question] = {
+            "any": chosen, "none": not chosen, "rows": place if chosen else None, "each": sorted(world),
+            "list": place if world else None,
+        }[kind]  # fmt: skip
+    return answers
+
+
+def _compare(expected: Survey, found: Survey, world: World, when: str) -> None:
+    for e, term in expected.terms.items():
+        if e in world and found.terms.get(e) != term:
+            what = "something else" if e in found.terms else "nothing"
+            raise Refusal(f"expert {e} adds {what} when {when}")
+    if found.sums > 1 or (found.sums and found.start != expected.start):
+        raise Refusal(f"the sum starts from something else when {when}")
+    if found.around != (expected.around if found.sums else expected.without):
+        raise Refusal(f"what surrounds the sum differs when {when}")
+
+
+# -- one capture ----------------------------------------------------------------------------
+
+
+def survey(found: Capture, distinct: Sequence[int]) -> Survey:
+    """Read a captured graph without changing it.  Nothing is refused here."""
+    inputs = found.gm.graph.find_nodes(op="placeholder")
+    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled())
+    run = Interpreter(found.gm.graph, rules(), facts)
+    totals: list[tuple[Node, Sum]] = []
+
+    def record(run: Interpreter, node: Node, total: Sum) -> Value:
+        totals.append((node, total))
+        return Plain(node)
+
+    run.run(record)
+    result, spell = Survey(sums=len(totals)), _Speller(found)
+    for _, total in totals:
+        result.start = spell.node(total.start.node)
+        for term in total.terms:
+            e, chosen = term.selection.expert, term.selection
+            if e is None or chosen.ids is None:
+                continue
+            result.ids.add(spell.node(chosen.ids))
+            said = f"{result.terms.get(e, '')} {chosen.classes} {chosen.per} {term.dim} {spell.expr(term.expr)}"
+            result.terms[e] = said
+    result.num_classes = max(result.terms, default=-1) + 1
+    for (kind, key), node in found.questions.items():  # type: ignore[misc]
+        meaning = _meaning(kind, run.values[node])
+        if meaning is None or spell.node(meaning[2]) not in result.ids:
+            result.unclear = result.unclear or node.name
+            continue
+        result.questions[kind, key] = meaning[:2]
+        result.num_classes = max(result.num_classes, meaning[1] + 1)
+    ends = [n for n in found.gm.graph.output_node().all_input_nodes]
+    inner = {n for n, v in run.values.items() if isinstance(v, Sum | SumRead | Rows)} | {n for n, _ in totals}
+    ends += [n for n in found.gm.graph.nodes if n not in inner and _changes(n)]
+    for into, name in ((result.around, None), (result.without, result.start)):
+        around = _Speller(found, {site: name or "the sum" for site, _ in totals})
+        into += [around.node(n) for n in ends]
+    return result
+
+
+def _changes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _meaning(kind: str, value: Value) -> tuple[str, int, Node] | None:
+    """(what is asked, of which expert, of which ids); for a list of experts, its last possible member."""
+    hits = choose(value) if kind == "each" else value
+    if isinstance(hits, Hits):
+        return ("each" if kind == "each" else "list"), (hits.classes or 0) - 1, hits.ids
+    if kind == "truth" and isinstance(value, Emptiness) and value.kind in ("any", "none"):
+        return value.kind, value.expert, value.ids
+    if kind == "count" and isinstance(value, Emptiness) and value.kind == "count":
+        return "rows", value.expert, value.ids
+    if kind == "rows" and isinstance(value, Index) and value.selection.ids is not None:
+        expert = value.selection.expert
+        return None if expert is None else ("rows", expert, value.selection.ids)
+    return None
+
+
+class _Speller:
+    """How values are computed, as digests: equal in two captures if they compute the same."""
+
+    def __init__(self, found: Capture, known: dict[Node, str] | None = None) -> None:
+        self.constants = found.constants
+        self.known: dict[Any, str] = dict(known or {})
+        self.grad = _grad_modes(found.gm.graph)
+
+    def node(self, node: Node) -> str:
+        for n in _missing(node, self.known):
+            if n.op == "get_attr":
+                literal = self.constants.get(str(n.target))
+                parts: Any = str(literal.tolist()) if literal is not None else n.target
+            elif n.op == "placeholder":
+                parts = n.name
+            else:
+                parts = (self.grad[n], *map_arg((n.args, n.kwargs), lambda m: self.known[m]))
+            self.known[n] = _digest(n.op, str(n.target) if n.op == "call_function" else "", parts)
+        return self.known[node]
+
+    def expr(self, expr: Expr) -> str:
+        if id(expr) not in self.known:
+            if isinstance(expr, Leaf):
+                parts: Any = (expr.role, self.node(expr.node))
+            else:
+                parts = (str(expr.target), self._parts(expr.args), self._parts(expr.kwargs))
+            self.known[id(expr)] = _digest("expr", parts)
+        return self.known[id(expr)]
+
+    def _parts(self, arg: Any) -> Any:
+        if isinstance(arg, (tuple, list)):
+            return [self._parts(a) for a in arg]
+        return self.expr(arg) if isinstance(arg, Expr) else (type(arg).__name__, arg)
+
+
+def _missing(node: Node, known: dict[Any, str]) -> list[Node]:
+    """The nodes that a value rests on, inputs first, without those that are known."""
+    order: list[Node] = []
+    todo = [(node, False)]
+    seen: set[Node] = set()
+    while todo:
+        n, ready = todo.pop()
+        if ready:
+            order.append(n)
+        elif n not in known and n not in seen:
+            seen.add(n)
+            todo.append((n, True))
+            todo += [(m, False) for m in n.all_input_nodes]
+    return order
+
+
+def _grad_modes(graph: Graph) -> dict[Node, bool | None]:
+    mode: Any = None
+    found = {}
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            mode = node.args[0]
+        found[node] = mode
+    return found
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

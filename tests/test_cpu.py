@@ -1,0 +1,117 @@
+"""The CPU forms of the ops (moe_compile/cpu.py, mkl.py) against the definitions in ops.py, in float64."""
+
+import pytest
+import torch
+
+import moe_compile  # noqa: F401  registers the CPU forms
+from moe_compile import cpu, mkl, ops
+
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# (T, K, E): empty experts, one expert takes all, more experts than rows, crowded, odd sizes
+ROUTINGS = {"even": (64, 2, 8), "few": (3, 2, 16), "one": (1, 1, 1), "crowded": (400, 1, 4), "odd": (77, 3, 5)}
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    eps = torch.finfo(dtype).eps
+    return {"rtol": 8 * eps, "atol": 60 * eps}
+
+
+def routing(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    T, K, E = ROUTINGS[name]
+    ids = torch.zeros(T, K, dtype=torch.int64) if name == "crowded" else torch.rand(T, E).argsort(1)[:, :K]
+    return ids, *ops.sort_by_expert(ids, E)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("layout", ["stacked", "separate", "transposed", "strided"])
+def test_grouped_gemm(name: str, dtype: torch.dtype, layout: str) -> None:
+    torch.manual_seed(0)
+    ids, order, offsets = routing(name)
+    (E,), D, F = offsets.shape, 12, 20
+    x = torch.randn(order.shape[0], D, dtype=dtype)
+    w = torch.randn(E, F, 2 * D, dtype=dtype)[:, :, ::2] if layout == "strided" else torch.randn(E, F, D, dtype=dtype)
+    if layout == "transposed":
+        w = w.transpose(1, 2).contiguous().transpose(1, 2)
+    weights = list(w.unbind(0)) if layout == "separate" else [w]
+    expected = ops.grouped_gemm_reference(x.double(), [v.double() for v in weights], offsets)
+    torch.testing.assert_close(cpu.grouped_gemm(x, weights, offsets).double(), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_gradients_of_a_layer(name: str, dtype: torch.dtype) -> None:
+    """dispatch, grouped_gemm, combine: outputs and all gradients, twice the same."""
+    torch.manual_seed(0)
+    T, K, E = ROUTINGS[name]
+    ids, _, _ = routing(name)
+    leaves = [torch.randn(T, 12), torch.randn(E, 20, 12), torch.rand(T, K)]
+
+    def run(dtype):
+        x, w, weights = [v.to(dtype).requires_grad_() for v in leaves]
+        rows, offsets, order = torch.ops.moe_ep.dispatch(x, ids, E)
+        y = torch.ops.moe_ep.grouped_gemm(rows, [w], offsets)
+        out = torch.ops.moe_ep.combine(y, weights, order, offsets, K)
+        first = torch.autograd.grad(out.sum(), [x, w, weights], retain_graph=True)
+        second = torch.autograd.grad(out.sum(), [x, w, weights])
+        assert all(map(torch.equal, first, second))
+        return out, *first
+
+    for ours, exact in zip(run(dtype), run(torch.float64), strict=True):
+        # rounded inputs differ from the exact ones, beside the rounding of the sums
+        bound = 4 * torch.finfo(dtype).eps * exact.abs().max().item() * 8
+        assert (ours.double() - exact).abs().max().item() <= bound + 1e-12
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_pairs_that_nobody_takes_add_nothing(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([[0, 5], [-1, 1], [9, 9]])
+    order, offsets = ops.sort_by_expert(ids, 4)
+    y, weights, dout = torch.randn(6, 8, dtype=dtype), torch.rand(3, 2, dtype=dtype), torch.randn(3, 8, dtype=dtype)
+    y[int(offsets[-1]) :] = float("nan")
+    out = cpu.combine(y, weights, order, offsets, 2)
+    dy, dweights = cpu.combine_backward(dout, torch.nan_to_num(y), weights, order, offsets)
+    assert torch.isfinite(out).all() and torch.equal(out[2], torch.zeros(8, dtype=dtype))
+    assert not dy[int(offsets[-1]) :].any() and not dweights[2].any()
+
+
+def test_mixed_dtypes_go_to_the_definition() -> None:
+    ids, order, offsets = routing("even")
+    y, weights = torch.randn(128, 8, dtype=torch.bfloat16), torch.rand(64, 2)
+    assert cpu.why_not(y, weights, offsets) == "rows are torch.bfloat16, weights torch.float32"
+    expected = ops.combine_reference(y, weights, order, offsets, 2)
+    assert expected.dtype == torch.float32
+    assert torch.equal(cpu.combine(y, weights, order, offsets, 2), expected)
+
+
+def test_says_why_products_cannot_be_batched() -> None:
+    assert mkl.why_not(torch.bfloat16) == "no batched product for torch.bfloat16"
+    assert mkl.layout(torch.empty(4, 6)[:, ::2]) is None
+    assert mkl.layout(torch.empty(4, 6).t()) == (True, 6)
+
+
+def test_the_same_bits_twice() -> None:
+    torch.manual_seed(0)
+    ids, order, offsets = routing("odd")
+    x, w = torch.randn(order.shape[0], 33), torch.randn(5, 17, 33)
+    assert torch.equal(cpu.grouped_gemm(x, [w], offsets), cpu.grouped_gemm(x, [w], offsets))
+
+
+@pytest.mark.parametrize(
+    ("ids", "experts", "message"),
+    [
+        (torch.zeros(3, 2), 4, r"expert ids are torch.float32 \(3, 2\), expected an integer \[T, K\]"),
+        (torch.zeros(3, dtype=torch.int64), 4, r"expert ids are torch.int64 \(3,\), expected an integer \[T, K\]"),
+        (torch.zeros(3, 0, dtype=torch.int64), 4, "0 experts a token of 4"),
+    ],
+)
+def test_dispatch_names_bad_ids(ids: torch.Tensor, experts: int, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        torch.ops.moe_ep.dispatch(torch.randn(3, 4), ids, experts)
+
+
+def test_check_ids_raises_as_one_hot_does() -> None:
+    assert torch.equal(torch.ops.moe_ep.check_ids(torch.tensor([[0, 3]]), 4), torch.tensor([[0, 3]]))
+    with pytest.raises(RuntimeError, match="Class values must be smaller than num_classes"):
+        torch.ops.moe_ep.check_ids(torch.tensor([[0, 4]]), 4)
