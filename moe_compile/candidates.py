@@ -15,7 +15,10 @@ from torch import nn
 from moe_compile.python_state import code_names
 
 SELECTS = frozenset(
-    ["where", "nonzero", "one_hot", "any", "index_add", "index_add_", "index_put", "index_put_", "scatter_add", "scatter_add_", "index_select", "masked_select", "argsort", "sort", "bincount", "repeat_interleave"]
+    """
+    where nonzero one_hot any index_add index_add_ index_put index_put_ scatter_add scatter_add_ index_select
+    masked_select argsort sort bincount repeat_interleave
+""".split()
 )
 
 _answers: "weakref.WeakKeyDictionary[nn.Module, dict[types.CodeType, bool]]" = weakref.WeakKeyDictionary()

@@ -27,10 +27,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_compile.errors import Refusal
 from moe_compile.python_state import watch
+from moe_compile.region import EXAMPLE_ROWS
 
 _lib = torch.library.Library("moe_ep_capture", "DEF")
 _lib.define("nonzero(Tensor mask, SymInt rows) -> Tensor")
@@ -38,7 +40,7 @@ torch.library.register_fake(
     "moe_ep_capture::nonzero", lambda mask, rows: mask.new_empty((rows, mask.dim()), dtype=torch.int64), lib=_lib
 )
 
-EXAMPLE = 7919  # rows of a selection: a prime that no other size is likely to be, so that reading it shows
+EXAMPLE = EXAMPLE_ROWS
 SYMBOLIC = -1
 ROWS = "rows"  # the last placeholder: a vector as long as a selection
 
@@ -112,6 +114,8 @@ class Answers(TorchFunctionMode):
             return self._rows("count", args[0])
         if func in _HOOKS:
             raise Refusal("it puts a hook on a tensor, which a trace would lose")
+        if func is torch.Tensor.__len__ and isinstance(self.rows, torch.SymInt) and _has_rows(args[0].shape, self.rows):
+            raise Refusal("Python takes len() of an expert's rows, which cannot be followed as shape[0] or numel() can")
         if func in _SIZES:
             result = func(*args, **kwargs)
             self.sees_rows |= _has_rows(result, self.rows)
@@ -173,7 +177,7 @@ class Answers(TorchFunctionMode):
         mode = get_proxy_mode()
         assert mode is not None
         node = get_proxy_slot(about, mode.tracer, None, lambda slot: slot.proxy.node)
-        return (kind, id(about) if node is None else self._spelled(node, mode.tracer.root))
+        return (kind, id(about) if node is None else self._spelled(node, getattr(mode.tracer, "root", None)))
 
     def _spelled(self, node: Node, root: Any) -> str:
         """How a value was computed, down to the inputs."""
@@ -183,7 +187,8 @@ class Answers(TorchFunctionMode):
             elif node.op == "get_attr":
                 literal = getattr(root, str(node.target))
                 literal = literal.constant if isinstance(literal, FakeTensor) else literal
-                spelling = (node.op, str(literal.tolist()) if isinstance(literal, Tensor) else node.target)
+                with _disable_current_modes():
+                    spelling = (node.op, str(literal.tolist()) if isinstance(literal, Tensor) else node.target)
             else:
                 args = node.args[:1] if "moe_ep_capture" in str(node.target) else node.args
                 parts = torch.fx.node.map_arg((args, node.kwargs), lambda n: self._spelled(n, root))
@@ -349,7 +354,8 @@ class _World:
 
     def guards(self, rows: Any) -> list[Any]:
         """What the trace assumed of the caller's sizes; a decision on the number of rows is a refusal."""
-        back = {ours.node._expr: theirs for theirs, ours in self._theirs.items()}  # `expr` is a number once it was compared
+        # `_expr`: `expr` is a number once it was compared
+        back = {ours.node._expr: theirs for theirs, ours in self._theirs.items()}
         found = []
         for guard in self.env.guards:
             if isinstance(rows, torch.SymInt) and rows.node._expr in guard.expr.free_symbols:
@@ -395,7 +401,11 @@ def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _state_replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
     from torch.nn.utils.stateless import _reparametrize_module
 
-    with _reparametrize_module(module, values):
+    places: dict[Any, str] = {}  # a module that has two names is changed, and put back, by one of them
+    for name in values:
+        owner, _, attribute = name.rpartition(".")
+        places.setdefault((module.get_submodule(owner), attribute), name)
+    with _reparametrize_module(module, {name: values[name] for name in places.values()}):
         yield
 
 

@@ -1,6 +1,6 @@
 """The ops on a CPU, by kernels that PyTorch carries already: nothing to compile, threads used across experts.
 
-Products (f32, f64) are one MKL batch over all experts (mkl.py), cut so that one crowded expert cannot leave threads idle.
+Products (f32, f64) are one MKL batch over all experts (mkl.py), cut so that one crowded expert leaves no thread idle.
 
 A `combine` is an embedding bag: the bag of token t holds the K rows of its pairs, in the order of k, with the routing
 weights as per-sample weights.  Its gradients are bags too.  These kernels are vectorised, threaded over bags, sum in
@@ -86,9 +86,7 @@ def combine(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E:
         return ops.combine_reference(y_RD, weights_TK, order_R, offsets_E, top_k)
     position_TK = _positions(order_R).view(-1, top_k)
     weights = None if weights_TK is None else weights_TK.contiguous()
-    return torch.nn.functional.embedding_bag(
-        position_TK, y_RD.contiguous(), mode="sum", per_sample_weights=weights
-    )
+    return torch.nn.functional.embedding_bag(position_TK, y_RD.contiguous(), mode="sum", per_sample_weights=weights)
 
 
 def combine_backward(

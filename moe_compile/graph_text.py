@@ -5,6 +5,8 @@ import operator
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from moe_compile.region import EXAMPLE_ROWS
+
 _DTYPE = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -17,7 +19,7 @@ _DTYPE = {
 
 
 def graph_text(graph: Graph, types: bool = True) -> str:
-    """`name: dtype[shape] = namespace.op(args)`, one line per node, no addresses, no paths.
+    """`name: dtype[shape] = namespace.op(args)`, one line per node, no addresses, no paths; r: rows of one expert.
 
     The body of an `experts` node follows the line that reads it, indented.  `types=False` leaves types out.
     """
@@ -51,13 +53,17 @@ def _target(node: Node) -> str:
 def _type(node: Node) -> str:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return f"{_DTYPE.get(value.dtype, str(value.dtype))}[{', '.join(map(str, value.shape))}]"
+        return f"{_DTYPE.get(value.dtype, str(value.dtype))}[{', '.join(map(_size, value.shape))}]"
     if value is None:
         return "body" if node.op == "get_attr" else "none"
     return "tuple" if isinstance(value, (tuple, list)) else type(value).__name__
 
 
+def _size(size: object) -> str:
+    return "r" if size == EXAMPLE_ROWS else str(size)
+
+
 def _arg(arg: object) -> str:
     if isinstance(arg, (tuple, list)):
         return "[" + ", ".join(map(_arg, arg)) + "]"
-    return str(arg)
+    return _size(arg)

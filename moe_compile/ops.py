@@ -178,7 +178,9 @@ def _gemm_backward(ctx, dy_RF: Tensor):
 # -- combine --------------------------------------------------------------------------------
 
 
-def combine_reference(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
+def combine_reference(
+    y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int
+) -> Tensor:
     """out_TD[t] = sum over k of weights_TK[t, k] * (the row of y_RD of pair (t, k)).
 
     No weights mean ones.  The result has the dtype that y * weights has; sums run in f32 or wider.

@@ -6,6 +6,7 @@ iterations can tell each other something that the trace cannot show, `watch` cat
 """
 
 import ast
+import collections
 import contextlib
 import dis
 import inspect
@@ -98,6 +99,56 @@ def watch(module: nn.Module) -> Iterator[None]:
             vars(m).clear()
             vars(m).update(attributes)
             raise Refusal(f"{type(m).__name__} changes its attribute {changed[0]} when it runs")
+
+
+@contextlib.contextmanager
+def unchanged(functions: Functions, module: nn.Module) -> Iterator[None]:
+    """Undo and refuse changes inside lists, dicts and sets that the functions can reach."""
+    before = [(where, box, _contents(box)) for where, box in _containers(functions, module)]
+    try:
+        yield
+    finally:
+        changed = [where for where, box, old in before if not _put_back(box, old)]
+    if changed:
+        raise Refusal(f"it changes {changed[0]} when it runs")
+
+
+def _containers(functions: Functions, module: nn.Module) -> Iterator[tuple[str, Any]]:
+    seen: set[int] = set()
+    todo: list[tuple[str, Any]] = []
+    for name, child in module.named_modules():
+        own = vars(nn.Module()).keys()
+        todo += [(f"self.{name}.{k}".replace("..", "."), v) for k, v in vars(child).items() if k not in own]
+    for f in functions:
+        todo += [(n, f.__globals__[n]) for n in code_names(f.__code__) if n in f.__globals__]
+        cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
+        todo += [(n, c.cell_contents) for n, c in cells if _filled(c)]
+        defaults = (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values())
+        todo += [(f"a default of {f.__qualname__}", d) for d in defaults]
+    while todo:
+        where, box = todo.pop()
+        if isinstance(box, _CONTAINERS) and id(box) not in seen:
+            seen.add(id(box))
+            yield where, box
+            todo += [(where, item) for item in (box.values() if isinstance(box, dict) else box)]
+
+
+_CONTAINERS = (list, dict, set, collections.deque)
+
+
+def _contents(box: Any) -> list[Any]:
+    return [*box.items()] if isinstance(box, dict) else [*box]
+
+
+def _put_back(box: Any, old: list[Any]) -> bool:
+    """Whether the container still holds what it held; if not, it does afterwards."""
+    new = _contents(box)
+    flat_old, flat_new = ([x for item in c for x in item] if isinstance(box, dict) else c for c in (old, new))
+    if len(flat_old) == len(flat_new) and all(a is b for a, b in zip(flat_old, flat_new, strict=True)):
+        return True
+    box.clear()
+    box.update(old) if isinstance(box, (dict, set)) else box.extend(old)
+    return False
 
 
 # -- loops that skip empty experts ----------------------------------------------------------

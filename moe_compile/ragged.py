@@ -38,7 +38,7 @@ class Batcher:
 
     def __init__(self, graph: Graph, like: Node, offsets: Node, expert_R: Callable[[], Node]) -> None:
         self.graph, self.like, self.offsets, self.expert_R = graph, like, offsets, expert_R
-        self.env: dict[Node, Batched] = {}
+        self.env: dict[Any, Batched] = {}  # nodes of the body; `Any`, as arguments of a node may be anything
 
     def run(self, body: Graph) -> Node:
         """The batched output; `env` holds the placeholders already."""
@@ -214,8 +214,10 @@ def shifted(*positions: int) -> Callable[[Batcher, Node], Batched]:
         rank = source.meta["val"].dim() + (_op(node) == "unsqueeze")  # type: ignore[union-attr]
         args = list(node.args)
         for p in positions:
-            d = args[p] if len(args) > p else 0
-            dims = [x % rank + 1 for x in d] if isinstance(d, (list, tuple)) else int(d) % rank + 1  # type: ignore[call-overload]
+            if len(args) <= p and _op(node) in ("sum", "mean", "softmax", "squeeze"):
+                raise Refusal(f"no rule for {_op(node)} over all dimensions on expert weights")
+            d: Any = args[p] if len(args) > p else 0
+            dims = [x % rank + 1 for x in d] if isinstance(d, (list, tuple)) else d % rank + 1
             args = [*args, *[0] * (p + 1 - len(args))]
             args[p] = dims
         first = [b.stack(n) for n in args[0]] if isinstance(args[0], (list, tuple)) else b.stack(args[0])
@@ -224,12 +226,27 @@ def shifted(*positions: int) -> Callable[[Batcher, Node], Batched]:
     return rule
 
 
+def reduced(b: Batcher, node: Node) -> Batched:
+    """w.sum(), w.mean() of a whole weight, or along dimensions of it."""
+    if len(node.args) > 1 and node.args[1] not in (None, []):
+        return shifted(1)(b, node)
+    source = node.args[0]
+    assert isinstance(source, Node)
+    target = aten.sum.dim_IntList if _op(node) == "sum" else aten.mean.dim
+    if len(node.args) > 2 or value(source).dim() == 0:
+        raise Refusal(f"no rule for {_op(node)} over all dimensions with these arguments")
+    dims = list(range(1, value(source).dim() + 1))
+    return Batched("param", b.emit(target, b.stack(source), dims, **node.kwargs))
+
+
 def transpose(b: Batcher, node: Node) -> Batched:
     """w.t(), w.transpose(a, b): of each expert's weight; separate weights stay separate."""
     source = node.args[0]
     assert isinstance(source, Node)
-    a, c = (-2, -1) if _op(node) == "t" else (node.args[1], node.args[2])
+    a, c = (node.args[1], node.args[2]) if _op(node) == "transpose" else (-2, -1)
     rank = value(source).dim()
+    if rank > 2 and _op(node) == "numpy_T":
+        raise Refusal(f"no rule for .T of {rank} dimensions on expert weights")
     if rank < 2:
         return b.env[source]
     a, c = int(a) % rank - rank, int(c) % rank - rank  # type: ignore[arg-type]
@@ -251,12 +268,16 @@ def reshape(b: Batcher, node: Node) -> Batched:
 
 
 def getitem(b: Batcher, node: Node) -> Batched:
-    source = b.env[node.args[0]]  # type: ignore[index]
+    source = b.env[node.args[0]]
     assert isinstance(source.node, Node)
     return Batched(source.level, b.emit(operator.getitem, source.node, node.args[1]))
 
 
-_POINTWISE = ["abs", "add", "addcmul", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "cos", "detach", "div", "exp", "ge", "gelu", "gt", "le", "log", "lt", "masked_fill", "maximum", "minimum", "mul", "multiply", "neg", "pow", "reciprocal", "relu", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softplus", "sqrt", "square", "sub", "tanh", "to", "_to_copy", "true_divide", "type_as", "where"]
+_POINTWISE = """
+    abs add addcmul clamp clamp_max clamp_min clone contiguous cos detach div exp ge gelu gt le log lt
+    masked_fill maximum minimum mul multiply neg pow reciprocal relu rsqrt rsub sigmoid silu sin softplus sqrt
+    square sub tanh to _to_copy true_divide type_as where
+""".split()
 
 RULES: dict[str, Callable[[Batcher, Node], Batched]] = {
     "linear": linear,
@@ -264,10 +285,11 @@ RULES: dict[str, Callable[[Batcher, Node], Batched]] = {
     **dict.fromkeys(_POINTWISE, pointwise),
     "layer_norm": norm,
     "rms_norm": norm,
-    **dict.fromkeys(("t", "transpose"), transpose),
+    **dict.fromkeys(("t", "transpose", "numpy_T", "mT"), transpose),
     "permute": permute,
     **dict.fromkeys(("view", "reshape", "flatten"), reshape),
     "getitem": getitem,
-    **dict.fromkeys(("select", "slice", "unsqueeze", "squeeze", "sum", "mean", "softmax", "cat", "unbind"), shifted(1)),
+    **dict.fromkeys(("select", "slice", "unsqueeze", "softmax", "cat", "unbind"), shifted(1)),
+    **dict.fromkeys(("sum", "mean"), reduced),
     **dict.fromkeys(("chunk", "split", "split_with_sizes"), shifted(2)),
 }

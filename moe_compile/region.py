@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 Params = Tensor | Sequence[Tensor]
+EXAMPLE_ROWS = 7919  # r in a trace: a prime that no other size is likely to be, so that reading it shows
 LEVELS = ("token", "pair", "param", "shared")
 
 
@@ -89,7 +90,7 @@ class Table:
     def __init__(self) -> None:
         self._known: dict[Any, Expr] = {}
 
-    def leaf(self, role: str, node: Node, val: Any) -> Expr:
+    def leaf(self, role: str, node: Any, val: Any) -> Expr:
         return self._known.setdefault((role, node), Leaf(role, node, val))
 
     def call(self, target: Any, args: tuple, kwargs: dict[str, Any], val: Any) -> Expr:

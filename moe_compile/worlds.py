@@ -2,9 +2,9 @@
 
 A capture shows a function in one world: every expert has rows, more than one, and no two equally many.  What Python
 decides on data (`if mask.any()`, `if count == 0`, a loop over the chosen experts) could go another way in another
-world.  So the function is captured again in a few of them, chosen such that for any two experts there is one in which
-the first has rows and the second has none: each time exactly the experts that have rows must add what they added
-before, to the same start, with the same computation around the sum.
+world.  So the function is captured again in a few of them, chosen such that for any two experts (of many: of the
+first and last few) there is one in which the first has rows and the second has none: each time exactly the experts
+that have rows must add what they added before, to the same start, with the same computation around the sum.
 """
 
 import hashlib
@@ -21,12 +21,13 @@ from torch.fx.node import map_arg
 from moe_compile.capture import Capture
 from moe_compile.detect.interpreter import Facts, Interpreter
 from moe_compile.detect.selection import choose
-from moe_compile.detect.values import Emptiness, Hits, Index, Plain, Rows, Sum, SumRead, Value
+from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Rows, Sum, SumRead, Value
 from moe_compile.errors import Refusal
 from moe_compile.passes.detect_experts import rules
 from moe_compile.region import Expr, Leaf
 
 World = frozenset[int]
+FEW = 3  # experts at either end that have rows in a world, where there are many
 
 
 @dataclass
@@ -59,12 +60,19 @@ def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Calla
 
 
 def worlds(num_experts: int) -> Iterator[World]:
-    """Sets of experts that have rows: none, and for any two experts one with the first and without the second."""
+    """Sets of experts that have rows: none, and for any two experts one with the first and without the second.
+
+    Of many experts only the first and last few have rows in any of them, so that a world costs little: that iterations
+    tell each other nothing is shown from the source (`check_loops`), and this is the second look.
+    """
+    experts = list(range(num_experts))
+    if num_experts > 2 * FEW:
+        experts = [*experts[:FEW], *experts[-FEW:]]
     yield frozenset()
-    width = next(w for w in itertools.count(1) if math.comb(w, w // 2) >= num_experts)
-    codes = list(itertools.islice(itertools.combinations(range(width), width // 2), num_experts))
+    width = next(w for w in itertools.count(1) if math.comb(w, w // 2) >= len(experts))
+    codes = dict(zip(experts, itertools.combinations(range(width), width // 2), strict=False))
     for place in range(width):
-        yield frozenset(e for e, code in enumerate(codes) if place in code)
+        yield frozenset(e for e, code in codes.items() if place in code)
 
 
 def _script(expected: Survey, world: World) -> dict[Hashable, Any]:
@@ -115,7 +123,8 @@ def survey(found: Capture, distinct: Sequence[int]) -> Survey:
             said = f"{result.terms.get(e, '')} {chosen.classes} {chosen.per} {term.dim} {spell.expr(term.expr)}"
             result.terms[e] = said
     result.num_classes = max(result.terms, default=-1) + 1
-    for (kind, key), node in found.questions.items():  # type: ignore[misc]
+    for question, node in found.questions.items():
+        kind, key = question  # type: ignore[misc]
         meaning = _meaning(kind, run.values[node])
         if meaning is None or spell.node(meaning[2]) not in result.ids:
             result.unclear = result.unclear or node.name
@@ -123,7 +132,8 @@ def survey(found: Capture, distinct: Sequence[int]) -> Survey:
         result.questions[kind, key] = meaning[:2]
         result.num_classes = max(result.num_classes, meaning[1] + 1)
     ends = [n for n in found.gm.graph.output_node().all_input_nodes]
-    inner = {n for n, v in run.values.items() if isinstance(v, Sum | SumRead | Rows)} | {n for n, _ in totals}
+    inner = {n for n, v in run.values.items() if isinstance(v, Constant | Rows | Sum | SumRead)}
+    inner |= {n for n, _ in totals}
     ends += [n for n in found.gm.graph.nodes if n not in inner and _changes(n)]
     for into, name in ((result.around, None), (result.without, result.start)):
         around = _Speller(found, {site: name or "the sum" for site, _ in totals})

@@ -36,11 +36,12 @@ class DispatchExperts(RewritePass[Node]):
             yield node, node
 
     def refuse(self, node: Node) -> str | None:
-        ids, tokens, pairs, *_ = node.args
+        _, tokens, pairs, *_ = node.args
         if not tokens and not pairs:
             return "the experts read nothing of their tokens"
         scratch = Graph()
-        scratch.graph_copy(node.graph, copies := {})  # a rehearsal: the rules say whether they can
+        copies: dict[Node, Node] = {}
+        scratch.graph_copy(node.graph, copies)  # a rehearsal: the rules say whether they can
         scratch.owning_module = node.graph.owning_module
         try:
             _write(scratch, copies[node])
@@ -68,6 +69,7 @@ def _write(graph: Graph, node: Node) -> Node:
         if num_classes is not None:
             ids = call(moe_ep.check_ids.default, ids, num_classes)
         first = tokens[0] if tokens else pairs[0]
+        assert isinstance(first, Node)
         flat_first = _flat(call, first, 2)
         if not tokens:  # nothing to carry but the order: rows of the pairs are gathered below
             flat_first = call(aten.slice.Tensor, _flat(call, ids, 2), 1, 0, 1)
@@ -79,6 +81,8 @@ def _write(graph: Graph, node: Node) -> Node:
         def expert_R() -> Node:
             if not made:
                 flat_ids = call(aten.reshape.default, ids, [-1])
+                if value(flat_ids).dtype not in (torch.int64, torch.int32):  # a vector of bytes would be a mask
+                    flat_ids = call(aten.to.dtype, flat_ids, torch.int64)
                 rows = call(aten.index.Tensor, flat_ids, [order])
                 made.append(call(aten.clamp.default, rows, 0, num_experts - 1))
             return made[0]

@@ -20,6 +20,7 @@ from moe_compile.detect.values import Constant, Plain, Region, Rows, RowTuple, S
 from moe_compile.region import Expr, Table
 
 Rule = Callable[["Call"], Value | None]
+ACCUMULATES = ("index_add", "index_add_", "index_put", "index_put_")
 SMALL = 4096  # elements of a constant that is still folded
 
 
@@ -45,7 +46,7 @@ class Call:
     def arg(self, index: int, name: str = "", default: Any = None) -> Any:
         return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
 
-    def val(self, of: Node | None = None) -> Any:
+    def val(self, of: Any = None) -> Any:
         return (of or self.node).meta.get("val")
 
     def number(self, index: int, name: str = "", default: Any = None) -> Any:
@@ -83,6 +84,15 @@ class Interpreter:
                     self.settle(source)
                 break
             self.values[node] = self._meaning(node)
+        self._report_unknown_sums()
+
+    def _report_unknown_sums(self) -> None:
+        """An accumulation that could not be interpreted is a candidate too: its reason, once."""
+        told = {reason for _, reason in self.refused}
+        for node, value in self.values.items():
+            if isinstance(value, Unknown) and op_of(node) in ACCUMULATES and value.reason not in told:
+                told.add(value.reason)
+                self.refused.append((node, value.reason))
 
     def settle(self, node: Node) -> Value:
         """The meaning of a node for somebody outside of the sum: a finished region if it is a sum."""
@@ -110,6 +120,8 @@ class Interpreter:
             return Plain(node)
         for source in node.all_input_nodes:
             if stale := self._stale(source):
+                if any(isinstance(self.values[n], Sum) for n in node.all_input_nodes):
+                    self.refused.append((node, stale))
                 return self._made(node, Unknown(stale))
         changed = self._change(node)
         value = self._apply(node)

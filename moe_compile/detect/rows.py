@@ -11,12 +11,20 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.selection import same_size
 from moe_compile.detect.values import Constant, Repeated, Rows, RowTuple, Selection, Slice, Unknown, Value
 from moe_compile.region import Expr
 
 aten = torch.ops.aten
 
-POINTWISE = ["abs", "add", "addcdiv", "addcmul", "alias", "bitwise_and", "bitwise_not", "bitwise_or", "celu", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "cos", "detach", "div", "elu", "eq", "erf", "exp", "exp2", "expm1", "float", "floor", "ge", "gelu", "greater", "gt", "half", "hardsigmoid", "hardswish", "hardtanh", "le", "leaky_relu", "lerp", "less", "log", "log1p", "log_sigmoid", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "maximum", "minimum", "mish", "mul", "multiply", "nan_to_num", "ne", "neg", "pow", "reciprocal", "relu", "relu6", "round", "rsqrt", "rsub", "selu", "sigmoid", "sign", "silu", "sin", "softplus", "sqrt", "square", "sub", "subtract", "tanh", "threshold", "to", "_to_copy", "true_divide", "type_as", "where"]
+POINTWISE = """
+    abs add addcdiv addcmul alias bitwise_and bitwise_not bitwise_or celu clamp clamp_max clamp_min clone
+    contiguous cos detach div elu eq erf exp exp2 expm1 float floor ge gelu greater gt half hardsigmoid
+    hardswish hardtanh le leaky_relu lerp less log log1p log_sigmoid logical_and logical_not logical_or lt
+    masked_fill maximum minimum mish mul multiply nan_to_num ne neg pow reciprocal relu relu6 round rsqrt rsub
+    selu sigmoid sign silu sin softplus sqrt square sub subtract tanh threshold to _to_copy true_divide type_as
+    where
+""".split()
 
 # The position of the dimensions an op works along, and its default there.
 ALONG: dict[str, tuple[int, Any]] = {
@@ -77,7 +85,7 @@ def _operand(call: Call, selection: Selection, value: Any, node: Any) -> Any:
     node, val = call.run.canonical[node], call.val(node)
     if not isinstance(val, Tensor):
         return Unknown(f"{node.name}, a size known only at run time, is used in the expert")
-    if selection.order == "flat" and val.dim() and _same(val.shape[0], rows_val(call).shape[0]):
+    if selection.order == "flat" and val.dim() and same_size(val.shape[0], rows_val(call).shape[0]):
         return call.run.table.leaf("flat_pair", node, val)
     if isinstance(value, Constant) and val.dim() == 0:
         return value.number.item()
@@ -145,6 +153,8 @@ def along(call: Call) -> Value | None:
     if selection is None or isinstance(selection, Unknown):
         return selection
     op = call.op
+    if str(call.node.target).endswith(".other"):
+        return pointwise(call)  # max(a, b)
     position, default = ALONG[op]
     name = "self" if position == 0 else "dims" if op == "flip" else "dim"
     dims = call.arg(position, name, default)
@@ -180,11 +190,11 @@ def reshape(call: Call) -> Value | None:
         return None
     before, after = call.val(call.node.args[0]), call.val()
     if value.dim == 1:
-        same = after.dim() == before.dim() - 1 and all(map(_same, after.shape, before.shape[1:]))
+        same = after.dim() == before.dim() - 1 and all(map(same_size, after.shape, before.shape[1:]))
         return Rows(value.selection, value.expr) if same else Unknown("a view mixes rows and features")
     if value.expr.level != "row":
         return None
-    if not after.dim() or not _same(after.shape[0], before.shape[0]):
+    if not after.dim() or not same_size(after.shape[0], before.shape[0]):
         return Unknown(f"{call.op} to {tuple(after.shape)} mixes rows and features")
     if not all(isinstance(s, int) for s in after.shape[1:]):
         return Unknown(f"{call.op} to {tuple(after.shape)}: a feature size is not known")
@@ -350,15 +360,6 @@ def _kwargs_unknown(call: Call) -> Unknown | None:
     if _values([call.kwargs]):
         return Unknown(f"{call.op} takes a tensor by keyword")
     return None
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal sizes, shown without a guard."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    left = a.node.expr if isinstance(a, torch.SymInt) else a
-    right = b.node.expr if isinstance(b, torch.SymInt) else b
-    return left == right
 
 
 def _is_one(size: Any) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.values import (
@@ -164,7 +165,7 @@ def squeeze(call: Call) -> Value | None:
             return _with(value, dims=tuple(n for i, n in enumerate(value.dims) if i not in drop))
     if isinstance(value, Index) and isinstance(value.dim, tuple) and len(value.dim) == 1:
         return Index(value.selection, value.dim[0]) if call.val().dim() == 1 else None
-    return None
+    return value if isinstance(value, Hits) and call.val().dim() == 1 else None
 
 
 def reduce(call: Call) -> Value | None:
@@ -257,27 +258,60 @@ def gather_rows(call: Call) -> Value | None:
     if isinstance(selection, Unknown):
         return selection
     table, val = call.run.table, call.val()
-    if isinstance(value, MaskedWeights) and value.summed and picked == [0]:
+    if picked == [0] and (rows := one_weight_a_token(call, value, selection, val)):
+        return rows
+    if not isinstance(value, Plain):
+        return None
+    source: Any = value.node
+    if picked == [0] and op_of(source) == "unsqueeze" and source.args[1] in (1, -1):
+        inner = call.run.values[source.args[0]]
+        rows = one_weight_a_token(call, inner, selection, val.select(1, 0))
+        if isinstance(rows, Rows):
+            return Rows(selection, call.run.expr(call, torch.ops.aten.unsqueeze.default, [rows.expr, 1]))
+        if rows is not None:
+            return rows
+    if picked == [0]:
+        return misfit(selection, value.node, 1) or Rows(selection, table.leaf("token", value.node, val))
+    if picked == [0, 1] and selection.per == "pair":
+        return misfit(selection, value.node, 2) or Rows(selection, table.leaf("pair", value.node, val))
+    if picked == [None, 0] and op_of(source) == "unsqueeze" and source.args[1] == 0:
+        row = val.select(0, 0)
+        if wrong := misfit(selection, source.args[0], 1):
+            return wrong
+        return Rows(selection, table.leaf("token", source.args[0], row), dim=1)
+    return Unknown(f"rows are gathered along dimensions {picked} of the expert ids")
+
+
+def one_weight_a_token(call: Call, value: Value, selection: Selection, val: Any) -> Rows | Unknown | None:
+    """weights * (ids == e) summed over k, or column e of a [T, E] table, read at the tokens of expert e."""
+    table = call.run.table
+    if isinstance(value, MaskedWeights) and value.summed:
         if (value.ids, value.expert) != (selection.ids, selection.expert):
             return Unknown(f"weights of expert {value.expert} are read for the rows of expert {selection.expert}")
         if selection.per == "pair" and (repeated := not_distinct(call.run, selection.ids)):
             return Unknown(f"weights summed over a token's experts are read for each of them: {repeated}")
         return Rows(selection, table.leaf("pair", value.weights, val))
-    if isinstance(value, Column) and picked == [0]:
+    if isinstance(value, Column):
         if value.expert != selection.expert:
             return Unknown(f"column {value.expert} of the weights is read for the rows of expert {selection.expert}")
-        return Rows(selection, table.leaf("column", value.table, val))
-    if not isinstance(value, Plain):
+        return misfit(selection, value.table, 1) or Rows(selection, table.leaf("column", value.table, val))
+    return None
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Equal sizes, shown without a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return statically_known_true(a == b)
+
+
+def misfit(selection: Selection, node: Node, dims: int) -> Unknown | None:
+    """A tensor that is read or written by tokens (and k) must have the ids' first `dims` dimensions."""
+    assert selection.ids is not None
+    mine, theirs = node.meta["val"].shape, selection.ids.meta["val"].shape
+    if len(mine) >= dims and all(map(same_size, mine[:dims], theirs[:dims])):
         return None
-    if picked == [0]:
-        return Rows(selection, table.leaf("token", value.node, val))
-    if picked == [0, 1] and selection.per == "pair":
-        return Rows(selection, table.leaf("pair", value.node, val))
-    source = value.node
-    if picked == [None, 0] and op_of(source) == "unsqueeze" and source.args[1] == 0:
-        row = val.select(0, 0)
-        return Rows(selection, table.leaf("token", source.args[0], row), dim=1)
-    return Unknown(f"rows are gathered along dimensions {picked} of the expert ids")
+    return Unknown(f"{node.name} is {tuple(mine)}, the expert ids are {tuple(theirs)}")
 
 
 def top_k(ids: Node) -> Any:
@@ -345,7 +379,9 @@ def not_distinct(run: Interpreter, ids: Node | None) -> str | None:
     if source in run.facts.distinct_ids:
         return None
     if op_of(source) == "getitem" and source.args[1] == 1 and str(source.args[0].target) == "aten.topk.default":
-        return None
+        dims = source.args[0].args[2:3] or (source.args[0].kwargs.get("dim", -1),)
+        if dims[0] in (-1, 1):
+            return None
     return f"the ids ({ids.name}) are not shown to be distinct, as those of topk are"
 
 

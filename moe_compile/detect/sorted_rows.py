@@ -1,8 +1,8 @@
 """Rules for rows of all experts at once: in flat pair order (t*K + k), or sorted by expert.
 
-Covers the grouped form (sort, gather, grouped GEMM over offsets, unsort) and the batched form (weights gathered by row).
+Covers the grouped form (sort, gather, grouped GEMM over offsets, unsort) and the batched form (weights gathered by
+row).
 """
-
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ def blank_outside(call: Call) -> Value | None:
 
 def sort(call: Call) -> Value | None:
     value = call.arg(0)
-    if call.kwargs.get("descending") or (any(a is True for a in call.args[2:]) and "stable" not in str(call.node.target)):
+    descends = any(a is True for a in call.args[2:]) and "stable" not in str(call.node.target)
+    if descends or call.kwargs.get("descending"):
         return None
     if isinstance(value, Permutation) and call.op == "argsort" and not value.inverse:
         return Permutation(value.ids, value.order, inverse=True)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
-from moe_compile.detect.selection import index_vectors, not_distinct
+from moe_compile.detect.selection import index_vectors, not_distinct, same_size
 from moe_compile.detect.values import (
     Buffer,
     PairGrid,
@@ -162,7 +162,7 @@ def finish(run: Interpreter, node: Node, total: Sum) -> Value:
         body, families = total.terms[0].expr, {}
         experts = None
     else:
-        experts = [t.selection.expert for t in total.terms]
+        experts = [t.selection.expert for t in total.terms if t.selection.expert is not None]
         if sorted(experts) != list(range(len(experts))):
             return Unknown(f"the loop visits experts {_short(experts)}, not each of 0..{len(experts) - 1} once")
         bodies = [t.expr for t in sorted(total.terms, key=lambda t: t.selection.expert or 0)]
@@ -187,6 +187,10 @@ def finish(run: Interpreter, node: Node, total: Sum) -> Value:
     for source in [first.ids, *(leaf.node for leaf in leaves), *(n for nodes in families.values() for n in nodes)]:
         if not run.unchanged(source):
             return Unknown(f"{source.name} is changed in place while the experts run")
+    here, row = node.meta["val"], body.val
+    if not (same_size(here.shape[0], first.ids.meta["val"].shape[0]) and tuple(here.shape[1:]) == tuple(row.shape[1:])):
+        ids = tuple(first.ids.meta["val"].shape)
+        return Unknown(f"the sum is {tuple(here.shape)}, its terms are {tuple(row.shape)}, the expert ids are {ids}")
     classes = number if experts is None else first.classes
     return Region(total, first.ids, number, classes, body, families)
 
@@ -223,7 +227,8 @@ def _match(a: Any, b: Any, met: dict[Leaf, Leaf], done: set[tuple[int, int]]) ->
         if a.role != b.role or (a.role != "outer" and a.node is not b.node):
             return f"it reads {b.role} {b.node.name}, that one {a.role} {a.node.name}"
         if a.val.shape != b.val.shape or a.val.dtype != b.val.dtype:
-            return f"{b.node.name} is {b.val.dtype} {tuple(b.val.shape)}, {a.node.name} is {a.val.dtype} {tuple(a.val.shape)}"
+            said = [f"{x.node.name} is {x.val.dtype} {tuple(x.val.shape)}" for x in (b, a)]
+            return ", ".join(said)
         if met.setdefault(a, b) is not b:
             return f"{a.node.name} is used twice there, {b.node.name} and {met[a].node.name} here"
         return None

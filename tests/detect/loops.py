@@ -4,13 +4,22 @@
 with T tokens of width D, K experts per token out of E.
 """
 
+import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from moe_compile import region
+from moe_compile.analysis import analyse
+from moe_compile.pipeline import canonicalise
 
 T, K, E, D, FF = 11, 2, 4, 6, 10
 
@@ -32,8 +41,8 @@ class Mutant:
     top_k: int = K
     flat: bool = False
     distinct: bool = True
-    inputs: Any = None
-    repeats: bool = field(default=False)  # call with ids that repeat in a row
+    repeats: bool = False  # call with ids that repeat in a row
+    late: bool = False  # refused after the analysis: by a pass, or by what it reads in Python
 
 
 IDIOMS: dict[str, Idiom] = {}
@@ -57,7 +66,9 @@ def mutant(reason: str, **options: Any) -> Callable[[type], type]:
     return register
 
 
-def routed(seed: int = 0, tokens: int = T, top_k: int = K, num_experts: int = E, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def routed(
+    seed: int = 0, tokens: int = T, top_k: int = K, num_experts: int = E, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """x, ids without repetition in a row, weights."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.rand(tokens, num_experts, generator=g).argsort(-1)[:, :top_k].contiguous()
@@ -272,17 +283,6 @@ class IfRows(Listed):
         return out
 
 
-@idiom(any_ids=True)
-class IfLength(Stacked):
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e in range(self.num_experts):
-            t, k = torch.where(ids == e)
-            if len(t) > 0:
-                out.index_add_(0, t, self.expert(e, x[t]) * weights[t, k, None])
-        return out
-
-
 @idiom(top_k=1, flat=True, any_ids=True)
 class SwitchAssign(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -408,6 +408,130 @@ class BatchOfSequences(Listed):
         return out.reshape(b.shape)[0]
 
 
+@idiom(any_ids=True)
+class ShiftedStack(Stacked):
+    """Expert e with the first weight of e and the second of e + 1."""
+
+    def expert(self, e: Any, x: Tensor) -> Tensor:
+        gate, up = F.linear(x, self.w13[e]).chunk(2, -1)
+        return F.linear(F.silu(gate) * up, self.w2[(e + 1) % E])
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * weights[t, k, None])
+        return out
+
+
+@idiom(any_ids=True)
+class ScaledByMean(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return self.experts[e](x) * self.experts[e].up.weight.mean()
+
+
+@idiom(any_ids=True)
+class MaxOfRows(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return torch.max(self.experts[e](x), x)
+
+
+@idiom(any_ids=True)
+class ScaledByMeanOfSlice(Stacked):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where(ids == e)
+            y = self.expert(e, x[t]) * self.w2[e].abs().sum() / (1 + self.w13[e].mean())
+            out.index_add_(0, t, y * weights[t, k, None])
+        return out
+
+
+@idiom(any_ids=True)
+class ChangesRowsInPlace(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        x += 1
+        return self.experts[e](x).mul_(0.5)
+
+
+@idiom(any_ids=True)
+class OtherIds(Listed):
+    """The ids that choose are computed from those that come in."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(x, (ids + 1) % E, weights)
+
+
+@idiom(any_ids=True)
+class Shared(Listed):
+    """Experts 0 and 3 are one module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts[3] = self.experts[0]
+
+
+@idiom(any_ids=True)
+class Frozen(Listed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts.requires_grad_(False)
+
+
+@idiom(any_ids=True)
+class SomeFrozen(Listed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts[1].requires_grad_(False)
+
+
+@idiom(any_ids=True)
+class Returns(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        return super().forward(x, ids, weights), weights * 2
+
+
+@idiom(top_k=1, any_ids=True)
+class OneOfMany(Listed):
+    pass
+
+
+@idiom(top_k=E, any_ids=True)
+class AllOfThem(Listed):
+    pass
+
+
+@idiom(any_ids=True)
+class SharedExpertFirst(Listed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = Mlp()
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = self.shared(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
+        return out
+
+
+@idiom(any_ids=True)
+class CountsForEverybody(Stacked):
+    """A buffer that counts the rows of all experts, outside of the loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("load", torch.zeros(E))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, self.expert(e, x[t]) * weights[t, k, None])
+        self.load.add_((ids[:, :, None] == torch.arange(E)).sum((0, 1)))
+        return out
+
+
 # -- what an expert computes ----------------------------------------------------------------
 
 
@@ -492,73 +616,73 @@ EXPERTS: dict[str, Callable[[], nn.Module]] = {
 # -- mutants: another function of the rows for one expert -----------------------------------
 
 
-@mutant("")
+@mutant("expert 2 differs from expert 0: aten.relu where that has aten.gelu")
 class OtherActivation(Listed):
     def __init__(self) -> None:
         super().__init__()
         self.experts[2].act = F.relu
 
 
-@mutant("")
+@mutant("expert 2 differs from expert 0: 2.0 where that has 1.0")
 class OtherScale(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x) * (2.0 if e == 2 else 1.0)
 
 
-@mutant("")
+@mutant("expert 1 differs from expert 0: 2 where that has 1")
 class IndexAsNumber(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x) * (e + 1)
 
 
-@mutant("")
+@mutant("expert 2 differs from expert 0: aten.to.dtype where that has token x")
 class OtherDtype(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x.double().float() if e == 2 else x)
 
 
-@mutant("")
+@mutant("expert 1 differs from expert 0: aten.mul.Tensor where that has aten.linear")
 class OtherForward(Listed):
     def __init__(self) -> None:
         super().__init__()
         self.experts[1].forward = lambda x: x * 2  # type: ignore[method-assign]
 
 
-@mutant("")
+@mutant("expert 3 differs from expert 0: 5 arguments for 4")
 class OtherEps(Listed):
     def __init__(self) -> None:
         super().__init__(lambda: Normed(nn.LayerNorm))
         self.experts[3].norm.eps = 0.1
 
 
-@mutant("")
+@mutant("expert 1 differs from expert 0: experts_1_up_weight is torch.float32 (4, 6), experts_0_up_weight is torch.float32 (10, 6)")
 class OtherWidth(Listed):
     def __init__(self) -> None:
         super().__init__()
         self.experts[1].up, self.experts[1].down = nn.Linear(D, 4), nn.Linear(4, D)
 
 
-@mutant("")
+@mutant("expert 3 differs from expert 0: 2 arguments for 3")
 class OneWithoutBias(Listed):
     def __init__(self) -> None:
         super().__init__()
         self.experts[3].up = nn.Linear(D, FF, bias=False)
 
 
-@mutant("")
+@mutant("dropout with p = 0.5 draws random numbers expert by expert")
 class Dropout(Listed):
     def __init__(self) -> None:
         super().__init__(lambda: nn.Sequential(nn.Linear(D, D), nn.Dropout(0.5)))
 
 
-@mutant("")
+@mutant("dropout with p = 0.5 draws random numbers expert by expert")
 class OneWithDropout(Listed):
     def __init__(self) -> None:
         super().__init__(lambda: nn.Sequential(nn.Linear(D, D), nn.Dropout(0.0)))
         self.experts[1][1].p = 0.5
 
 
-@mutant("")
+@mutant("no rule for aten.dropout on expert weights", late=True)
 class DropConnect(Stacked):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -569,20 +693,20 @@ class DropConnect(Stacked):
         return out
 
 
-@mutant("")
+@mutant("aten.randn_like at loops.py is not known to be row-wise (it reads rows)")
 class Noise(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x + 0.1 * torch.randn_like(x))
 
 
-@mutant("")
+@mutant("module experts.2 has hooks")
 class HookOnOne(Listed):
     def __init__(self) -> None:
         super().__init__()
         self.experts[2].register_forward_hook(lambda m, a, y: y * 2)
 
 
-@mutant("")
+@mutant("it puts a hook on a tensor, which a trace would lose")
 class TensorHook(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         y = self.experts[e](x)
@@ -591,13 +715,13 @@ class TensorHook(Listed):
         return y
 
 
-@mutant("")
+@mutant("expert 3 differs from expert 0: token x where that has aten.linear")
 class BranchOnIndex(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x) if e < 3 else x
 
 
-@mutant("")
+@mutant("expert 1 differs from expert 0: aten.linear where that has token x")
 class BranchOnNumber(Listed):
     def __init__(self) -> None:
         super().__init__()
@@ -610,7 +734,7 @@ class BranchOnNumber(Listed):
         return x
 
 
-@mutant("")
+@mutant("Python decides on gt, not shown to say whether an expert was chosen")
 class BranchOnTensor(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         y = self.experts[e](x)
@@ -619,7 +743,7 @@ class BranchOnTensor(Listed):
         return y
 
 
-@mutant("")
+@mutant("Python decides on gt, not shown to say whether an expert was chosen")
 class BranchOnWeight(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         if self.experts[e].up.bias[0] > 0:
@@ -627,14 +751,13 @@ class BranchOnWeight(Listed):
         return self.experts[e](x)
 
 
-@mutant("")
+@mutant("expert 1 differs from expert 0: experts_0_up_weight is used twice there, experts_1_up_weight and experts_1_gate_weight here")
 class TiedInOneOnly(Listed):
     def __init__(self) -> None:
         super().__init__(Gated)
         self.experts[0].up.weight = self.experts[0].gate.weight
 
 
-@mutant("")
 class Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -645,10 +768,7 @@ class Double(torch.autograd.Function):
         return 2 * g
 
 
-del MUTANTS["Double"]
-
-
-@mutant("")
+@mutant("it uses the custom autograd function Double, whose gradient a trace would lose")
 class OwnGradient(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return Double.apply(self.experts[e](x))
@@ -657,79 +777,79 @@ class OwnGradient(Listed):
 # -- mutants: rows that meet ----------------------------------------------------------------
 
 
-@mutant("")
+@mutant("mean along dimension 0 lets rows depend on each other")
 class MeanOverRows(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x - x.mean(0, keepdim=True))
 
 
-@mutant("")
+@mutant("softmax along dimension 0 lets rows depend on each other")
 class SoftmaxOverRows(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x).softmax(0)
 
 
-@mutant("")
+@mutant("cumsum along dimension 0 lets rows depend on each other")
 class CumsumOverRows(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x).cumsum(0)
 
 
-@mutant("")
+@mutant("sum reduces over all rows")
 class SumOverAll(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x) / (1 + x.sum().abs())
 
 
-@mutant("")
+@mutant("linalg_vector_norm reduces over all rows")
 class NormOverAll(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x) / (1 + x.norm())
 
 
-@mutant("")
+@mutant("add_1, a size known only at run time, is used in the expert")
 class DividedByRows(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x) / (x.shape[0] + 1)
 
 
-@mutant("")
+@mutant("aten.batch_norm at loops.py is not known to be row-wise (it reads rows)")
 class BatchNorm(Listed):
     def __init__(self) -> None:
         super().__init__(lambda: nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)))
 
 
-@mutant("")
+@mutant("flip along dimension 0 lets rows depend on each other")
 class FlippedRows(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x).flip(0)
 
 
-@mutant("")
+@mutant("aten.roll at loops.py is not known to be row-wise (it reads rows)")
 class RolledRows(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x).roll(1, 0)
 
 
-@mutant("")
+@mutant("t moves the rows' dimension")
 class Attention(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e]((x @ x.t()).softmax(-1) @ x)
 
 
-@mutant("")
+@mutant("add adds a tensor of shape (7919, 1) across the rows")
 class PositionOfRow(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x + torch.arange(x.shape[0]).unsqueeze(1))
 
 
-@mutant("")
+@mutant("slice along dimension 0 lets rows depend on each other")
 class FirstRow(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x) + x[:1]
 
 
-@mutant("")
+@mutant("aten.slice.Tensor at loops.py is not known to be row-wise (it reads index)")
 class Capacity(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -740,13 +860,13 @@ class Capacity(Listed):
         return out
 
 
-@mutant("")
+@mutant("reshape to (6, 7919) mixes rows and features")
 class ViewAcross(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x.reshape(D, -1).t())
 
 
-@mutant("")
+@mutant("rows are gathered along dimensions [None, 0] of the expert ids")
 class ColumnsOfX(Listed):
     """Selects features, not rows; D and T are the same number."""
 
@@ -761,7 +881,7 @@ class ColumnsOfX(Listed):
 # -- mutants: other rows, other weights -----------------------------------------------------
 
 
-@mutant("")
+@mutant("column 1 of the weights is read for the rows of expert 0")
 class WeightsOfAnother(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         probs = torch.zeros(x.shape[0], E).scatter(1, ids, weights)
@@ -772,7 +892,7 @@ class WeightsOfAnother(Listed):
         return out
 
 
-@mutant("")
+@mutant("unsqueeze is (11, 4, 1), the expert ids are (11, 2)")
 class WeightsByWideTable(Listed):
     """probs[t, k] of a [T, E] table: column k, not column id."""
 
@@ -785,7 +905,7 @@ class WeightsByWideTable(Listed):
         return out
 
 
-@mutant("")
+@mutant("weights of expert 1 are read for the rows of expert 0")
 class MaskedWeightsOfAnother(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -795,7 +915,7 @@ class MaskedWeightsOfAnother(Listed):
         return out
 
 
-@mutant("")
+@mutant("nothing is summed over experts")
 class PlacesOfAnother(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -807,7 +927,7 @@ class PlacesOfAnother(Listed):
         return out
 
 
-@mutant("")
+@mutant("aten.index_put_ at loops.py keeps only one of two equal tokens: the ids (ids) are not shown to be distinct, as those of topk are", distinct=False, repeats=True)
 class RepeatedIds(Listed):
     """`out[mask] +=` adds once for a token that chose an expert twice."""
 
@@ -819,10 +939,7 @@ class RepeatedIds(Listed):
         return out
 
 
-MUTANTS["RepeatedIds"] = Mutant(RepeatedIds, "", distinct=False, repeats=True)
-
-
-@mutant("", distinct=False, repeats=True)
+@mutant("a token that chose an expert twice counts once: the ids (ids) are not shown to be distinct, as those of topk are", distinct=False, repeats=True)
 class RepeatedIdsByToken(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -832,7 +949,7 @@ class RepeatedIdsByToken(Listed):
         return out
 
 
-@mutant("", distinct=False, repeats=True)
+@mutant("a token that chose an expert twice counts once: the ids (getitem_1) are not shown to be distinct, as those of topk are", distinct=False, repeats=True)
 class TopkOverTokens(Listed):
     """The indices of a topk over dimension 0 are distinct in a column, not in a row."""
 
@@ -848,7 +965,7 @@ class TopkOverTokens(Listed):
         return F.pad(out, (0, 0, 0, x.shape[0] - 3))
 
 
-@mutant("")
+@mutant("aten.index_put_ at loops.py overwrites what another expert of the same token wrote")
 class LastWins(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -858,7 +975,7 @@ class LastWins(Listed):
         return out
 
 
-@mutant("")
+@mutant("aten.index_add_ at loops.py does not add rows to tokens along dimension 0 with factor 1")
 class Alpha(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -868,7 +985,7 @@ class Alpha(Listed):
         return out
 
 
-@mutant("")
+@mutant("expert 1 differs from expert 0: it reads token mul, that one token x")
 class OtherInputForOne(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -879,7 +996,7 @@ class OtherInputForOne(Listed):
         return out
 
 
-@mutant("")
+@mutant("the iterations choose their rows in different ways")
 class TwoIds(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -890,7 +1007,7 @@ class TwoIds(Listed):
         return out
 
 
-@mutant("")
+@mutant("the loop visits experts [0, 1, 3], not each of 0..2 once")
 class MissingExpert(Stacked):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -900,7 +1017,7 @@ class MissingExpert(Stacked):
         return out
 
 
-@mutant("")
+@mutant("3 experts are used, w2 holds 4")
 class VisitsFewer(Stacked):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -910,7 +1027,7 @@ class VisitsFewer(Stacked):
         return out
 
 
-@mutant("")
+@mutant("the loop visits experts [0, 1, 2, 3, 1], not each of 0..4 once")
 class VisitsTwice(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -920,29 +1037,13 @@ class VisitsTwice(Listed):
         return out
 
 
-@mutant("")
-class ShiftedStack(Stacked):
-    """Expert e with the first weight of e and the second of e + 1."""
-
-    def expert(self, e: Any, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.w13[e]).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, self.w2[(e + 1) % E])
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e in range(E):
-            t, k = torch.where(ids == e)
-            out.index_add_(0, t, self.expert(e, x[t]) * weights[t, k, None])
-        return out
-
-
-@mutant("")
+@mutant("nothing is summed over experts")
 class FloatIds(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return super().forward(x, ids.float() * 0.75, weights)
 
 
-@mutant("")
+@mutant("it does not run on fake tensors: IndexError: index 3 is out of bounds for dimension 0 with size 3")
 class FewerClasses(Stacked):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -953,7 +1054,7 @@ class FewerClasses(Stacked):
         return out
 
 
-@mutant("")
+@mutant("the sum is (14, 6), its terms are (7919, 6), the expert ids are (11, 2)")
 class LongerBuffer(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros(x.shape[0] + 3, D)
@@ -963,7 +1064,7 @@ class LongerBuffer(Listed):
         return out
 
 
-@mutant("")
+@mutant("cat is (22, 6), the expert ids are (11, 2)")
 class LongerInput(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -977,7 +1078,7 @@ class LongerInput(Listed):
 # -- mutants: iterations that know of each other --------------------------------------------
 
 
-@mutant("")
+@mutant("aten.linear at loops.py is not known to be row-wise (it reads sumread)")
 class ReadsSum(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -987,7 +1088,7 @@ class ReadsSum(Listed):
         return out
 
 
-@mutant("")
+@mutant("sum along dimension 0 lets rows depend on each other")
 class CarriesTensor(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1000,7 +1101,7 @@ class CarriesTensor(Listed):
         return out
 
 
-@mutant("")
+@mutant("expert 1 differs from expert 0: 0.5 where that has 1.0")
 class CarriesNumber(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1012,7 +1113,7 @@ class CarriesNumber(Listed):
         return out
 
 
-@mutant("")
+@mutant("CountsChosen.forward carries count from one iteration to the next and skips some")
 class CountsChosen(Stacked):
     """The number of iterations that ran is used after the loop over chosen experts."""
 
@@ -1027,7 +1128,7 @@ class CountsChosen(Stacked):
         return out / count
 
 
-@mutant("")
+@mutant("CountsIfAny.forward carries count from one iteration to the next and skips some")
 class CountsIfAny(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1040,7 +1141,7 @@ class CountsIfAny(Listed):
         return out / count
 
 
-@mutant("")
+@mutant("expert 3 adds something else when some experts have no rows")
 class PositionAmongChosen(Stacked):
     """The i-th chosen expert has the weights i."""
 
@@ -1053,7 +1154,7 @@ class PositionAmongChosen(Stacked):
         return out
 
 
-@mutant("")
+@mutant("expert 3 adds something else when some experts have no rows")
 class ZipWithChosen(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1064,7 +1165,7 @@ class ZipWithChosen(Listed):
         return out
 
 
-@mutant("")
+@mutant("CountsInAttribute.run (loops.py) sets the attribute calls")
 class CountsInAttribute(Listed):
     def __init__(self) -> None:
         super().__init__()
@@ -1075,7 +1176,7 @@ class CountsInAttribute(Listed):
         return self.experts[e](x) * self.calls
 
 
-@mutant("")
+@mutant("it changes self.seen when it runs")
 class AppendsToList(Listed):
     def __init__(self) -> None:
         super().__init__()
@@ -1086,7 +1187,7 @@ class AppendsToList(Listed):
         return self.experts[e](x)
 
 
-@mutant("")
+@mutant("it changes self.experts.1.stats when it runs")
 class AppendsToChildsDict(Listed):
     def __init__(self) -> None:
         super().__init__()
@@ -1100,14 +1201,14 @@ class AppendsToChildsDict(Listed):
 SEEN: list[int] = []
 
 
-@mutant("")
+@mutant("it changes SEEN when it runs")
 class AppendsToGlobal(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         SEEN.append(e)
         return self.experts[e](x)
 
 
-@mutant("")
+@mutant("it changes self.kept when it runs")
 class KeepsTensors(Listed):
     """A list of what the experts computed, for somebody outside."""
 
@@ -1121,14 +1222,14 @@ class KeepsTensors(Listed):
         return y
 
 
-@mutant("")
+@mutant("Prints.run (loops.py) calls print")
 class Prints(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         print("", end="")
         return self.experts[e](x)
 
 
-@mutant("")
+@mutant("what surrounds the sum differs when some experts have no rows")
 class CountsIntoBuffer(Stacked):
     """A buffer that changes only for chosen experts."""
 
@@ -1149,7 +1250,7 @@ class CountsIntoBuffer(Stacked):
 # -- mutants: decisions ---------------------------------------------------------------------
 
 
-@mutant("")
+@mutant("expert 2 adds nothing when some experts have no rows")
 class IfAnyOfAnother(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1160,7 +1261,7 @@ class IfAnyOfAnother(Listed):
         return out
 
 
-@mutant("")
+@mutant("expert 2 adds nothing when some experts have no rows")
 class IfAnyOfOtherToo(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1172,7 +1273,7 @@ class IfAnyOfOtherToo(Listed):
         return out
 
 
-@mutant("")
+@mutant("expert 3 adds nothing when some experts have no rows")
 class NestedDecisions(Listed):
     """Experts 1, 2, 3 run only if expert 0 has rows."""
 
@@ -1188,7 +1289,7 @@ class NestedDecisions(Listed):
         return out
 
 
-@mutant("")
+@mutant("expert 2 adds nothing when some experts have no rows")
 class RowsOfAnother(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1200,7 +1301,7 @@ class RowsOfAnother(Listed):
         return out
 
 
-@mutant("")
+@mutant("expert 1 differs from expert 0: aten.linear where that has aten.mul.Tensor")
 class AsManyRowsAsTheFirst(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1214,7 +1315,7 @@ class AsManyRowsAsTheFirst(Listed):
         return out
 
 
-@mutant("")
+@mutant("it decides on the number of rows that an expert gets (r > 3)")
 class MoreThanThreeRows(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1225,7 +1326,7 @@ class MoreThanThreeRows(Listed):
         return out
 
 
-@mutant("")
+@mutant("expert 0 adds nothing when an expert has one row")
 class MoreThanOneRow(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1236,7 +1337,7 @@ class MoreThanOneRow(Listed):
         return out
 
 
-@mutant("")
+@mutant("expert 2 adds something else when an expert has one row")
 class OneRowByAnother(Listed):
     """Experts 2 and 3 are exchanged for a single row."""
 
@@ -1249,7 +1350,7 @@ class OneRowByAnother(Listed):
         return out
 
 
-@mutant("")
+@mutant("Python decides on gt, not shown to say whether an expert was chosen")
 class SumOfMaskAboveTwo(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1261,7 +1362,7 @@ class SumOfMaskAboveTwo(Listed):
         return out
 
 
-@mutant("")
+@mutant("Python decides on lt, not shown to say whether an expert was chosen")
 class BreaksAtTheLast(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1273,7 +1374,7 @@ class BreaksAtTheLast(Listed):
         return out
 
 
-@mutant("")
+@mutant("BreaksAtEmpty.forward leaves a loop early, depending on data")
 class BreaksAtEmpty(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1285,7 +1386,7 @@ class BreaksAtEmpty(Listed):
         return out
 
 
-@mutant("")
+@mutant("what surrounds the sum differs when some experts have no rows")
 class OtherwiseIfEmpty(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1298,7 +1399,7 @@ class OtherwiseIfEmpty(Listed):
         return out
 
 
-@mutant("")
+@mutant("what surrounds the sum differs when some experts have no rows")
 class AfterwardsIfEmpty(Listed):
     """What follows the loop depends on whether expert 0 has rows."""
 
@@ -1312,7 +1413,7 @@ class AfterwardsIfEmpty(Listed):
         return out + 1
 
 
-@mutant("")
+@mutant("what surrounds the sum differs when an expert has one row")
 class AfterwardsIfOneRow(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1322,7 +1423,7 @@ class AfterwardsIfOneRow(Listed):
         return out * 2 if torch.where(ids == 0)[0].numel() == 1 else out
 
 
-@mutant("")
+@mutant("what surrounds the sum differs when some experts have no rows")
 class EarlyReturn(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if not (ids == 0).any():
@@ -1330,7 +1431,7 @@ class EarlyReturn(Listed):
         return super().forward(x, ids, weights)
 
 
-@mutant("")
+@mutant("a Python loop runs over nonzero, not shown to be the list of chosen experts")
 class ChosenOfOtherIds(Stacked):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1342,7 +1443,7 @@ class ChosenOfOtherIds(Stacked):
         return out
 
 
-@mutant("")
+@mutant("a Python loop runs over the rows of an expert")
 class LoopsOverRows(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1355,7 +1456,7 @@ class LoopsOverRows(Listed):
 # -- mutants: what is used outside ----------------------------------------------------------
 
 
-@mutant("")
+@mutant("what the loop selects is used outside of it too (unbind)")
 class LeaksRows(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         out, penalty = torch.zeros_like(x), torch.zeros(())
@@ -1367,7 +1468,7 @@ class LeaksRows(Listed):
         return out, penalty
 
 
-@mutant("")
+@mutant("what surrounds the sum differs when some experts have no rows")
 class LeaksNumberOfRows(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1377,7 +1478,7 @@ class LeaksNumberOfRows(Listed):
         return out / (1 + torch.where(ids == 0)[0].shape[0])
 
 
-@mutant("")
+@mutant("aten.index_put_ at loops.py is not known to be row-wise (it reads index)")
 class LeaksSelection(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1388,7 +1489,7 @@ class LeaksSelection(Listed):
         return out
 
 
-@mutant("")
+@mutant("view is read after it was changed in place through another name")
 class ReadsAlias(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1399,7 +1500,7 @@ class ReadsAlias(Listed):
         return out + alias.sum()
 
 
-@mutant("")
+@mutant("zeros is read after it was changed in place through another name")
 class ReadsAliasOfAlias(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         big = torch.zeros(2, *x.shape)
@@ -1410,7 +1511,7 @@ class ReadsAliasOfAlias(Listed):
         return big.sum(0)
 
 
-@mutant("")
+@mutant("aten.index_add_ at loops.py changes an input of the region in place")
 class AddsIntoInput(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = x.view(x.shape)
@@ -1420,7 +1521,7 @@ class AddsIntoInput(Listed):
         return out
 
 
-@mutant("")
+@mutant("aten.linear at loops.py is not known to be row-wise (it reads sumread)")
 class AddsIntoWhatItReads(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         rows = x * 1.0
@@ -1430,7 +1531,7 @@ class AddsIntoWhatItReads(Listed):
         return rows
 
 
-@mutant("")
+@mutant("expert 1 differs from expert 0: it reads token mul_, that one token clone")
 class ChangesInput(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1442,7 +1543,7 @@ class ChangesInput(Listed):
         return out
 
 
-@mutant("")
+@mutant("expert 1 differs from expert 0: it reads slice mul_, that one slice mul")
 class ChangesWeights(Stacked):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1455,7 +1556,7 @@ class ChangesWeights(Stacked):
         return out
 
 
-@mutant("")
+@mutant("the iterations choose their rows in different ways")
 class ChangesIds(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1467,14 +1568,14 @@ class ChangesIds(Listed):
         return out
 
 
-@mutant("")
+@mutant("aten.linear at loops.py runs under no_grad inside the expert loop")
 class NoGradForOne(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(e != 1 and torch.is_grad_enabled()):
             return self.experts[e](x)
 
 
-@mutant("")
+@mutant("aten.mul.Tensor at loops.py runs under no_grad inside the expert loop")
 class NoGradInside(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -1482,21 +1583,7 @@ class NoGradInside(Listed):
         return self.experts[e](x) + y
 
 
-@mutant("")
-class MaxOfTwo(Listed):
-    """Not a mutant: an op without a rule for tensors of one expert."""
-
-    def run(self, e: int, x: Tensor) -> Tensor:
-        return self.experts[e](x) * self.experts[e].up.weight.mean()
-
-
-@mutant("")
-class MaxOfRows(Listed):
-    def run(self, e: int, x: Tensor) -> Tensor:
-        return torch.max(self.experts[e](x), x)
-
-
-@mutant("")
+@mutant("nothing is summed over experts")
 class UnorderedDense(Listed):
     """Every expert on every token: no rows are selected."""
 
@@ -1505,7 +1592,7 @@ class UnorderedDense(Listed):
         return sum((probs[:, e, None] * self.run(e, x) for e in range(E)), torch.zeros_like(x))
 
 
-@mutant("")
+@mutant("nothing is summed over experts")
 class SecondChoiceOnly(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -1513,3 +1600,336 @@ class SecondChoiceOnly(Listed):
             t, k = torch.where((ids == e) & (weights > 0.3))
             out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
         return out
+
+
+@mutant("Python takes len() of an expert's rows, which cannot be followed as shape[0] or numel() can")
+class IfLength(Stacked):
+    """Right, but Python gets a plain number that nobody can follow."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            t, k = torch.where(ids == e)
+            if len(t) > 0:
+                out.index_add_(0, t, self.expert(e, x[t]) * weights[t, k, None])
+        return out
+
+
+@mutant("what surrounds the sum differs when some experts have no rows")
+class CountsList(Stacked):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, E).permute(2, 1, 0)
+        hits = torch.greater(mask.sum((-1, -2)), 0).nonzero().squeeze(-1).tolist()
+        for e in hits:
+            k, t = torch.where(mask[e])
+            out.index_add_(0, t, self.expert(e, x[t]) * weights[t, k, None])
+        return out * 2 if len(hits) == 3 else out
+
+
+@mutant("it decides on the number of rows that an expert gets (Ne(r, 3))")
+class CountsTable(Stacked):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, E).permute(2, 1, 0)
+        hits = torch.greater(mask.sum((-1, -2)), 0).nonzero()
+        for e in hits:
+            k, t = torch.where(mask[e[0]])
+            out.index_add_(0, t, self.expert(e[0], x[t]) * weights[t, k, None])
+        return out * 2 if hits.shape[0] == 3 else out
+
+
+@mutant("expert 3 adds something else when some experts have no rows")
+class NextExpert(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        mask = F.one_hot(ids, E).permute(2, 1, 0)
+        experts = iter(self.experts)
+        for e in torch.greater(mask.sum((-1, -2)), 0).nonzero():
+            k, t = torch.where(mask[e[0]])
+            out.index_add_(0, t, next(experts)(x[t]) * weights[t, k, None])
+        return out
+
+
+@mutant("it changes a default of KeepsInDefault.run when it runs")
+class KeepsInDefault(Listed):
+    def run(self, e: int, x: Tensor, seen: list = []) -> Tensor:  # type: ignore[type-arg]  # noqa: B006
+        seen.append(e)
+        return self.experts[e](x)
+
+
+@mutant("it reads a tensor that is neither an argument nor a parameter or buffer of its module")
+class ChangesData(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        y = self.experts[e](x)
+        self.experts[e].up.weight.data.mul_(0.5)
+        return y
+
+
+@mutant("linear_1 is read after it was changed in place through another name")
+class InPlaceOnView(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        h = self.experts[e](x)
+        h[:, :2].mul_(2)
+        return h
+
+
+@mutant("aten.sub.Tensor at loops.py is not known to be row-wise (it reads index)")
+class PreviousToken(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, expert(x[t - 1]) * weights[t, k, None])
+        return out
+
+
+@mutant("aten.unsqueeze at loops.py is not known to be row-wise (it reads index)")
+class TokenAsNumber(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, expert(x[t]) * t[:, None])
+        return out
+
+
+@mutant("aten.index_add_ at loops.py does not add rows to tokens along dimension 0 with factor 1")
+class AddsAtChoice(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, k, expert(x[t]) * weights[t, k, None])
+        return out
+
+
+@mutant("aten.flip at loops.py is not known to be row-wise (it reads index)")
+class AddsBackwards(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t.flip(0), expert(x[t]) * weights[t, k, None])
+        return out
+
+
+@mutant("column 0 of the weights is read for the rows of expert 1")
+class FirstWeight(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, expert(x[t]) * weights[t, 0, None])
+        return out
+
+
+@mutant("aten.sort at loops.py is not known to be row-wise (it reads rows)")
+class SortedRows(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return self.experts[e](x).sort(0).values
+
+
+@mutant("linalg_vector_norm along dimension 0 lets rows depend on each other")
+class NormOverRows(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return F.normalize(self.experts[e](x), dim=0)
+
+
+@mutant("add, a size known only at run time, is used in the expert")
+class LayerNormOverRows(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return F.layer_norm(self.experts[e](x), x.shape)
+
+
+@mutant("mean reduces over all rows")
+class AboveMean(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return self.experts[e](x).masked_fill(x > x.mean(), 0)
+
+
+@mutant("t moves the rows' dimension")
+class Convolution(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return F.avg_pool1d(self.experts[e](x).t()[None], 3, 1, 1)[0].t()
+
+
+@mutant("the sum is (11, 6), its terms are (7919, 1), the expert ids are (11, 2)")
+class AssignsBroadcast(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out.index_put_((t,), expert(x[t]).sum(-1, keepdim=True), accumulate=True)
+        return out
+
+
+@mutant("no weight belongs to an expert")
+class ZeroesChosen(Listed):
+    """Changes the sum between two iterations."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
+            out.mul_(0.5)
+        return out
+
+
+@mutant("no weight belongs to an expert")
+class Clamped(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out = out.index_add(0, t, expert(x[t]) * weights[t, k, None]).clamp(-1, 1)
+        return out
+
+
+@mutant("aten.index_add_ at loops.py adds into memory that was never set")
+class EmptyBuffer(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
+        return out * 0
+
+
+@mutant("aten.index_put_ at loops.py overwrites what another expert of the same token wrote")
+class OnesBuffer(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.ones_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out[t] = expert(x[t]) * weights[t, k, None]
+        return out
+
+
+@mutant("Python asks about nonzero_1, not shown to say which experts were chosen")
+class ReportsOther(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            if torch.where((ids + 1) % E == e)[0].numel() == 0:
+                continue
+            out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
+        return out
+
+
+@mutant("expert 1 differs from expert 0: 0.10180893255659518 where that has 0.18914755707820174")
+class RandomScale(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return self.experts[e](x) * random.random()
+
+
+@mutant("", late=True)
+class RandomScaleForAll(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(x * random.random(), ids, weights)
+
+
+# -- proving and comparing ------------------------------------------------------------------
+
+
+def arguments(
+    case: Idiom | Mutant, seed: int = 0, tokens: int = T, routing: str = "even", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, ids, weights; routing: "even", "skewed" (all tokens choose alike), "unchosen" (nobody chooses expert 1)."""
+    x, ids, weights = routed(seed, tokens, case.top_k, dtype=dtype)
+    if routing == "skewed":
+        ids = ids[:1].expand_as(ids).contiguous() if tokens else ids
+    if routing == "unchosen" and case.top_k < E:
+        ids = torch.tensor([0, 2, 3])[torch.rand(tokens, 3).argsort(-1)][:, : case.top_k].contiguous()
+    if getattr(case, "repeats", False):
+        ids = ids[:, :1].expand_as(ids).contiguous()
+    return x, (ids[:, 0].contiguous() if case.flat else ids), weights
+
+
+def any_length(args: tuple[Tensor, ...]) -> list[Tensor]:
+    """The arguments with a symbol for the number of tokens."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    dims: Any = lambda t: StatelessSymbolicContext([DimDynamic.DUCK, *[DimDynamic.STATIC] * (t.dim() - 1)])  # noqa: E731
+    return [
+        mode.from_tensor(t, source=ConstantSource(f"arg_{i}"), symbolic_context=dims(t)) for i, t in enumerate(args)
+    ]
+
+
+class Proof:
+    """A module's forward, proven and rewritten, to be called like the module."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Tensor, ...],
+        distinct: bool,
+        edit: Callable[[GraphModule], None] | None = None,
+    ) -> None:
+        self.module = module
+        found = analyse(type(module).forward, module, any_length(args), {}, distinct=(1,) if distinct else ())
+        if edit is not None:
+            edit(found.gm)
+        self.detected = found.gm.graph.find_nodes(op="call_function", target=region.experts)
+        self.reports = canonicalise(found.gm)
+        assert not found.gm.graph.find_nodes(op="call_function", target=region.experts), str(self.reports[0])
+        self.gm, self.state = found.gm, found.capture.state
+        self.single = found.capture.out_spec.is_leaf()
+
+    def __call__(self, *args: Tensor) -> Any:
+        module = self.module
+        known = dict(module.named_parameters(remove_duplicate=False)) | dict(
+            module.named_buffers(remove_duplicate=False)
+        )
+        out = self.gm(*args, *[known[name] for name in self.state])
+        return out[0] if self.single else out
+
+
+def outcome(run: Callable[..., Any], module: nn.Module, args: tuple[Tensor, ...]) -> dict[str, Tensor | None]:
+    """Outputs, changed buffers and all gradients of a call."""
+    module.zero_grad()
+    before = {n: b.clone() for n, b in module.named_buffers()}
+    mine = [a.detach().clone().requires_grad_() if a.is_floating_point() else a.clone() for a in args]
+    out = run(*mine)
+    outs = out if isinstance(out, tuple) else (out,)
+    torch.manual_seed(1)
+    loss = sum(
+        (o.float() if o.dtype == torch.bfloat16 else o).mul(torch.randn(o.shape).to(o.dtype)).sum() for o in outs
+    )
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        loss.backward()
+    result: dict[str, Tensor | None] = {f"output {i}": o.detach() for i, o in enumerate(outs)}
+    result |= {f"buffer {n}": b.clone() for n, b in module.named_buffers()}
+    result |= {f"gradient of {n}": p.grad for n, p in module.named_parameters()}
+    result |= {f"gradient of argument {i}": a.grad for i, a in enumerate(mine) if a.is_floating_point()}
+    for n, b in module.named_buffers():
+        b.data.copy_(before[n])
+    return result
+
+
+def differences(got: dict[str, Tensor | None], want: dict[str, Tensor | None], rtol: float) -> list[str]:
+    """What does not agree, relative to the norm of each."""
+    found = [n for n in want if n not in got]
+    for name, value in want.items():
+        mine = got.get(name)
+        mine, value = (torch.zeros(()) if v is None else v.detach().double() for v in (mine, value))
+        if mine.numel() == value.numel() == 0:
+            continue
+        distance = (
+            (mine - value).norm() if mine.shape == value.shape or not mine.dim() or not value.dim() else torch.inf
+        )
+        if not distance <= rtol * value.norm() + 1e-12:
+            found.append(name)
+    return found
+
+
+@mutant("no weight belongs to an expert")
+class SingleExpert(Listed):
+    """Right, but nothing tells an expert's weights from shared ones."""
+
+    def __init__(self) -> None:
+        super().__init__(num_experts=1)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(x, ids * 0, weights)

@@ -21,7 +21,12 @@ T, K, E, D, F = 64, 2, 4, 32, 48
 def trace(fn, *shapes, device="cuda", dtype=torch.float32) -> GraphModule:
     """The graph of fn on fake tensors: a shape with a dtype, or a shape of floats."""
     with FakeTensorMode():
-        args = [torch.empty(s[0], dtype=s[1], device=device) if isinstance(s[0], tuple) else torch.empty(s, dtype=dtype, device=device) for s in shapes]
+        args = [
+            torch.empty(s[0], dtype=s[1], device=device)
+            if isinstance(s[0], tuple)
+            else torch.empty(s, dtype=dtype, device=device)
+            for s in shapes
+        ]
         return make_fx(fn)(*args)
 
 
@@ -42,7 +47,9 @@ class TestChooseKernels(TestCase):
 
         gm = trace(layer, (T, D), IDS, (E, F, D), (T, K))
         chooser = choose(gm)
-        self.assertExpectedInline(graph_text(gm.graph), """\
+        self.assertExpectedInline(
+            graph_text(gm.graph),
+            """\
 x_1: f32[64, 32]
 ids_1: i64[64, 2]
 w_1: f32[4, 48, 32]
@@ -53,7 +60,8 @@ getitem_1: i32[4] = dispatch_default[1]
 getitem_2: i32[128] = dispatch_default[2]
 grouped_gemm_default: f32[128, 48] = moe_ep_triton.grouped_gemm(getitem, w_1, getitem_1)
 combine_default: f32[64, 48] = moe_ep_triton.combine(grouped_gemm_default, weights_1, getitem_2, getitem_1, 2)
-return combine_default""")
+return combine_default""",
+        )
         self.assertEqual([c[1] for c in chooser.chosen], ["triton"] * 3)
 
     def test_takes_the_backward_kernels(self):
@@ -66,22 +74,39 @@ return combine_default""")
         self.assertFalse([n for n in gm.graph.nodes if str(n.target).startswith("moe_ep.")])
 
     def test_stacks_separate_weights_for_triton(self):
-        gm = trace(lambda x, a, b, offsets: moe_ep.grouped_gemm(x, [a, b], offsets), (T, D), (F, D), (F, D), ((2,), torch.int32))
+        gm = trace(
+            lambda x, a, b, offsets: moe_ep.grouped_gemm(x, [a, b], offsets),
+            (T, D),
+            (F, D),
+            (F, D),
+            ((2,), torch.int32),
+        )
         choose(gm)
-        self.assertExpectedInline(graph_text(gm.graph), """\
+        self.assertExpectedInline(
+            graph_text(gm.graph),
+            """\
 x_1: f32[64, 32]
 a_1: f32[48, 32]
 b_1: f32[48, 32]
 offsets_1: i32[2]
 stack_default: f32[2, 48, 32] = aten.stack([a_1, b_1])
 grouped_gemm_default: f32[64, 48] = moe_ep_triton.grouped_gemm(x_1, stack_default, offsets_1)
-return grouped_gemm_default""")
+return grouped_gemm_default""",
+        )
 
     def test_prefers_torch_where_the_table_says_so(self):
-        gm = trace(lambda x, w, o: moe_ep.grouped_gemm(x, [w], o), (65536, 2048), (8, 1536, 2048), ((8,), torch.int32), dtype=torch.bfloat16)
+        gm = trace(
+            lambda x, w, o: moe_ep.grouped_gemm(x, [w], o),
+            (65536, 2048),
+            (8, 1536, 2048),
+            ((8,), torch.int32),
+            dtype=torch.bfloat16,
+        )
         chooser = choose(gm)
         self.assertEqual(chooser.chosen[0][1], "aten._grouped_mm")
-        self.assertExpectedInline(graph_text(gm.graph), """\
+        self.assertExpectedInline(
+            graph_text(gm.graph),
+            """\
 x_1: bf16[65536, 2048]
 w_1: bf16[8, 1536, 2048]
 o_1: i32[8]
@@ -93,14 +118,18 @@ lt_tensor: b8[65536] = aten.lt(arange_default, select_int)
 unsqueeze_default: b8[65536, 1] = aten.unsqueeze(lt_tensor, 1)
 full_default: bf16[] = aten.full([], 0.0, dtype=torch.bfloat16, device=cuda:0)
 where_self: bf16[65536, 1536] = aten.where.self(unsqueeze_default, _grouped_mm_default, full_default)
-return where_self""")
+return where_self""",
+        )
 
     def test_says_what_a_kernel_lacks_and_leaves_the_op(self):
         gm = trace(lambda x, w, o: moe_ep.grouped_gemm(x, [w], o), (T, D), (E, F, D), OFFSETS, dtype=torch.float64)
         before = graph_text(gm.graph)
         chooser = choose(gm)
         self.assertEqual(graph_text(gm.graph), before)
-        self.assertExpectedInline(str(chooser.chosen), """[('grouped_gemm', 'moe_ep', 'triton: x is torch.float64 and w is torch.float64, expected one of bf16, f16, f32')]""")
+        self.assertExpectedInline(
+            str(chooser.chosen),
+            """[('grouped_gemm', 'moe_ep', 'triton: x is torch.float64 and w is torch.float64, expected one of bf16, f16, f32')]""",
+        )
 
     def test_leaves_the_ops_on_a_cpu(self):
         gm = trace(lambda x, w, o: moe_ep.grouped_gemm(x, [w], o), (T, D), (E, F, D), OFFSETS, device="cpu")
@@ -110,7 +139,11 @@ return where_self""")
 
     def test_decides_every_op_that_carries_values(self):
         decided = {*OPS, "check_ids", "sort_by_expert"}  # the last two have one form everywhere
-        mine = {str(name).split("::")[1] for name in torch._C._dispatch_get_all_op_names() if str(name).startswith("moe_ep::")}
+        mine = {
+            str(name).split("::")[1]
+            for name in torch._C._dispatch_get_all_op_names()
+            if str(name).startswith("moe_ep::")
+        }
         self.assertEqual(mine, decided)
 
     def test_cost_grows_with_rows_and_never_guards(self):

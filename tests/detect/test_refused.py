@@ -1,0 +1,49 @@
+"""Mutants that must not be rewritten: each is refused for its reason, and compiled it gives its own numbers."""
+
+import copy
+import random
+import re
+
+import pytest
+import torch
+
+from moe_compile.analysis import analyse
+from moe_compile.errors import Refusal
+from tests.detect.loops import MUTANTS, SEEN, arguments, differences, outcome
+from tests.tiny import compiled, regions
+
+
+@pytest.mark.parametrize("name", [n for n, case in MUTANTS.items() if not case.late])
+def test_reason(name: str) -> None:
+    case = MUTANTS[name]
+    torch.manual_seed(0)
+    module = case.make()
+    with pytest.raises(Refusal) as refusal:
+        analyse(type(module).forward, module, list(arguments(case)), {}, distinct=(1,) if case.distinct else ())
+    assert text(str(refusal.value)) == case.reason
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_numbers_when_compiled(name: str) -> None:
+    case = MUTANTS[name]
+    module = case.make()
+    original, args = copy.deepcopy(module), arguments(case)
+    if case.late:
+        with regions() as found:
+            outcome(compiled(module), module, args)
+        assert [text(r.reason) for r in found] == [case.reason]
+    for routing in ("even", "unchosen"):
+        args = arguments(case, 1, routing=routing)
+        results = []
+        for run, owner in ((compiled(module), module), (original, original)):
+            torch.manual_seed(0)
+            random.seed(0)
+            SEEN.clear()
+            results.append(outcome(run, owner, args))
+        assert not differences(*results, 1e-5), routing
+
+
+def text(reason: str | None) -> str:
+    """Without line numbers and the names that sympy gave."""
+    return re.sub(r"\bs\d+\b", "r", re.sub(r"(\.py):\d+", r"\1", reason or ""))
