@@ -111,7 +111,7 @@ def _trace(
 def _detect(found: Capture, distinct: Sequence[int]) -> tuple[DetectExperts, str | None]:
     """Run detection on the captured graph; the reason if it proves no region, or not all."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
-    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled())
+    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled(), may_guard=True)
     detect = DetectExperts(facts)
     report = detect(found.gm)
     if report.refused:

@@ -50,8 +50,8 @@ class Capture:
     """A function as a graph: `gm(*tensors, *state)`, tensors as they stand in its arguments, state by name.
 
     `iterated`, `answered`, `counted` and `selected` are the nodes behind data-dependent answers, `questions` what was
-    asked in all captures alike, with its node; `sees_rows`: whether the program looked at a number of rows; `guards`:
-    what was assumed of sizes, as sympy expressions over the caller's symbols.
+    asked in all captures alike, with its node; `sees_rows`: whether the program looked at a number of rows; `guards()`:
+    what was assumed of sizes so far, as sympy expressions over the caller's symbols.
     """
 
     gm: GraphModule
@@ -60,9 +60,9 @@ class Capture:
     iterated: list[Node] = field(default_factory=list)
     answered: list[tuple[Node, bool]] = field(default_factory=list)
     counted: list[Node] = field(default_factory=list)
-    questions: dict[Hashable, Node] = field(default_factory=dict)
+    questions: dict[tuple[str, Any], Node] = field(default_factory=dict)
     sees_rows: bool = False
-    guards: list[Any] = field(default_factory=list)
+    guards: Callable[[], list[Any]] = list
     constants: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -75,7 +75,7 @@ class Answers(TorchFunctionMode):
     def __init__(self, rows: Any, truth: bool, script: Mapping[Hashable, Any] | None = None) -> None:
         super().__init__()
         self.rows, self.truth, self.script = rows, truth, script
-        self.asked: dict[Hashable, Tensor] = {}
+        self.asked: dict[tuple[str, Any], Tensor] = {}
         self._place: dict[Hashable, int] = {}  # selections, in the order in which they were first made
         self._spellings: dict[Node, str] = {}
         self.iterated: list[Tensor] = []
@@ -172,7 +172,7 @@ class Answers(TorchFunctionMode):
             return 0
         return self.rows + place if isinstance(self.rows, torch.SymInt) else self.rows
 
-    def _question(self, kind: str, about: Tensor) -> Hashable:
+    def _question(self, kind: str, about: Tensor) -> tuple[str, Any]:
         """The same for equal questions, in all captures of one function."""
         mode = get_proxy_mode()
         assert mode is not None
@@ -303,6 +303,7 @@ def capture(
     out.args = (tuple(results[: ends[0]]),)
     iterated, answered, counted = (results[i:j] for i, j in itertools.pairwise(ends))
     constants = {k: v for k, v in vars(gm).items() if k.startswith("_tensor_constant")} | dict(gm.named_buffers())
+    world.guards(length.shape[0])  # a decision on the number of rows is a refusal, here
     return Capture(
         gm,
         list(state),
@@ -310,9 +311,9 @@ def capture(
         iterated=iterated,
         answered=[(node, truth) for node in answered],
         counted=counted,
-        questions=dict(zip(answers.asked, results[ends[-1] :], strict=True)),
+        questions=dict(zip(list(answers.asked), results[ends[-1] :], strict=True)),
         sees_rows=answers.sees_rows,
-        guards=world.guards(length.shape[0]),
+        guards=lambda: world.guards(length.shape[0]),
         constants=_literals(gm, constants),
     )
 

@@ -136,7 +136,7 @@ def _prove(
         None, found.before, f"{detected}\n\n{after}", tuple(map(str, reports)),
     )  # fmt: skip
     run = _function(found.gm, fn.__name__, spec.is_leaf())
-    return Kind(run, state, spec.is_leaf(), tuple(found.capture.guards), read, report)
+    return Kind(run, state, spec.is_leaf(), tuple(found.capture.guards()), read, report)
 
 
 def _function(gm: GraphModule, name: str, single: bool) -> Callable[..., Any]:

@@ -103,7 +103,7 @@ def _compare(expected: Survey, found: Survey, world: World, when: str) -> None:
 def survey(found: Capture, distinct: Sequence[int]) -> Survey:
     """Read a captured graph without changing it.  Nothing is refused here."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
-    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled())
+    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled(), may_guard=True)
     run = Interpreter(found.gm.graph, rules(), facts)
     totals: list[tuple[Node, Sum]] = []
 
@@ -123,8 +123,7 @@ def survey(found: Capture, distinct: Sequence[int]) -> Survey:
             said = f"{result.terms.get(e, '')} {chosen.classes} {chosen.per} {term.dim} {spell.expr(term.expr)}"
             result.terms[e] = said
     result.num_classes = max(result.terms, default=-1) + 1
-    for question, node in found.questions.items():
-        kind, key = question  # type: ignore[misc]
+    for (kind, key), node in found.questions.items():
         meaning = _meaning(kind, run.values[node])
         if meaning is None or spell.node(meaning[2]) not in result.ids:
             result.unclear = result.unclear or node.name

@@ -31,6 +31,7 @@ class Facts:
     distinct_ids: frozenset[Node] = frozenset()  # no id twice in a row, as top-k gives
     constants: Mapping[str, Tensor] | None = None  # get_attr targets that are literals of the program
     grad_enabled: bool = True  # the grad mode around the graph
+    may_guard: bool = False  # sizes that are equal in the example may be assumed to be: the caller guards it
 
 
 @dataclass

@@ -271,12 +271,12 @@ def gather_rows(call: Call) -> Value | None:
         if rows is not None:
             return rows
     if picked == [0]:
-        return misfit(selection, value.node, 1) or Rows(selection, table.leaf("token", value.node, val))
+        return misfit(call.run, selection, value.node, 1) or Rows(selection, table.leaf("token", value.node, val))
     if picked == [0, 1] and selection.per == "pair":
-        return misfit(selection, value.node, 2) or Rows(selection, table.leaf("pair", value.node, val))
+        return misfit(call.run, selection, value.node, 2) or Rows(selection, table.leaf("pair", value.node, val))
     if picked == [None, 0] and op_of(source) == "unsqueeze" and source.args[1] == 0:
         row = val.select(0, 0)
-        if wrong := misfit(selection, source.args[0], 1):
+        if wrong := misfit(call.run, selection, source.args[0], 1):
             return wrong
         return Rows(selection, table.leaf("token", source.args[0], row), dim=1)
     return Unknown(f"rows are gathered along dimensions {picked} of the expert ids")
@@ -294,7 +294,7 @@ def one_weight_a_token(call: Call, value: Value, selection: Selection, val: Any)
     if isinstance(value, Column):
         if value.expert != selection.expert:
             return Unknown(f"column {value.expert} of the weights is read for the rows of expert {selection.expert}")
-        return misfit(selection, value.table, 1) or Rows(selection, table.leaf("column", value.table, val))
+        return misfit(call.run, selection, value.table, 1) or Rows(selection, table.leaf("column", value.table, val))
     return None
 
 
@@ -305,12 +305,14 @@ def same_size(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
-def misfit(selection: Selection, node: Node, dims: int) -> Unknown | None:
+def misfit(run: Interpreter, selection: Selection, node: Node, dims: int) -> Unknown | None:
     """A tensor that is read or written by tokens (and k) must have the ids' first `dims` dimensions."""
     assert selection.ids is not None
     mine, theirs = node.meta["val"].shape, selection.ids.meta["val"].shape
     if len(mine) >= dims and all(map(same_size, mine[:dims], theirs[:dims])):
         return None
+    if run.facts.may_guard and len(mine) >= dims and all(a == b for a, b in zip(mine[:dims], theirs[:dims], strict=True)):
+        return None  # the comparison is now a guard of the trace
     return Unknown(f"{node.name} is {tuple(mine)}, the expert ids are {tuple(theirs)}")
 
 

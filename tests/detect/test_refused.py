@@ -33,17 +33,19 @@ def test_numbers_when_compiled(name: str) -> None:
         with regions() as found:
             outcome(compiled(module), module, args)
         assert [text(r.reason) for r in found] == [case.reason]
+    rewritten = compiled(module)
     for routing in ("even", "unchosen"):
         args = arguments(case, 1, routing=routing)
         results = []
-        for run, owner in ((compiled(module), module), (original, original)):
+        for run, owner in ((rewritten, module), (original, original)):
             torch.manual_seed(0)
             random.seed(0)
             SEEN.clear()
-            results.append(outcome(run, owner, args))
+            results.append(outcome(run, owner, args, backward=not case.forward_only))
         assert not differences(*results, 1e-5), routing
 
 
 def text(reason: str | None) -> str:
-    """Without line numbers and the names that sympy gave."""
-    return re.sub(r"\bs\d+\b", "r", re.sub(r"(\.py):\d+", r"\1", reason or ""))
+    """Without line numbers, random numbers and the names that sympy gave."""
+    reason = re.sub(r"\d\.\d{6,}", "#", reason or "")
+    return re.sub(r"\bs\d+\b", "r", re.sub(r"(\.py):\d+", r"\1", reason))
