@@ -92,8 +92,12 @@ class Batcher:
         gathered = self.emit(aten.index.Tensor, self.stack(node), [self.expert_R()])
         shape = value(gathered).shape[1:]
         missing = rank - 1 - len(shape)
-        if missing <= 0:
+        if missing == 0:
             return gathered
+        if missing < 0:  # a leading 1 of the param stood in the place of the rows
+            if missing < -1 or shape[0] != 1:
+                raise Refusal(f"an expert weight of shape {tuple(shape)} meets rows of rank {rank}")
+            return self.emit(aten.reshape.default, gathered, [-1, *shape[1:]])
         return self.emit(aten.reshape.default, gathered, [-1, *[1] * missing, *shape])
 
 
@@ -287,7 +291,7 @@ RULES: dict[str, Callable[[Batcher, Node], Batched]] = {
     "rms_norm": norm,
     **dict.fromkeys(("t", "transpose", "numpy_T", "mT"), transpose),
     "permute": permute,
-    **dict.fromkeys(("view", "reshape", "flatten"), reshape),
+    **dict.fromkeys(("view", "reshape", "flatten", "squeeze"), reshape),
     "getitem": getitem,
     **dict.fromkeys(("select", "slice", "unsqueeze", "softmax", "cat", "unbind"), shifted(1)),
     **dict.fromkeys(("sum", "mean"), reduced),

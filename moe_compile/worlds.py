@@ -2,15 +2,15 @@
 
 A capture shows a function in one world: every expert has rows, more than one, and no two equally many.  What Python
 decides on data (`if mask.any()`, `if count == 0`, a loop over the chosen experts) could go another way in another
-world.  So the function is captured again in a few of them, chosen such that for any two experts (of many: of the
-first and last few) there is one in which the first has rows and the second has none: each time exactly the experts
-that have rows must add what they added before, to the same start, with the same computation around the sum.
+world.  So the function is captured again in a few of them, chosen such that for any two experts there is one in which
+the first has rows and the second has none: each time exactly the experts that have rows must add what they added
+before, to the same start, with the same computation around the sum.
 """
 
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,7 @@ class Survey:
     questions: dict[Hashable, tuple[str, int]] = field(default_factory=dict)  # kind and expert
     unclear: str | None = None  # a question that is not shown to be about experts
     num_classes: int = 0
+    local: bool = True  # between two additions, Python asks about the expert of the second only
 
 
 def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Callable[..., Capture]) -> None:
@@ -51,7 +52,7 @@ def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Calla
         raise Refusal("what Python decides on is not shown to be about one sum over experts")
     if expected.unclear is not None:
         raise Refusal(f"Python asks about {expected.unclear}, not shown to say which experts were chosen")
-    for world in worlds(expected.num_classes):
+    for world in worlds(expected.num_classes, FEW if expected.local else expected.num_classes):
         found = survey(again(script=_script(expected, world)), distinct)
         _compare(expected, found, world, "some experts have no rows")
     if main.sees_rows:
@@ -59,15 +60,16 @@ def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Calla
         _compare(expected, found, frozenset(range(expected.num_classes)), "an expert has one row")
 
 
-def worlds(num_experts: int) -> Iterator[World]:
+def worlds(num_experts: int, few: int) -> Iterator[World]:
     """Sets of experts that have rows: none, and for any two experts one with the first and without the second.
 
-    Of many experts only the first and last few have rows in any of them, so that a world costs little: that iterations
-    tell each other nothing is shown from the source (`check_loops`), and this is the second look.
+    Only the `few` first and last experts have rows in any of them.  That is enough where every question stands beside
+    the addition that it guards (`Survey.local`) and iterations tell each other nothing (`check_loops`): then this is
+    the second look, and a world has to cost little.
     """
     experts = list(range(num_experts))
-    if num_experts > 2 * FEW:
-        experts = [*experts[:FEW], *experts[-FEW:]]
+    if num_experts > 2 * few:
+        experts = [*experts[:few], *experts[-few:]]
     yield frozenset()
     width = next(w for w in itertools.count(1) if math.comb(w, w // 2) >= len(experts))
     codes = dict(zip(experts, itertools.combinations(range(width), width // 2), strict=False))
@@ -123,13 +125,18 @@ def survey(found: Capture, distinct: Sequence[int]) -> Survey:
             said = f"{result.terms.get(e, '')} {chosen.classes} {chosen.per} {term.dim} {spell.expr(term.expr)}"
             result.terms[e] = said
     result.num_classes = max(result.terms, default=-1) + 1
+    about: dict[Node, set[int]] = {}
     for (kind, key), node in found.questions.items():
         meaning = _meaning(kind, run.values[node])
         if meaning is None or spell.node(meaning[2]) not in result.ids:
             result.unclear = result.unclear or node.name
             continue
         result.questions[kind, key] = meaning[:2]
+        if meaning[0] not in ("each", "list"):
+            about.setdefault(node, set()).add(meaning[1])
         result.num_classes = max(result.num_classes, meaning[1] + 1)
+    additions = {n: v for n, v in run.values.items() if isinstance(v, Sum)} | dict(totals)
+    result.local = _local(found.gm.graph, about, {n: v.terms[-1].selection.expert for n, v in additions.items()})
     ends = [n for n in found.gm.graph.output_node().all_input_nodes]
     inner = {n for n, v in run.values.items() if isinstance(v, Constant | Rows | Sum | SumRead)}
     inner |= {n for n, _ in totals}
@@ -138,6 +145,17 @@ def survey(found: Capture, distinct: Sequence[int]) -> Survey:
         around = _Speller(found, {site: name or "the sum" for site, _ in totals})
         into += [around.node(n) for n in ends]
     return result
+
+
+def _local(graph: Graph, about: dict[Node, set[int]], additions: Mapping[Node, int | None]) -> bool:
+    asked: set[int] = set()
+    for node in graph.nodes:
+        asked |= about.get(node, set())
+        if node in additions:
+            if asked - {additions[node]}:
+                return False
+            asked = set()
+    return not asked
 
 
 def _changes(node: Node) -> bool:

@@ -4,6 +4,7 @@
 with T tokens of width D, K experts per token out of E.
 """
 
+import contextlib
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -1561,7 +1562,7 @@ class ChangesIds(Listed):
 @mutant("aten.linear at loops.py runs under no_grad inside the expert loop")
 class NoGradForOne(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
-        with torch.set_grad_enabled(e != 1 and torch.is_grad_enabled()):
+        with torch.no_grad() if e == 1 else contextlib.nullcontext():
             return self.experts[e](x)
 
 
@@ -1924,3 +1925,35 @@ class SingleExpert(Listed):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return super().forward(x, ids * 0, weights)
+
+
+@mutant("expert 4 adds nothing when some experts have no rows")
+class TwoInTheMiddle(Listed):
+    """Of nine experts, 4 and 5 run if the other one was chosen."""
+
+    def __init__(self) -> None:
+        super().__init__(num_experts=9)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        ids = ids * 2 + 1
+        out = torch.zeros_like(x)
+        for e in range(9):
+            if (ids == {4: 5, 5: 4}.get(e, e)).any():
+                t, k = torch.where(ids == e)
+                out.index_add_(0, t, self.experts[e](x[t]) * weights[t, k, None])
+        return out
+
+
+@mutant("expert 4 adds nothing when some experts have no rows")
+class TwoInTheMiddleByRows(Listed):
+    def __init__(self) -> None:
+        super().__init__(num_experts=9)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        ids = ids * 2 + 1
+        out = torch.zeros_like(x)
+        for e in range(9):
+            if torch.where(ids == {4: 5, 5: 4}.get(e, e))[0].shape[0] > 0:
+                t, k = torch.where(ids == e)
+                out.index_add_(0, t, self.experts[e](x[t]) * weights[t, k, None])
+        return out

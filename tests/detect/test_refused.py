@@ -33,16 +33,14 @@ def test_numbers_when_compiled(name: str) -> None:
         with regions() as found:
             outcome(compiled(module), module, args)
         assert [text(r.reason) for r in found] == [case.reason]
-    rewritten = compiled(module)
-    for routing in ("even", "unchosen"):
-        args = arguments(case, 1, routing=routing)
-        results = []
-        for run, owner in ((rewritten, module), (original, original)):
-            torch.manual_seed(0)
-            random.seed(0)
-            SEEN.clear()
-            results.append(outcome(run, owner, args, backward=not case.forward_only))
-        assert not differences(*results, 1e-5), routing
+    args = arguments(case, 1, routing="unchosen")
+    results = []
+    for run, owner in ((compiled(module), module), (original, original)):
+        torch.manual_seed(0)
+        random.seed(0)
+        SEEN.clear()
+        results.append(outcome(run, owner, args, backward=not case.forward_only))
+    assert not differences(*results, 1e-5)
 
 
 def text(reason: str | None) -> str:
