@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from moe_compile.detect.values import Constant, Plain, Region, Rows, RowTuple, Sum, Unknown, Value
+from moe_compile.detect.values import Constant, Plain, Region, Rows, RowTuple, Slice, Sum, Unknown, Value
 from moe_compile.region import Expr, Table
 
 Rule = Callable[["Call"], Value | None]
@@ -68,6 +68,7 @@ class Interpreter:
         self.regions: dict[Node, Region] = {}
         self.refused: list[tuple[Node, str]] = []
         self.no_grad = False
+        self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
         self.bounds: dict[Node, set[int]] = {}  # ids -> numbers of experts that the graph limits them to
         self._version: dict[Any, int] = {}  # storage -> number of changes
         self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
@@ -119,6 +120,12 @@ class Interpreter:
         if node.target is torch._C._set_grad_enabled:
             self.no_grad = self.facts.grad_enabled and not node.args[0]
             return Plain(node)
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            self.autocasts.append(repr(node.args))
+            return Plain(node)
+        if node.target is torch.amp.autocast_mode._exit_autocast:
+            self.autocasts.pop()
+            return Plain(node)
         for source in node.all_input_nodes:
             if stale := self._stale(source):
                 if any(isinstance(self.values[n], Sum) for n in node.all_input_nodes):
@@ -161,6 +168,13 @@ class Interpreter:
         if self.no_grad and isinstance(value, Rows | Sum) and isinstance(val, Tensor):
             if val.is_floating_point() or val.is_complex():
                 return Unknown(f"{name_of(node)} runs under no_grad inside the expert loop")
+        if (
+            self.autocasts
+            and isinstance(value, Rows | Sum | Slice)
+            and isinstance(val, Tensor)
+            and val.is_floating_point()
+        ):
+            return Unknown(f"{name_of(node)} runs in an autocast region of its own")
         return value
 
     def _fold(self, node: Node, call: Call) -> Value | None:
@@ -222,7 +236,7 @@ class Interpreter:
         versions = [self._version.get(s, 0) for n in node.all_input_nodes for s in _storages(n)]
         same = lambda n: self.canonical.get(n, n)  # noqa: E731
         args, kwargs = map_arg(node.args, same), map_arg(node.kwargs, same)
-        return (node.target, repr(args), repr(kwargs), tuple(versions))
+        return (node.target, repr(args), repr(kwargs), tuple(versions), self.no_grad, tuple(self.autocasts))
 
     def _stale(self, node: Node) -> str | None:
         now = max((self._version.get(s, 0) for s in _storages(node)), default=0)

@@ -311,7 +311,11 @@ def misfit(run: Interpreter, selection: Selection, node: Node, dims: int) -> Unk
     mine, theirs = node.meta["val"].shape, selection.ids.meta["val"].shape
     if len(mine) >= dims and all(map(same_size, mine[:dims], theirs[:dims])):
         return None
-    if run.facts.may_guard and len(mine) >= dims and all(a == b for a, b in zip(mine[:dims], theirs[:dims], strict=True)):
+    if (
+        run.facts.may_guard
+        and len(mine) >= dims
+        and all(a == b for a, b in zip(mine[:dims], theirs[:dims], strict=True))
+    ):
         return None  # the comparison is now a guard of the trace
     return Unknown(f"{node.name} is {tuple(mine)}, the expert ids are {tuple(theirs)}")
 

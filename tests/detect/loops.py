@@ -534,6 +534,21 @@ class CountsForEverybody(Stacked):
         return out
 
 
+@idiom(any_ids=True)
+class ComputedTwice(Listed):
+    """The same value without and with a gradient."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        with torch.no_grad():
+            size = (x * 2).abs().mean()
+        twice = x * 2
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, expert(twice[t]) * weights[t, k, None])
+        return out * size
+
+
 # -- what an expert computes ----------------------------------------------------------------
 
 
@@ -657,7 +672,9 @@ class OtherEps(Listed):
         self.experts[3].norm.eps = 0.1
 
 
-@mutant("expert 1 differs from expert 0: experts_1_up_weight is torch.float32 (4, 6), experts_0_up_weight is torch.float32 (10, 6)")
+@mutant(
+    "expert 1 differs from expert 0: experts_1_up_weight is torch.float32 (4, 6), experts_0_up_weight is torch.float32 (10, 6)"
+)
 class OtherWidth(Listed):
     def __init__(self) -> None:
         super().__init__()
@@ -753,7 +770,9 @@ class BranchOnWeight(Listed):
         return self.experts[e](x)
 
 
-@mutant("expert 1 differs from expert 0: experts_0_up_weight is used twice there, experts_1_up_weight and experts_1_gate_weight here")
+@mutant(
+    "expert 1 differs from expert 0: experts_0_up_weight is used twice there, experts_1_up_weight and experts_1_gate_weight here"
+)
 class TiedInOneOnly(Listed):
     def __init__(self) -> None:
         super().__init__(Gated)
@@ -929,7 +948,11 @@ class PlacesOfAnother(Listed):
         return out
 
 
-@mutant("aten.index_put_ at loops.py keeps only one of two equal tokens: the ids (ids) are not shown to be distinct, as those of topk are", distinct=False, repeats=True)
+@mutant(
+    "aten.index_put_ at loops.py keeps only one of two equal tokens: the ids (ids) are not shown to be distinct, as those of topk are",
+    distinct=False,
+    repeats=True,
+)
 class RepeatedIds(Listed):
     """`out[mask] +=` adds once for a token that chose an expert twice."""
 
@@ -941,7 +964,11 @@ class RepeatedIds(Listed):
         return out
 
 
-@mutant("a token that chose an expert twice counts once: the ids (ids) are not shown to be distinct, as those of topk are", distinct=False, repeats=True)
+@mutant(
+    "a token that chose an expert twice counts once: the ids (ids) are not shown to be distinct, as those of topk are",
+    distinct=False,
+    repeats=True,
+)
 class RepeatedIdsByToken(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -951,7 +978,11 @@ class RepeatedIdsByToken(Listed):
         return out
 
 
-@mutant("a token that chose an expert twice counts once: the ids (getitem_1) are not shown to be distinct, as those of topk are", distinct=False, repeats=True)
+@mutant(
+    "a token that chose an expert twice counts once: the ids (getitem_1) are not shown to be distinct, as those of topk are",
+    distinct=False,
+    repeats=True,
+)
 class TopkOverTokens(Listed):
     """The indices of a topk over dimension 0 are distinct in a column, not in a row."""
 
@@ -1823,6 +1854,65 @@ class RandomScaleForAll(Listed):
         return super().forward(x * random.random(), ids, weights)
 
 
+@mutant("no weight belongs to an expert")
+class SingleExpert(Listed):
+    """Right, but nothing tells an expert's weights from shared ones."""
+
+    def __init__(self) -> None:
+        super().__init__(num_experts=1)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(x, ids * 0, weights)
+
+
+@mutant("expert 4 adds nothing when some experts have no rows")
+class TwoInTheMiddle(Listed):
+    """Of nine experts, 4 and 5 run if the other one was chosen."""
+
+    def __init__(self) -> None:
+        super().__init__(num_experts=9)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        ids = ids * 2 + 1
+        out = torch.zeros_like(x)
+        for e in range(9):
+            if (ids == {4: 5, 5: 4}.get(e, e)).any():
+                t, k = torch.where(ids == e)
+                out.index_add_(0, t, self.experts[e](x[t]) * weights[t, k, None])
+        return out
+
+
+@mutant("expert 4 adds nothing when some experts have no rows")
+class TwoInTheMiddleByRows(Listed):
+    def __init__(self) -> None:
+        super().__init__(num_experts=9)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        ids = ids * 2 + 1
+        out = torch.zeros_like(x)
+        for e in range(9):
+            if torch.where(ids == {4: 5, 5: 4}.get(e, e))[0].shape[0] > 0:
+                t, k = torch.where(ids == e)
+                out.index_add_(0, t, self.experts[e](x[t]) * weights[t, k, None])
+        return out
+
+
+@mutant("NOTREFUSED")
+class NoAutocastInside(Listed):
+    """Under autocast the experts stay in float32."""
+
+    def run(self, e: int, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.experts[e](x.float())
+
+
+@mutant("NOTREFUSED")
+class AutocastInside(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.experts[e](x).float()
+
+
 # -- proving and comparing ------------------------------------------------------------------
 
 
@@ -1878,7 +1968,9 @@ class Proof:
         return out[0] if self.single else out
 
 
-def outcome(run: Callable[..., Any], module: nn.Module, args: tuple[Tensor, ...], backward: bool = True) -> dict[str, Tensor | None]:
+def outcome(
+    run: Callable[..., Any], module: nn.Module, args: tuple[Tensor, ...], backward: bool = True
+) -> dict[str, Tensor | None]:
     """Outputs, changed buffers and all gradients of a call."""
     module.zero_grad()
     before = {n: b.clone() for n, b in module.named_buffers()}
@@ -1914,46 +2006,3 @@ def differences(got: dict[str, Tensor | None], want: dict[str, Tensor | None], r
         if not distance <= rtol * value.norm() + 1e-12:
             found.append(name)
     return found
-
-
-@mutant("no weight belongs to an expert")
-class SingleExpert(Listed):
-    """Right, but nothing tells an expert's weights from shared ones."""
-
-    def __init__(self) -> None:
-        super().__init__(num_experts=1)
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return super().forward(x, ids * 0, weights)
-
-
-@mutant("expert 4 adds nothing when some experts have no rows")
-class TwoInTheMiddle(Listed):
-    """Of nine experts, 4 and 5 run if the other one was chosen."""
-
-    def __init__(self) -> None:
-        super().__init__(num_experts=9)
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        ids = ids * 2 + 1
-        out = torch.zeros_like(x)
-        for e in range(9):
-            if (ids == {4: 5, 5: 4}.get(e, e)).any():
-                t, k = torch.where(ids == e)
-                out.index_add_(0, t, self.experts[e](x[t]) * weights[t, k, None])
-        return out
-
-
-@mutant("expert 4 adds nothing when some experts have no rows")
-class TwoInTheMiddleByRows(Listed):
-    def __init__(self) -> None:
-        super().__init__(num_experts=9)
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        ids = ids * 2 + 1
-        out = torch.zeros_like(x)
-        for e in range(9):
-            if torch.where(ids == {4: 5, 5: 4}.get(e, e))[0].shape[0] > 0:
-                t, k = torch.where(ids == e)
-                out.index_add_(0, t, self.experts[e](x[t]) * weights[t, k, None])
-        return out

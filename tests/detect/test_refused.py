@@ -43,6 +43,15 @@ def test_numbers_when_compiled(name: str) -> None:
     assert not differences(*results, 1e-5)
 
 
+@pytest.mark.usefixtures("fresh")
+def test_autocast_switched_off_for_the_experts() -> None:
+    case = MUTANTS["NoAutocastInside"]
+    module, args = case.make(), arguments(case)
+    original = copy.deepcopy(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not differences(outcome(compiled(module), module, args), outcome(original, original, args), 1e-5)
+
+
 def text(reason: str | None) -> str:
     """Without line numbers, random numbers and the names that sympy gave."""
     reason = re.sub(r"\d\.\d{6,}", "#", reason or "")
