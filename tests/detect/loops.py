@@ -1897,7 +1897,7 @@ class TwoInTheMiddleByRows(Listed):
         return out
 
 
-@mutant("NOTREFUSED")
+@mutant("aten.to.dtype at loops.py runs in an autocast region of its own")
 class NoAutocastInside(Listed):
     """Under autocast the experts stay in float32."""
 
@@ -1906,7 +1906,7 @@ class NoAutocastInside(Listed):
             return self.experts[e](x.float())
 
 
-@mutant("NOTREFUSED")
+@mutant("aten.linear at loops.py runs in an autocast region of its own")
 class AutocastInside(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
