@@ -27,7 +27,7 @@ test: setup          ## everything CI runs: style, types, tests
 
 check: test
 
-bench: setup         ## the bounds of docs/performance.md, on this machine
+bench: setup         ## step times and first calls beside the peers, on this machine
 	$(BIN)/python -m benchmarks.step --out benchmarks/results
 	$(BIN)/python -m benchmarks.first_call --out benchmarks/results
 
