@@ -218,7 +218,9 @@ def _from_topk(node: torch.fx.Node) -> bool:
     if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem:
         return False
     topk = source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
-    return bool(node.args[1] == 1 and topk)
+    dim, ids = source.kwargs.get("dim", source.args[2] if len(source.args) > 2 else -1), node.meta.get("example_value")
+    in_rows = dim == -1 or (isinstance(ids, Tensor) and dim == ids.dim() - 1)
+    return bool(node.args[1] == 1 and topk and in_rows)
 
 
 @contextlib.contextmanager

@@ -108,9 +108,10 @@ def grouped_gemm_reference(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: T
     w_FD = per_expert(weights)
     y_RF = x_RD.new_empty(x_RD.shape[0], w_FD[0].shape[0])
     stop = 0
-    for e, rows in groups(offsets_E):
-        torch.mm(x_RD[rows], w_FD[e].t(), out=y_RF[rows])
-        stop = rows.stop
+    with torch.autocast(x_RD.device.type, enabled=False):  # a backward may be called inside of it
+        for e, rows in groups(offsets_E):
+            torch.mm(x_RD[rows], w_FD[e].t(), out=y_RF[rows])
+            stop = rows.stop
     y_RF[stop:].zero_()
     return y_RF
 
@@ -127,9 +128,10 @@ def grouped_gemm_dw_reference(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) ->
     """dw_EFD[e] = sum over the rows r of expert e of outer(dy_RF[r], x_RD[r]); zeros for an empty expert."""
     dw_EFD = dy_RF.new_empty(offsets_E.shape[0], dy_RF.shape[1], x_RD.shape[1])
     seen = set()
-    for e, rows in groups(offsets_E):
-        torch.mm(dy_RF[rows].t(), x_RD[rows], out=dw_EFD[e])
-        seen.add(e)
+    with torch.autocast(x_RD.device.type, enabled=False):
+        for e, rows in groups(offsets_E):
+            torch.mm(dy_RF[rows].t(), x_RD[rows], out=dw_EFD[e])
+            seen.add(e)
     for e in set(range(offsets_E.shape[0])) - seen:
         dw_EFD[e].zero_()
     return dw_EFD

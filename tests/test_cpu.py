@@ -115,3 +115,14 @@ def test_check_ids_raises_as_one_hot_does() -> None:
     assert torch.equal(torch.ops.moe_ep.check_ids(torch.tensor([[0, 3]]), 4), torch.tensor([[0, 3]]))
     with pytest.raises(RuntimeError, match="Class values must be smaller than num_classes"):
         torch.ops.moe_ep.check_ids(torch.tensor([[0, 4]]), 4)
+
+
+def test_products_ignore_autocast() -> None:
+    """A backward inside an autocast block calls the ops there; their dtype is their arguments'."""
+    ids, order, offsets = routing("odd")
+    x, w = torch.randn(order.shape[0], 33), torch.randn(5, 17, 33)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = ops.grouped_gemm_reference(x, [w], offsets)
+        dw = ops.grouped_gemm_dw_reference(inside, x, offsets)
+    assert torch.equal(inside, ops.grouped_gemm_reference(x, [w], offsets))
+    assert torch.equal(dw, ops.grouped_gemm_dw_reference(inside, x, offsets))

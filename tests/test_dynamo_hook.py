@@ -1,6 +1,7 @@
 """The contract of the hook: how calls arrive, what is guarded, what is left alone."""
 
 import copy
+import operator
 import pickle
 import types
 from typing import Any
@@ -954,3 +955,12 @@ def test_dynamo_has_what_the_hook_uses() -> None:
     assert seen == [{"options": {"a": 1}}]
     assert moe_compile.backend.options_of(torch._dynamo.optimize("eager").callback) is None  # type: ignore[attr-defined]
     assert tiny.T
+
+
+@pytest.mark.parametrize(("dim", "distinct"), [(-1, True), (1, True), (0, False)])
+def test_only_a_topk_along_the_rows_gives_distinct_ids(dim: int, distinct: bool) -> None:
+    graph = torch.fx.Graph()
+    scores = graph.placeholder("scores")
+    ids = graph.call_function(operator.getitem, (graph.call_function(torch.topk, (scores, 2), {"dim": dim}), 1))
+    ids.meta["example_value"] = torch.zeros(3, 2, dtype=torch.int64)
+    assert dynamo_hook._from_topk(ids) is distinct
