@@ -4,11 +4,10 @@ Before:
     y = moe_ep.grouped_gemm(x, [w], offsets)
     o = moe_ep.combine(y, weights, order, offsets, K)
 
-After, on CUDA:
-    y = moe_ep_triton.grouped_gemm(x, w, offsets)      # or aten._grouped_mm, where the cost table says so
+After:
+    y = moe_ep_triton.grouped_gemm(x, w, offsets)      # on CUDA; or aten._grouped_mm, where the cost table says so
     o = moe_ep_triton.combine(y, weights, order, offsets, K)
-After, on a CPU:
-    the nodes as they are: each op has its CPU form (moe_compile/ops.py, moe_compile/cpu.py)
+    # on a CPU the nodes stay: each op has its CPU form (moe_compile/ops.py, moe_compile/cpu.py)
 
 Stage      lower; runs on Inductor's forward and backward graphs, after autograd and the partitioner.
 Numerics   each implementation means what the op means; products and sums may be tiled differently.
