@@ -116,6 +116,8 @@ def _op(node: Node) -> str:
 def linear(b: Batcher, node: Node) -> Batched:
     """x @ w.T + bias with the weight of the row's expert."""
     x, w, *bias = node.args
+    if b.env[x].level != "row":
+        raise Refusal("a product of two expert weights")
     product = _grouped(b, node, x, w, transposed=False) if b.env[w].level == "param" else None
     if product is None:
         product = b.emit(aten.linear.default, b.env[x].node, b.env[w].node)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.interpreter import Call, Rule, name_of
 from moe_compile.detect.rows import result, selection_of
 from moe_compile.detect.selection import INTEGERS, everyone, ids_node, top_k
 from moe_compile.detect.values import (
@@ -175,8 +175,11 @@ def by_row(call: Call) -> Value | None:
     if isinstance(value, Plain):
         return Rows(sorted_rows, run.table.leaf("flat_pair", value.node, call.val()))
     if isinstance(value, Repeated):
+        if value.selection.top_k != sorted_rows.top_k:
+            times = f"{value.selection.top_k} times for {sorted_rows.top_k} experts of a token"
+            return Unknown(f"{name_of(call.node)} reads tokens repeated {times}")
         return Rows(sorted_rows, value.expr)
-    if isinstance(value, FlatIds) and value.order == "flat":
+    if isinstance(value, FlatIds) and value.order == "flat" and value.ids is index.ids:
         return FlatIds(value.ids, index.order)
     return None
 

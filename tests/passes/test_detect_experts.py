@@ -339,3 +339,26 @@ DetectExperts: 0 applied, 1 refused
         self.assertExpectedInline(
             self.refusal(lambda self, x, ids, weights: x @ self.up[0].T), """DetectExperts: 0 applied, 0 refused"""
         )
+
+    def sorted_form(self, times: int):
+        """The grouped form by bmm, over tokens that are repeated `times` times before they are sorted."""
+
+        def form(self, x, ids, weights):
+            flat = ids.reshape(-1)
+            order = flat.argsort()
+            rows = x.repeat_interleave(times, 0)[order]
+            mine = flat[order]
+            y = torch.bmm(self.up[mine], rows.unsqueeze(-1)).squeeze(-1)
+            y = torch.bmm(self.down[mine], y.unsqueeze(-1)).squeeze(-1) * weights.reshape(-1)[order].unsqueeze(-1)
+            return y[order.argsort()].view(x.shape[0], 2, -1).sum(1)
+
+        return form
+
+    def test_sorts_repeated_tokens(self):
+        module, args, form = Stacked(), inputs(), self.sorted_form(2)
+        gm, report = detected(module, form, *args)
+        self.assertEqual(len(report.applied), 1)
+        torch.testing.assert_close(run(gm, module, *args), form(module, *args))
+
+    def test_leaves_tokens_that_are_repeated_another_number_of_times(self):
+        self.assertIn("0 applied", self.refusal(self.sorted_form(3)))
