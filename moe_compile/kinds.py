@@ -20,7 +20,8 @@ from moe_compile.analysis import analyse
 from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
 from moe_compile.pipeline import canonicalise
-from moe_compile.reads import SIMPLE, Read, hold, plain_attributes, reads
+from moe_compile.read_walk import plain_attributes, reads
+from moe_compile.reads import SIMPLE, Read, hold
 from moe_compile.region import experts
 from moe_compile.report import RegionReport
 

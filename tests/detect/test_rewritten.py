@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.detect.idioms import EXPERTS
 from tests.detect.loops import (
-    EXPERTS,
     IDIOMS,
     D,
     E,
