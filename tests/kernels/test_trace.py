@@ -38,7 +38,7 @@ for unbacked in (False, True):
         new = lambda *s, dtype=torch.bfloat16: torch.empty(*s, dtype=dtype, device="cuda")
         mask = new(T, dtype=torch.bool) if unbacked else None
         args = new(T, 16), new(T, 2, dtype=torch.int64), new(8, 32, 16), new(T, 2), mask
-    graph = make_fx(dispatch_functionalize(layer), tracing_mode="real")(*args).graph
+        graph = make_fx(dispatch_functionalize(layer), tracing_mode="real")(*args).graph  # torch 2.11 needs the mode on
     launches = sum("triton_kernel_wrapper" in str(node.target) for node in graph.nodes)
     opaque = sum("moe_ep" in str(node.target) for node in graph.nodes)
     print(f"{launches} launches, {opaque} opaque ops, guards {shape_env.guards}")
