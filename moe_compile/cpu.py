@@ -1,6 +1,6 @@
-"""The ops on a CPU, by kernels that PyTorch carries already: nothing to compile, threads used across experts.
+"""The ops on a CPU.
 
-Products (f32, f64) are one MKL batch over all experts (mkl.py), cut so that one crowded expert leaves no thread idle.
+Products in f32 are one call over all experts (kernels/grouped_gemm.cpp); in other dtypes one product after another.
 
 A `combine` is an embedding bag: the bag of token t holds the K rows of its pairs, in the order of k, with the routing
 weights as per-sample weights.  Its gradients are bags too.  These kernels are vectorised, threaded over bags, sum in
@@ -8,60 +8,71 @@ f32 and in order, and need no compilation.  They take one dtype for rows and wei
 arguments go to the definitions in ops.py, which these forms equal up to one fused multiply-add.
 """
 
-from collections.abc import Sequence
+import ctypes
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_compile import mkl, ops
-from moe_compile.mkl import Product
+from moe_compile import native, ops
 
-BLOCK_ROWS = 256  # rows of one product: enough to reach full speed, few enough to balance threads
+HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
+
+# -- memory ---------------------------------------------------------------------------------
+
+
+def unset(like: Tensor, *shape: int) -> Tensor:
+    """New memory, on huge pages where the system grants them on request.
+
+    Weight gradients are new memory in every step.  To touch it first by pages of 4 KiB takes longer than the products.
+    """
+    block = like.new_empty(shape)
+    size = block.numel() * block.element_size()
+    if size >= 2 * HUGE_PAGE and (advise := _madvise()) is not None:
+        start = -(-block.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+        stop = (block.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE
+        advise(
+            ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 14
+        )  # MADV_HUGEPAGE; a wish, its answer is ignored
+    return block
+
+
+@functools.cache
+def _madvise() -> Callable[..., Any] | None:
+    return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+
 
 # -- products -------------------------------------------------------------------------------
 
 
 def grouped_gemm(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor) -> Tensor:
     w_FD = ops.per_expert(weights)
-    layouts = [mkl.layout(w) for w in w_FD]
-    if mkl.why_not(x_RD.dtype) or None in layouts or any(w.dtype != x_RD.dtype for w in weights) or not x_RD.numel():
+    stored = native.layout(w_FD)
+    if native.why_not(x_RD, *weights) or stored is None:
         return ops.grouped_gemm_reference(x_RD, weights, offsets_E)
-    x_RD, (F, D) = x_RD.contiguous(), w_FD[0].shape
-    y_RF = x_RD.new_empty(x_RD.shape[0], F)
-    size, x, y, stop = x_RD.element_size(), x_RD.data_ptr(), y_RF.data_ptr(), 0
-    products = []
-    for e, rows in ops.groups(offsets_E):
-        stored, ld = layouts[e]  # type: ignore[misc]
-        w = w_FD[e].data_ptr()
-        for r in range(rows.start, rows.stop, BLOCK_ROWS):
-            m = min(BLOCK_ROWS, rows.stop - r)
-            products.append(Product(m, F, D, x + r * D * size, False, D, w, not stored, ld, y + r * F * size, F))
-        stop = rows.stop
-    mkl.multiply(x_RD.dtype, products)
-    y_RF[stop:].zero_()
+    x_RD, offsets_E, (transposed, ld) = x_RD.contiguous(), offsets_E.contiguous(), stored
+    (R, D), F, E = x_RD.shape, w_FD[0].shape[0], len(w_FD)
+    y_RF = unset(x_RD, R, F)
+    addresses = (ctypes.c_void_p * E)(*(w.data_ptr() for w in w_FD))
+    native.library().grouped_gemm(  # type: ignore[union-attr]
+        x_RD.data_ptr(), addresses, ld, transposed, offsets_E.data_ptr(), E, y_RF.data_ptr(), R, F, D,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y_RF
 
 
 def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-    if mkl.why_not(x_RD.dtype) or dy_RF.dtype != x_RD.dtype or not dy_RF.numel() or not x_RD.numel():
+    if native.why_not(dy_RF, x_RD):
         return ops.grouped_gemm_dw_reference(dy_RF, x_RD, offsets_E)
-    dy_RF, x_RD = dy_RF.contiguous(), x_RD.contiguous()
+    dy_RF, x_RD, offsets_E = dy_RF.contiguous(), x_RD.contiguous(), offsets_E.contiguous()
     E, F, D = offsets_E.shape[0], dy_RF.shape[1], x_RD.shape[1]
-    dw_EFD = dy_RF.new_empty(E, F, D)
-    size, dy, x, dw = dy_RF.element_size(), dy_RF.data_ptr(), x_RD.data_ptr(), dw_EFD.data_ptr()
-    crowded = dy_RF.shape[0] / torch.get_num_threads()  # rows beyond which one expert holds up the others
-    products, empty = [], set(range(E))
-    for e, rows in ops.groups(offsets_E):
-        k, block = rows.stop - rows.start, F
-        if k > crowded / 2:
-            block = max(64, F // (2 * torch.get_num_threads()))
-        for f in range(0, F, block):
-            a, c = dy + (rows.start * F + f) * size, dw + (e * F + f) * D * size
-            products.append(Product(min(block, F - f), D, k, a, True, F, x + rows.start * D * size, False, D, c, D))
-        empty.discard(e)
-    mkl.multiply(x_RD.dtype, products)
-    for e in empty:
-        dw_EFD[e].zero_()
+    dw_EFD = unset(dy_RF, E, F, D)
+    native.library().grouped_gemm_dw(  # type: ignore[union-attr]
+        dy_RF.data_ptr(), x_RD.data_ptr(), offsets_E.data_ptr(), E, dw_EFD.data_ptr(), F, D, torch.get_num_threads()
+    )
     return dw_EFD
 
 

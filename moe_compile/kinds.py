@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from moe_compile import native
 from moe_compile.analysis import analyse
 from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
@@ -75,6 +76,8 @@ def kind_of(
             return known
     if len(_known) > 512:
         _known.clear()
+    if any(p.device.type == "cpu" and p.dtype == torch.float32 for p in module.parameters()):
+        native.prepare()  # a compiler runs while the proof does
     started = time.perf_counter()
     kind = _prove(fn, module, args, kwargs, distinct, skip)
     took = 1e3 * (time.perf_counter() - started)

@@ -1,10 +1,10 @@
-"""The CPU forms of the ops (moe_compile/cpu.py, mkl.py) against the definitions in ops.py, in float64."""
+"""The CPU forms of the ops (moe_compile/cpu.py) against the definitions in ops.py, in float64."""
 
 import pytest
 import torch
 
 import moe_compile  # noqa: F401  registers the CPU forms
-from moe_compile import cpu, mkl, ops
+from moe_compile import cpu, native, ops
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # (T, K, E): empty experts, one expert takes all, more experts than rows, crowded, odd sizes
@@ -85,10 +85,69 @@ def test_mixed_dtypes_go_to_the_definition() -> None:
     assert torch.equal(cpu.combine(y, weights, order, offsets, 2), expected)
 
 
-def test_says_why_products_cannot_be_batched() -> None:
-    assert mkl.why_not(torch.bfloat16) == "no batched product for torch.bfloat16"
-    assert mkl.layout(torch.empty(4, 6)[:, ::2]) is None
-    assert mkl.layout(torch.empty(4, 6).t()) == (True, 6)
+def test_says_why_not_in_one_call() -> None:
+    assert native.why_not(torch.empty(2, 2)) is None
+    assert native.why_not(torch.empty(2).bfloat16()) == "no C++ product of torch.bfloat16"
+    assert native.layout([torch.empty(4, 6)[:, ::2]]) is None
+    assert native.layout([torch.empty(4, 6), torch.empty(6, 4).t()]) is None
+    assert native.layout(torch.empty(3, 6, 4).transpose(1, 2).unbind(0)) == (True, 4)
+
+
+def test_without_a_compiler_the_numbers_are_the_same(monkeypatch, caplog) -> None:
+    """And one warning says so."""
+
+    def missing() -> None:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(native, "prepare", lambda: missing)
+    native.library.cache_clear()
+    ids, order, offsets = routing("odd")
+    x, w = torch.randn(order.shape[0], 33), torch.randn(5, 17, 33)
+    got = [cpu.grouped_gemm(x, [w], offsets), cpu.grouped_gemm_dw(x[:, :17], x, offsets)]
+    native.library.cache_clear()
+    monkeypatch.undo()
+    for mine, other in zip(
+        got, [cpu.grouped_gemm(x, [w], offsets), cpu.grouped_gemm_dw(x[:, :17], x, offsets)], strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+    assert caplog.text.count("No working C++ compiler found") == 1
+
+
+# f, d around the sizes of tiles, panels and blocks; rows around those of tiles, tasks and blocks of k
+@pytest.mark.parametrize("rows", [0, 1, 5, 7, 241, 300])
+@pytest.mark.parametrize(("f", "d"), [(1, 1), (3, 15), (16, 17), (63, 64), (65, 130), (130, 1030), (1030, 65)])
+def test_products_of_any_size(rows: int, f: int, d: int) -> None:
+    torch.manual_seed(0)
+    counts = torch.tensor([rows, 0, 2, rows // 2])
+    offsets = counts.cumsum(0).int()
+    R = int(offsets[-1]) + 3  # three rows that nobody takes
+    x, dy = torch.randn(R, d), torch.randn(R, f)
+    x[-3:] = dy[-3:] = float("nan")
+    w = torch.randn(4, f, d)
+    for weight in (w, w.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert_near(cpu.grouped_gemm(x, [weight], offsets), ops.grouped_gemm_reference, x, [w], offsets)
+    assert_near(cpu.grouped_gemm_dw(dy, x, offsets), ops.grouped_gemm_dw_reference, dy, x, offsets)
+
+
+def assert_near(got, definition, first, second, offsets) -> None:
+    """Within a few roundings of the sum of the terms' sizes, number by number."""
+    exact, size = (
+        definition(f(first), [f(w) for w in second] if isinstance(second, list) else f(second), offsets)
+        for f in (lambda v: v.double(), lambda v: v.double().abs())
+    )
+    assert ((got - exact).abs() <= 8 * torch.finfo(torch.float32).eps * size).all()
+
+
+def test_a_row_has_the_same_bits_in_any_company() -> None:
+    """Whatever other rows the expert has, and for any number of threads."""
+    torch.manual_seed(0)
+    x, w = torch.randn(500, 70), torch.randn(2, 90, 70)
+    all_rows = cpu.grouped_gemm(x, [w], torch.tensor([400, 500], dtype=torch.int32))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    few = cpu.grouped_gemm(x[397:403], [w], torch.tensor([3, 6], dtype=torch.int32))
+    torch.set_num_threads(threads)
+    assert torch.equal(all_rows[397:403], few)
 
 
 def test_the_same_bits_twice() -> None:

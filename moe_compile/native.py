@@ -1,0 +1,74 @@
+"""The C++ kernels: compiled for this machine once, by Inductor's own compiler and cache, beside the first capture."""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+SOURCE = Path(__file__).parent / "kernels" / "grouped_gemm.cpp"
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {
+    "grouped_gemm": (_POINTER, _POINTER, _LONG, _INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT),
+    "grouped_gemm_dw": (_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
+}
+
+
+@functools.cache
+def prepare() -> Callable[[], ctypes.CDLL]:
+    """Begin to compile, in the background.  The function returned waits for the library, or raises."""
+    start = ThreadPoolExecutor(1, thread_name_prefix="moe_compile")
+    task = start.submit(_load)
+    start.shutdown(wait=False)
+    return task.result
+
+
+def _load() -> ctypes.CDLL:
+    from torch._inductor.codecache import CppCodeCache
+
+    # The order of a sum is the source's; one rounding for a product and its sum is what makes it fast.
+    return CppCodeCache.load(SOURCE.read_text(), extra_flags=("-ffp-contract=fast",))
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels, or None on a machine that cannot compile them: said once, as a warning."""
+    try:
+        try:
+            loaded = prepare()()
+        except OSError:  # Inductor's folder was another one when that began, and is gone
+            loaded = _load()
+    except Exception as error:  # a compiler, a file system or a loader may fail in many ways
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.warning("no C++ kernels, experts run one product after another on the CPU: %s", reason)
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def why_not(*values: Tensor) -> str | None:
+    """Return why these operands of a product cannot go to the kernels, or None."""
+    if any(v.dtype != torch.float32 for v in values):
+        return f"no C++ product of {' and '.join(sorted({str(v.dtype) for v in values}))}"
+    return None if library() is not None else "this machine has no C++ compiler"
+
+
+def layout(weights: Any) -> tuple[bool, int] | None:
+    """(stored transposed, row stride) that all these matrices share, or None if they cannot be read in place."""
+    strides = {w.stride() for w in weights}
+    if len(strides) != 1:
+        return None
+    ((rows, columns),) = strides
+    if columns == 1:
+        return False, rows
+    if rows == 1:
+        return True, columns
+    return None
