@@ -4,6 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # A CPU build of torch where the index has one under this version; a machine with its own torch sets VENV to it.
 TORCH  ?= torch==2.13.0
+# What goes with it: torch 2.11 needs triton==3.6.0, whose interpreter needs numpy<2.4.
+TRITON ?= triton>=3.7,<3.8
+NUMPY  ?= numpy
 
 .PHONY: setup demo test check bench gpu cross-compile coverage-table clean
 
@@ -12,7 +15,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip "setuptools>=77" wheel
-	$(BIN)/pip install -q "$(TORCH)" "triton>=3.7,<3.8" numpy
+	$(BIN)/pip install -q "$(TORCH)" "$(TRITON)" "$(NUMPY)"
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 
