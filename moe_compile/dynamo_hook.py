@@ -312,10 +312,12 @@ def _guard_reads(tx: Any, var: Any, owner: Any, kind: Kind) -> None:
                 guard = GuardBuilder.SEQUENCE_LENGTH
             case "type":
                 guard = GuardBuilder.TYPE_MATCH
-            case _ if "attr" in inspect.signature(GuardBuilder.HASATTR).parameters:
-                guard = functools.partial(GuardBuilder.HASATTR, attr=absent)
-            case _:  # torch 2.11 takes the name from the source
-                source, guard = AttrSource(source, str(absent)), GuardBuilder.HASATTR
+            case _:
+                guard = GuardBuilder.HASATTR
+                if "attr" in inspect.signature(guard).parameters:
+                    guard = functools.partial(guard, attr=absent)
+                else:  # torch 2.11 takes the name from the source
+                    source = AttrSource(source, str(absent))
         install_guard(source.make_guard(guard))
     if not torch._dynamo.config.skip_nnmodule_hook_guards:
         for name, _ in owner.value.named_modules():
