@@ -16,10 +16,23 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from moe_compile.detect.values import Constant, Plain, Region, Rows, RowTuple, Slice, Sum, Unknown, Value
+from moe_compile.detect.values import (
+    Constant,
+    Permutation,
+    Plain,
+    Region,
+    Rows,
+    RowTuple,
+    Slice,
+    Sum,
+    SumRead,
+    Unknown,
+    Value,
+)
 from moe_compile.region import Expr, Table
 
 Rule = Callable[["Call"], Value | None]
+LIBRARIES = ("aten", "moe_ep_capture")  # whose ops the rules know by name alone
 ACCUMULATES = ("index_add", "index_add_", "index_put", "index_put_")
 SMALL = 4096  # elements of a constant that is still folded
 
@@ -69,10 +82,10 @@ class Interpreter:
         self.refused: list[tuple[Node, str]] = []
         self.no_grad = False
         self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
-        self.bounds: dict[Node, set[int]] = {}  # ids -> numbers of experts that the graph limits them to
         self._version: dict[Any, int] = {}  # storage -> number of changes
         self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
         self._stale_reads: set[Any] = set()
+        self._dropped: list[tuple[Node, set[Any]]] = []  # changes in place that a rewritten graph does not make
         self._first: dict[Any, Node] = {}  # what is computed -> the node that computed it first
         self.canonical: dict[Node, Node] = {}  # plain nodes -> an earlier node of equal value
         self._inputs = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in _storages(n)}
@@ -86,7 +99,15 @@ class Interpreter:
                     self.settle(source)
                 break
             self.values[node] = self._meaning(node)
+        self._refuse_lost_changes()
         self._report_unknown_sums()
+
+    def _refuse_lost_changes(self) -> None:
+        """A change in place goes with the region it belongs to; somebody else may see it through another name."""
+        for node, written in self._dropped:
+            if written & self._stale_reads and not isinstance(self.values[node], Sum | SumRead | Region):
+                self.refused += [(site, f"what {name_of(node)} changes is read elsewhere") for site in self.regions]
+                self.regions.clear()
 
     def _report_unknown_sums(self) -> None:
         """An accumulation that could not be interpreted is a candidate too: its reason, once."""
@@ -134,8 +155,10 @@ class Interpreter:
         changed = self._change(node)
         value = self._apply(node)
         value = self._made(node, value)
-        if changed and isinstance(value, Rows | Unknown) and changed & self._inputs:
+        if changed and isinstance(value, Rows | Unknown | Permutation) and changed & self._inputs:
             return Unknown(f"{name_of(node)} changes an input of the region in place")
+        if changed and (not value.plain or isinstance(value, Permutation | Constant)):
+            self._dropped.append((node, changed))
         return value
 
     def _apply(self, node: Node) -> Value:
@@ -266,11 +289,13 @@ class Interpreter:
 
 
 def op_of(node: Node) -> str:
-    """`index_add_` of `aten.index_add_.default`; `getitem` of operator.getitem."""
+    """`index_add_` of `aten.index_add_.default`; `getitem` of operator.getitem; `lib::relu` of another library's op."""
     if node.target is operator.getitem:
         return "getitem"
     packet = getattr(node.target, "overloadpacket", None)
-    return packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
+    library = getattr(node.target, "namespace", "python")
+    name = packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
+    return name if library in LIBRARIES else f"{library}::{name}"
 
 
 def name_of(node: Node) -> str:

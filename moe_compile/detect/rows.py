@@ -104,6 +104,17 @@ def unknown(args: Any) -> Unknown | None:
     return next((a for a in _leaves(args) if isinstance(a, Unknown)), None)
 
 
+def expr_of(call: Call, target: Any, args: list[Any], kwargs: dict[str, Any] | None = None) -> Expr:
+    """The call as an expression; what belongs to an expert alone has no rows' dimension in the body."""
+    by_row = any(isinstance(a, Expr) and a.level == "row" for a in _leaves([args, kwargs or {}]))
+    return call.run.expr(call, target, args, kwargs, val=call.val() if by_row else one_row(call.val()))
+
+
+def one_row(val: Tensor) -> Tensor:
+    """A value by row without its rows' dimension."""
+    return val.new_empty(val.shape[1:])
+
+
 def result(call: Call, selection: Selection, expr: Expr) -> Rows:
     rows = [v for v in _values([call.args, call.kwargs]) if isinstance(v, Rows)]
     return (Repeated if all(isinstance(r, Repeated) for r in rows) and selection.ids is None else Rows)(selection, expr)
@@ -122,13 +133,17 @@ def pointwise(call: Call) -> Value | None:
     if bad := unknown(args) or _kwargs_unknown(call):
         return bad
     out = call.val()
-    for expr in _leaves(args):
-        if not isinstance(expr, Expr) or not isinstance(expr.val, Tensor):
-            continue
+    for value, node in zip(_leaves(call.args), _leaves(call.node.args), strict=True):
+        if isinstance(value, Rows) and (rank := call.val(node).dim()) != out.dim():
+            return Unknown(f"{call.op} broadcasts rows of rank {rank} to rank {out.dim()}: rows would meet rows")
+    exprs = [a for a in _leaves(args) if isinstance(a, Expr) and isinstance(a.val, Tensor)]
+    by_row = any(expr.level == "row" for expr in exprs)
+    for expr in exprs:
         rank = expr.val.dim()
         if expr.level == "row" and rank != out.dim():
             return Unknown(f"{call.op} broadcasts rows of rank {rank} to rank {out.dim()}: rows would meet rows")
-        if expr.level != "row" and (rank > out.dim() or (rank == out.dim() and not _is_one(expr.val.shape[0]))):
+        may_lead = by_row and rank == out.dim() and _is_one(expr.val.shape[0])
+        if expr.level != "row" and rank >= out.dim() and not may_lead:
             return Unknown(f"{call.op} adds a tensor of shape {tuple(expr.val.shape)} across the rows")
     return result(call, selection, _functional(call, args))
 
@@ -137,14 +152,14 @@ def _functional(call: Call, args: list[Any]) -> Expr:
     """The call as an expression; an in-place op as its functional form, with the dtype it would keep."""
     target = call.node.target
     if not call.op.endswith("_") or call.op.startswith("_"):
-        return call.run.expr(call, target, args, call.kwargs)
+        return expr_of(call, target, args, call.kwargs)
     packet = getattr(aten, call.op[:-1])
     overload = getattr(packet, target._overloadname)  # type: ignore[union-attr]
-    expr = call.run.expr(call, overload, args, call.kwargs)
+    expr = expr_of(call, overload, args, call.kwargs)
     dtypes = {a.val.dtype for a in _leaves(args) if isinstance(a, Expr)}
     if dtypes <= {call.val().dtype}:
         return expr
-    return call.run.expr(call, aten.to.dtype, [expr, call.val().dtype])
+    return expr_of(call, aten.to.dtype, [expr, call.val().dtype])
 
 
 def along(call: Call) -> Value | None:
@@ -212,6 +227,8 @@ def squeeze(call: Call) -> Value | None:
     dims = dims if isinstance(dims, list) else [dims]
     if value.dim or None in dims or any(d % rank == 0 for d in dims):
         return Unknown("squeeze may drop the rows' dimension")
+    if value.expr.level != "row":
+        return Unknown("squeeze of a value that is the same for all rows of an expert")
     inner = value.expr
     if inner.target is aten.unsqueeze.default and [inner.args[1] % rank] == [d % rank for d in dims]:
         return result(call, value.selection, inner.args[0])
@@ -225,6 +242,8 @@ def expand(call: Call) -> Value | None:
     before, after = call.val(call.node.args[0]), call.val()
     if value.dim or before.dim() != after.dim() or not all(isinstance(s, int) for s in after.shape[1:]):
         return Unknown(f"expand to {tuple(after.shape)} moves the rows' dimension")
+    if value.expr.level != "row":
+        return Unknown("expand of a value that is the same for all rows of an expert")
     sizes = [-1, *map(int, after.shape[1:])]
     return result(call, value.selection, call.run.expr(call, aten.expand.default, [value.expr, sizes]))
 
@@ -234,11 +253,16 @@ def reorder(call: Call) -> Value | None:
     if not isinstance(value, Rows):
         return None
     rank = call.val().dim()
-    dims = call.arg(1) if call.op == "permute" else [*call.args[1:3]] or [0, 1]
+    dims = call.arg(1) if call.op == "permute" else [*call.args[1:3]] or ([-2, -1] if call.op == "mT" else [0, 1])
     first = dims[0] % rank != 0 if call.op == "permute" else any(d % rank == 0 for d in dims)
     if value.dim or first:
         return Unknown(f"{call.op} moves the rows' dimension")
-    return result(call, value.selection, call.run.expr(call, call.node.target, [value.expr, *call.args[1:]]))
+    if value.expr.level == "row":
+        return result(call, value.selection, call.run.expr(call, call.node.target, [value.expr, *call.args[1:]]))
+    inner = [d % rank - 1 for d in dims]  # an expert's own value has no rows' dimension
+    args: list[Any] = [inner[1:]] if call.op == "permute" else inner
+    target = aten.permute.default if call.op == "permute" else aten.transpose.int
+    return result(call, value.selection, expr_of(call, target, [value.expr, *args]))
 
 
 def norm(call: Call) -> Value | None:
@@ -248,6 +272,8 @@ def norm(call: Call) -> Value | None:
     args = operands(call, selection)
     if bad := unknown(args):
         return bad
+    if not isinstance(call.arg(0), Rows) or any(isinstance(a, Rows) for a in call.args[2:]):
+        return Unknown(f"{call.op} has a weight that depends on the rows")
     if not all(isinstance(s, int) for s in args[1]) or len(args[1]) >= call.arg(0).expr.val.dim():
         return Unknown(f"{call.op} over {args[1]} normalises across rows")
     if any(isinstance(a, Expr) and a.level == "row" for a in args[2:]):
@@ -271,8 +297,12 @@ def matmul(call: Call) -> Value | None:
         rest = [bias]
     else:
         x, w, *rest = args
+    if sum(isinstance(a, Rows) for a in call.args) > 1:
+        return Unknown(f"{call.op} multiplies rows with rows")
     if not (isinstance(x, Expr) and x.level == "row" and isinstance(w, Expr) and w.level != "row"):
         return Unknown(f"{call.op} multiplies rows with rows")
+    if x.val.dim() < 2:
+        return Unknown(f"{call.op} of one number a row sums over the rows")
     if w.val.dim() != 2 or any(isinstance(b, Expr) and (b.level == "row" or b.val.dim() > 1) for b in rest):
         return Unknown(f"{call.op} with a weight of shape {tuple(w.val.shape)}")
     if call.op == "linear":
@@ -290,6 +320,8 @@ def batched_matmul(call: Call) -> Value | None:
     if bad := unknown(args):
         return bad
     run, (a, b), val = call.run, args, call.val()
+    if not all(isinstance(v, Rows) for v in call.args):
+        return Unknown("bmm of rows with a value that has none")
     if a.level == "param" and b.level == "row" and _unsqueezed(b, (2, -1)):
         product = run.expr(call, aten.linear.default, [b.args[0], a], val=val.select(2, 0))
         return result(call, selection, run.expr(call, aten.unsqueeze.default, [product, 2]))
@@ -317,7 +349,7 @@ def on_slices(call: Call) -> Value | None:
     values = _values([call.args, call.kwargs])
     indices = {v.index for v in values if isinstance(v, Slice)}
     schema = getattr(call.node.target, "_schema", None)
-    if len(indices) != 1 or schema is None or schema.is_mutable:
+    if len(indices) != 1 or schema is None or schema.is_mutable or "::" in call.op:
         return None
     if not all(isinstance(v, Slice) for v in values) or (call.kwargs and _kwargs_unknown(call)):
         return None

@@ -1,5 +1,6 @@
 """Rules for who is chosen: masks over (token, k, expert), their reductions, nonzero, and gathers by them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -305,18 +306,19 @@ def same_size(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
+def equal_sizes(run: Interpreter, mine: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    """Equal sizes, shown or guarded."""
+    if all(map(same_size, mine, theirs)):
+        return True
+    return run.facts.may_guard and all(a == b for a, b in zip(mine, theirs, strict=True))  # now guards of the trace
+
+
 def misfit(run: Interpreter, selection: Selection, node: Node, dims: int) -> Unknown | None:
     """A tensor that is read or written by tokens (and k) must have the ids' first `dims` dimensions."""
     assert selection.ids is not None
     mine, theirs = node.meta["val"].shape, selection.ids.meta["val"].shape
-    if len(mine) >= dims and all(map(same_size, mine[:dims], theirs[:dims])):
+    if len(mine) >= dims and equal_sizes(run, mine[:dims], theirs[:dims]):
         return None
-    if (
-        run.facts.may_guard
-        and len(mine) >= dims
-        and all(a == b for a, b in zip(mine[:dims], theirs[:dims], strict=True))
-    ):
-        return None  # the comparison is now a guard of the trace
     return Unknown(f"{node.name} is {tuple(mine)}, the expert ids are {tuple(theirs)}")
 
 

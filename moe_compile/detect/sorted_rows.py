@@ -9,12 +9,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Rule, name_of
-from moe_compile.detect.rows import result, selection_of
-from moe_compile.detect.selection import INTEGERS, everyone, ids_node, top_k
+from moe_compile.detect.rows import one_row, result, selection_of
+from moe_compile.detect.selection import INTEGERS, everyone, ids_node, same_size, top_k
 from moe_compile.detect.values import (
     Counts,
     FlatIds,
-    Outside,
     PairGrid,
     Permutation,
     Plain,
@@ -28,6 +27,7 @@ from moe_compile.detect.values import (
 )
 
 aten = torch.ops.aten
+EXACT = (*INTEGERS[:2], torch.float32, torch.float64)  # dtypes that hold ids and counts as they are
 
 
 # -- the ids in flat order, and sorted ------------------------------------------------------
@@ -45,41 +45,15 @@ def flatten(call: Call) -> Value | None:
 def convert(call: Call) -> Value | None:
     value, val = call.arg(0), call.val()
     if isinstance(value, FlatIds | Counts) and isinstance(val, Tensor):
-        exact = val.dtype in (*INTEGERS[:2], torch.float32, torch.float64)
-        return value if exact else None
+        return value if val.dtype in EXACT else None
     return value if isinstance(value, Permutation | TokenOf) and val.dtype in INTEGERS[:2] else None
 
 
 def limit(call: Call) -> Value | None:
-    """ids.clamp(0, E - 1): nothing new for ids of experts; `finish` checks that E is their number."""
-    value, low, high = call.arg(0), call.number(1, "min"), call.number(2, "max")
-    if call.op.startswith("clamp_max"):
-        low, high = None, call.number(1)
-    if not isinstance(value, FlatIds) or low not in (None, 0) or not isinstance(high, int):
+    """ids.clamp(0, E - 1): ids outside the experts become experts, where a rewritten sum would raise."""
+    if not isinstance(call.arg(0), FlatIds):
         return None
-    call.run.bounds.setdefault(value.ids, set()).add(high + 1)
-    return value
-
-
-def outside(call: Call) -> Value | None:
-    """ids >= E, of every pair; reshaped, it stays what it is."""
-    value, bound = call.arg(0), call.number(1)
-    if isinstance(value, Outside):
-        return value if call.op == "unsqueeze" else None
-    if isinstance(value, FlatIds) and isinstance(bound, int) and call.op in ("ge", "greater_equal"):
-        return Outside(value.ids, value.order, bound)
-    return None
-
-
-def blank_outside(call: Call) -> Value | None:
-    """Rows of pairs that chose nobody, set to zero: they count for nothing anyway."""
-    value, mask = call.arg(0), call.arg(1)
-    if not (isinstance(value, Rows) and isinstance(mask, Outside)) or call.number(2) != 0:
-        return None
-    if value.selection != everyone(mask.ids, mask.order):
-        return Unknown("rows are blanked by the ids of others")
-    call.run.bounds.setdefault(mask.ids, set()).add(mask.bound)
-    return value
+    return Unknown(f"{name_of(call.node)} maps ids outside the experts to experts")
 
 
 def sort(call: Call) -> Value | None:
@@ -104,8 +78,9 @@ def token_of(call: Call) -> Value | None:
         return None
     if call.op == "div" and call.kwargs.get("rounding_mode") not in ("floor", "trunc"):
         return None
-    if not isinstance(divisor, int) or divisor != top_k(value.ids):
-        return Unknown(f"the sorted order is divided by {divisor}, not by the {top_k(value.ids)} experts of a token")
+    k = top_k(value.ids)
+    if not (isinstance(divisor, int) and isinstance(k, int) and divisor == k):
+        return Unknown(f"the sorted order is divided by {divisor}, not by the {k} experts of a token")
     return TokenOf(value.ids, value.order)
 
 
@@ -116,13 +91,15 @@ def count(call: Call) -> Value | None:
         return None
     if call.op == "histc":
         bins, low, high = (call.number(i, n) for i, n in ((1, "bins"), (2, "min"), (3, "max")))
-        return Counts(value.ids, bins) if low == 0 and high == bins - 1 else None
+        whole = isinstance(bins, int) and low == 0 and high == bins - 1
+        return Counts(value.ids, bins) if whole else None
     return None
 
 
 def running_sum(call: Call) -> Value | None:
     value = call.arg(0)
-    if isinstance(value, Counts) and not value.ends and call.number(1, "dim") in (0, -1):
+    exact = isinstance(call.val(), Tensor) and call.val().dtype in EXACT  # a narrow running sum would overflow
+    if isinstance(value, Counts) and not value.ends and call.number(1, "dim") in (0, -1) and exact:
         return Counts(value.ids, value.num, ends=True)
     return None
 
@@ -135,6 +112,9 @@ def invert(call: Call) -> Value | None:
     if call.number(3, "accumulate", False) or str(source.target) not in ("aten.arange.default", "aten.arange.start"):
         return None
     if (str(source.target) == "aten.arange.start" and source.args[0] != 0) or indices[0].inverse:
+        return None
+    sizes = [call.val(n).shape[0] for n in (call.node.args[0], source)]  # a shorter source is repeated
+    if not all(same_size(size, call.val(indices[0].ids).numel()) for size in sizes) or call.val().dtype != torch.int64:
         return None
     return Permutation(indices[0].ids, indices[0].order, inverse=True)
 
@@ -163,7 +143,7 @@ def by_row(call: Call) -> Value | None:
         first = call.val(value.node).shape[0]
         if not isinstance(first, int):
             return None
-        leaf = run.table.leaf("slice", value.node, call.val().select(0, 0))
+        leaf = run.table.leaf("slice", value.node, one_row(call.val()))
         return Rows(everyone(index.ids, index.order), leaf)
     if not isinstance(index, Permutation):
         return None
@@ -214,7 +194,7 @@ def grid(call: Call) -> Value | None:
     if not isinstance(value, Rows) or value.selection.order != "flat" or value.selection.ids is None:
         return None
     before, after, k = call.val(call.node.args[0]), call.val(), value.selection.top_k
-    if after.dim() != before.dim() + 1 or after.shape[1] != k or tuple(after.shape[2:]) != tuple(before.shape[1:]):
+    if after.dim() != before.dim() + 1 or not all(map(same_size, after.shape[1:], (k, *before.shape[1:]))):
         return None
     return PairGrid(value.selection, value.expr)
 
@@ -227,11 +207,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **{op: (token_of,) for op in ("floor_divide", "div")},
     **{op: (count,) for op in ("histc",)},
     "cumsum": (running_sum,),
-    **{op: (limit,) for op in ("clamp", "clamp_", "clamp_max", "clamp_max_")},
-    **{op: (outside,) for op in ("ge", "greater_equal", "unsqueeze")},
-    **{op: (blank_outside,) for op in ("masked_fill", "masked_fill_")},
+    **{op: (limit,) for op in ("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_")},
     **{op: (invert,) for op in ("index_put", "index_put_")},
     "repeat_interleave": (repeat,),
     "index": (by_row,),
-    **{op: (grouped_mm,) for op in ("_grouped_mm", "grouped_mm_fallback")},
+    **{op: (grouped_mm,) for op in ("_grouped_mm", "transformers::grouped_mm_fallback")},
 }

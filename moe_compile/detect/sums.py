@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
-from moe_compile.detect.selection import index_vectors, not_distinct, same_size
+from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not_distinct, same_size
 from moe_compile.detect.values import (
     Buffer,
     PairGrid,
@@ -86,6 +86,8 @@ def index_put(call: Call) -> Value | None:
             return Unknown(f"{name_of(call.node)} writes back what was read elsewhere")
         if selection.per == "pair" and (repeated := not_distinct(call.run, selection.ids)):
             return Unknown(f"{name_of(call.node)} keeps only one of two equal tokens: {repeated}")
+        if selection.expert is None and selection.top_k != 1:
+            return Unknown(f"{name_of(call.node)} keeps only one of the {selection.top_k} rows of a token")
         return index_add_checked(call, total, new.added, selection)
     if isinstance(new, Rows) and not accumulate:
         if selection.ids is None or selection.ids.meta["val"].dim() != 1:
@@ -137,14 +139,18 @@ def sum_of_grid(call: Call) -> Value | None:
         return None
     dims, keep = call.number(1, "dim"), call.number(2, "keepdim", False)
     dims = dims if isinstance(dims, list) else [dims]
-    if [d % (call.val().dim() + 1) for d in dims] != [1] or keep:
+    if keep or len(dims) != 1 or dims[0] is None or dims[0] % (call.val().dim() + 1) != 1:
         return Unknown(f"{name_of(call.node)} does not sum the experts of a token")
+    if value.expr.level != "row":
+        return Unknown(f"{name_of(call.node)} sums something that is not one value a row")
     if call.val().dtype != value.expr.val.dtype:
         return Unknown(f"{name_of(call.node)} changes the dtype while it sums")
     return Sum(Buffer(call.node, "zero"), (Rows(value.selection, value.expr),))
 
 
 # -- the whole region -----------------------------------------------------------------------
+
+BY_TOKEN = {"token": 1, "pair": 2, "column": 1}  # how many dimensions a leaf's node shares with the ids
 
 
 def finish(run: Interpreter, node: Node, total: Sum) -> Value:
@@ -178,8 +184,6 @@ def finish(run: Interpreter, node: Node, total: Sum) -> Value:
     for stack, size in stacks.items():
         if size != number:
             return Unknown(f"{number} experts are used, {stack.name} holds {size}")
-    if (bounds := run.bounds.get(first.ids, {number})) != {number}:
-        return Unknown(f"{number} experts are used, the ids are limited to {sorted(bounds)}")
     if not number or not (stacks or families):
         return Unknown("no weight belongs to an expert")
     if not body.val.is_floating_point():
@@ -187,10 +191,17 @@ def finish(run: Interpreter, node: Node, total: Sum) -> Value:
     for source in [first.ids, *(leaf.node for leaf in leaves), *(n for nodes in families.values() for n in nodes)]:
         if not run.unchanged(source):
             return Unknown(f"{source.name} is changed in place while the experts run")
+    for leaf in leaves:
+        if (dims := BY_TOKEN.get(leaf.role, 0)) and (wrong := misfit(run, first, leaf.node, dims)):
+            return wrong
+        here, ids = leaf.node.meta["val"], first.ids.meta["val"]
+        if leaf.role == "flat_pair" and not equal_sizes(run, here.shape[:1], [ids.numel()]):
+            return Unknown(f"{leaf.node.name} is {tuple(here.shape)}, the expert ids are {tuple(ids.shape)}")
     here, row = node.meta["val"], body.val
-    if not (same_size(here.shape[0], first.ids.meta["val"].shape[0]) and tuple(here.shape[1:]) == tuple(row.shape[1:])):
-        ids = tuple(first.ids.meta["val"].shape)
-        return Unknown(f"the sum is {tuple(here.shape)}, its terms are {tuple(row.shape)}, the expert ids are {ids}")
+    ids = first.ids.meta["val"]
+    if not (same_size(here.shape[0], ids.shape[0]) and tuple(here.shape[1:]) == tuple(row.shape[1:])):
+        shapes = tuple(here.shape), tuple(row.shape), tuple(ids.shape)
+        return Unknown(f"the sum is {shapes[0]}, its terms are {shapes[1]}, the expert ids are {shapes[2]}")
     classes = number if experts is None else first.classes
     return Region(total, first.ids, number, classes, body, families)
 

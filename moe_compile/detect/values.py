@@ -164,16 +164,6 @@ class FlatIds(Value):
 
 
 @dataclass(frozen=True)
-class Outside(Value):
-    """Whether the id of each pair is `bound` or more: a pair that chose nobody."""
-
-    ids: Node
-    order: Any
-    bound: int
-    plain = True
-
-
-@dataclass(frozen=True)
 class Permutation(Value):
     """The permutation that sorts the flat ids (`inverse`: that undoes it)."""
 

@@ -31,6 +31,7 @@ class Idiom:
     flat: bool = False  # ids are a vector [T]
     any_ids: bool = False  # ids out of range add nothing
     empty: bool = True  # the original runs with T = 0
+    tokens: int = T
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Mutant:
     distinct: bool = True
     repeats: bool = False  # call with ids that repeat in a row
     forward_only: bool = False  # autograd refuses the original's backward
+    tokens: int = T
     late: bool = False  # refused after the analysis: by a pass, or by what it reads in Python
 
 
@@ -124,9 +126,14 @@ class Listed(nn.Module):
 
 
 def arguments(
-    case: Idiom | Mutant, seed: int = 0, tokens: int = T, routing: str = "even", dtype: torch.dtype = torch.float32
+    case: Idiom | Mutant,
+    seed: int = 0,
+    tokens: int | None = None,
+    routing: str = "even",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, ids, weights; routing: "even", "skewed" (all tokens choose alike), "unchosen" (nobody chooses expert 1)."""
+    tokens = case.tokens if tokens is None else tokens
     x, ids, weights = routed(seed, tokens, case.top_k, dtype=dtype)
     if routing == "skewed":
         ids = ids[:1].expand_as(ids).contiguous() if tokens else ids

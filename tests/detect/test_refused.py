@@ -9,7 +9,13 @@ import torch
 
 from moe_compile.analysis import analyse
 from moe_compile.errors import Refusal
-from tests.detect import mutants_bodies, mutants_decisions, mutants_outside, mutants_rows  # noqa: F401
+from tests.detect import (  # noqa: F401
+    mutants_bodies,
+    mutants_decisions,
+    mutants_outside,
+    mutants_rows,
+    mutants_sorted,
+)
 from tests.detect.loops import MUTANTS, arguments, differences, outcome
 from tests.detect.mutants_iterations import SEEN
 from tests.tiny import compiled, regions
