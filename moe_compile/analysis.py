@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from moe_compile import worlds
-from moe_compile.capture import EXAMPLE, ROWS, SYMBOLIC, Capture, capture
+from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.detect.interpreter import Facts, Interpreter
 from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Region
 from moe_compile.errors import Refusal
@@ -73,18 +73,20 @@ def _prove(
     _check_answers(main, detect.run, region)
     if asked is not None:
         check_loops(functions)
-        rows = SYMBOLIC if main.sees_rows else EXAMPLE
-        again = functools.partial(capture, fn, module, args, kwargs, rows=rows, truth=nonempty)
+        again = functools.partial(
+            capture, fn, module, args, kwargs, truth=nonempty, classes=main.classes,
+            rows=SYMBOLIC if main.sees_rows else EXAMPLE, selections=main.selections,
+        )  # fmt: skip
         worlds.check(asked, main, distinct, again)
     left = [n for n in main.gm.graph.nodes if "moe_ep_capture" in str(n.target)]
     if left:
         user = next((u for u in left[0].users), left[0])
         raise Refusal(f"what the loop selects is used outside of it too ({user.name})")
-    rows = main.gm.graph.find_nodes(op="placeholder")[-1]
-    assert rows.name.startswith(ROWS)
-    if rows.users:
-        raise Refusal("the number of an expert's rows is used outside of the loop too")
-    main.gm.graph.erase_node(rows)
+    inputs = main.gm.graph.find_nodes(op="placeholder")
+    for length in inputs[len(inputs) - main.lengths :]:
+        if length.users:
+            raise Refusal("the number of an expert's rows is used outside of the loop too")
+        main.gm.graph.erase_node(length)
     main.gm.recompile()
     return Analysis(main.gm, main, functions, before, _form(region, before))
 
@@ -101,9 +103,12 @@ def _trace(
 
     And a survey of its graph as it was, if it decides on data.
     """
-    found = capture(fn, module, args, kwargs, truth=truth)
+    found = capture(fn, module, args, kwargs, truth=truth, may_fail=True)
+    last = found.fails_at  # `worlds.check` shows that it always fails there
+    if last is not None:
+        found = capture(fn, module, args, kwargs, truth=truth, classes=last)
     if found.sees_rows:
-        found = capture(fn, module, args, kwargs, truth=truth, rows=SYMBOLIC)
+        found = capture(fn, module, args, kwargs, truth=truth, rows=SYMBOLIC, selections=found.selections, classes=last)
     asks = found.answered or found.sees_rows or found.iterated
     return found, worlds.survey(found, distinct) if asks else None
 
@@ -111,7 +116,8 @@ def _trace(
 def _detect(found: Capture, distinct: Sequence[int]) -> tuple[DetectExperts, str | None]:
     """Run detection on the captured graph; the reason if it proves no region, or not all."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
-    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled(), may_guard=True)
+    ids = frozenset(inputs[i] for i in distinct)
+    facts = Facts(ids, found.constants, torch.is_grad_enabled(), may_guard=True, classes=found.classes)
     detect = DetectExperts(facts)
     report = detect(found.gm)
     if report.refused:

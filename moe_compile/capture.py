@@ -3,8 +3,9 @@
 Every iteration of every loop is traced, so every Python branch on an expert's index is seen.  What Python asks of
 data is answered here, and each answer becomes an obligation that detection must meet:
 
-    iterating over mask.nonzero()     all indices; it must be the list of experts that somebody chose
-    where(mask), x[mask], nonzero     r rows, r symbolic; any decision of the program on r is noted
+    iterating over mask.nonzero()     all indices; it must be the list of experts that somebody chose, and where the
+                                      last one raises an error (a class without an expert), it must always do so
+    where(mask), x[mask], nonzero     r rows; where the program looks at r a symbol, another one for each selection
     if mask.any(), if count == 0      one way, then the other: the empty way must add nothing
 
 The function runs with its module's parameters replaced by fake ones.  What would be lost by running it out of band
@@ -42,7 +43,7 @@ torch.library.register_fake(
 
 EXAMPLE = EXAMPLE_ROWS
 SYMBOLIC = -1
-ROWS = "rows"  # the last placeholder: a vector as long as a selection
+ROWS = "rows"  # the last placeholders: vectors as long as the selections
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Capture:
     `iterated`, `answered`, `counted` and `selected` are the nodes behind data-dependent answers, `questions` what was
     asked in all captures alike, with its node; `sees_rows`: whether the program looked at a number of rows; `guards()`:
     what was assumed of sizes so far, as sympy expressions over the caller's symbols.
+    `classes`: loops over chosen experts visited the classes below it only; `fails_at`: the last class that they visited
+    where the program raised an IndexError, at which the graph ends and returns nothing.
     """
 
     gm: GraphModule
@@ -62,6 +65,10 @@ class Capture:
     counted: list[Node] = field(default_factory=list)
     questions: dict[tuple[str, Any], Node] = field(default_factory=dict)
     sees_rows: bool = False
+    selections: int = 0  # how many were made
+    lengths: int = 0  # placeholders at the end that hold the selections' numbers of rows
+    classes: int | None = None
+    fails_at: int | None = None
     guards: Callable[[], list[Any]] = list
     constants: dict[str, Tensor] = field(default_factory=dict)
 
@@ -72,9 +79,12 @@ class Answers(TorchFunctionMode):
     `script`: the answers by question (worlds.py); a question that is not in it is a refusal.
     """
 
-    def __init__(self, rows: Any, truth: bool, script: Mapping[Hashable, Any] | None = None) -> None:
+    def __init__(
+        self, rows: Any, truth: bool, script: Mapping[Hashable, Any] | None = None, classes: int | None = None
+    ) -> None:
         super().__init__()
-        self.rows, self.truth, self.script = rows, truth, script
+        self.rows, self.truth, self.script, self.classes = rows, truth, script, classes
+        self.last_class: int | None = None  # of those that a loop over chosen experts would visit
         self.asked: dict[tuple[str, Any], Tensor] = {}
         self._place: dict[Hashable, int] = {}  # selections, in the order in which they were first made
         self._spellings: dict[Node, str] = {}
@@ -114,7 +124,7 @@ class Answers(TorchFunctionMode):
             return self._rows("count", args[0])
         if func in _HOOKS:
             raise Refusal("it puts a hook on a tensor, which a trace would lose")
-        if func is torch.Tensor.__len__ and isinstance(self.rows, torch.SymInt) and _has_rows(args[0].shape, self.rows):
+        if func is torch.Tensor.__len__ and not isinstance(self.rows, int) and _has_rows(args[0].shape, self.rows):
             raise Refusal("Python takes len() of an expert's rows, which cannot be followed as shape[0] or numel() can")
         if func in _SIZES:
             result = func(*args, **kwargs)
@@ -124,6 +134,10 @@ class Answers(TorchFunctionMode):
         if func in _SAME_LIST and id(args[0]) in self._chosen and isinstance(result, Tensor):
             self._chosen[id(result)] = (result, self._chosen[id(args[0])][1])
         return result
+
+    @property
+    def selections(self) -> int:
+        return len(self._place)
 
     def _nonzero(self, mask: Tensor) -> Tensor:
         """One table a mask, so that asking twice is the same selection."""
@@ -152,7 +166,8 @@ class Answers(TorchFunctionMode):
         if mask.dim() != 1 or not isinstance(mask.shape[0], int):
             raise Refusal("a Python loop runs over chosen rows, not over experts")
         self.iterated.append(table)
-        visited = self._answer("each", mask, range(mask.shape[0]))
+        visited = self._answer("each", mask, range(mask.shape[0])[: self.classes])
+        self.last_class = mask.shape[0] - 1
         return _Visited(torch.tensor([i] if table.dim() > 1 else i) for i in visited)
 
     def _answer(self, kind: str, about: Tensor, otherwise: Any) -> Any:
@@ -165,12 +180,16 @@ class Answers(TorchFunctionMode):
         return self.script[question]
 
     def _rows(self, kind: str, about: Tensor) -> Any:
-        """How many rows a selection has: another number for each, so that no two can be taken for equal."""
+        """How many rows a selection has: another symbol for each, so that no two can be taken for equal."""
         question = self._question(kind, about)
         place = self._answer(kind, about, self._place.setdefault(question, len(self._place)))
         if place is None:
             return 0
-        return self.rows + place if isinstance(self.rows, torch.SymInt) else self.rows
+        if isinstance(self.rows, int):
+            return self.rows
+        if place >= len(self.rows):
+            raise Refusal("how many selections it makes depends on the number of their rows")
+        return self.rows[place]
 
     def _question(self, kind: str, about: Tensor) -> tuple[str, Any]:
         """The same for equal questions, in all captures of one function."""
@@ -240,10 +259,10 @@ def _unknown(tensor: Tensor) -> bool:
 def _has_rows(result: Any, rows: Any) -> bool:
     """Whether a size that the program reads could hold the number of rows."""
     sizes = result if isinstance(result, (tuple, list)) else [result]
-    if not isinstance(rows, torch.SymInt):
+    if isinstance(rows, int):
         return any(isinstance(s, int) and s and s % rows == 0 for s in sizes) if rows == EXAMPLE else False
-    symbol = rows.node.expr
-    return any(isinstance(s, torch.SymInt) and symbol in s.node.expr.free_symbols for s in sizes)
+    symbols = {row.node.expr for row in rows}
+    return any(isinstance(s, torch.SymInt) and s.node.expr.free_symbols & symbols for s in sizes)
 
 
 # -- the trace ------------------------------------------------------------------------------
@@ -256,12 +275,17 @@ def capture(
     kwargs: dict[str, Any],
     *,
     rows: int = EXAMPLE,
+    selections: int = 0,
     truth: bool = True,
     script: Mapping[Hashable, Any] | None = None,
+    classes: int | None = None,
+    may_fail: bool = False,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
-    be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for a number that may be
-    anything from 2 on and decides nothing; `truth`: the answer to every question.
+    be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
+    anything from 2 on and decide nothing, for that many `selections`; `truth`: the answer to every question;
+    `classes`: how many classes a loop over chosen experts visits, if not all; `may_fail`: an IndexError after such a
+    loop began is noted, not a refusal.
 
     Raises `Refusal` with the reason if the function cannot be run out of band.
     """
@@ -273,18 +297,23 @@ def capture(
     state = {n: t for n, t in _state(module)}
     unique: dict[int, Tensor] = {}
     state_fakes = [unique.setdefault(id(t), world.fake(t, None)) for t in state.values()]
-    length = world.rows_vector() if rows == SYMBOLIC else torch.empty(rows, device="meta")
-    answers = Answers(length.shape[0], truth, script)
+    lengths = [world.vector(f"{ROWS}_{i}", EXAMPLE) for i in range(selections if rows == SYMBOLIC else 0)]
+    answers = Answers(rows, truth, script, classes)
     seen: dict[str, Any] = {}
 
-    def run(inputs: list[Tensor], state_values: list[Tensor], length: Tensor) -> Any:
-        answers.rows = length.shape[0] if rows == SYMBOLIC else rows
+    def run(inputs: list[Tensor], state_values: list[Tensor], lengths: list[Tensor]) -> Any:
+        answers.rows = [t.shape[0] for t in lengths] if rows == SYMBOLIC else rows
         leaves = list(fake_args)
         for i, t in zip(tensors, inputs, strict=True):
             leaves[i] = t
         call_args, call_kwargs = tree_unflatten(leaves, spec)
-        with _state_replaced(module, dict(zip(state, state_values, strict=True))), answers:
-            result = fn(module, *call_args, **call_kwargs)
+        try:
+            with _state_replaced(module, dict(zip(state, state_values, strict=True))), answers:
+                result = fn(module, *call_args, **call_kwargs)
+        except IndexError:
+            if not may_fail or answers.last_class is None:
+                raise
+            seen["fails_at"], result = answers.last_class, ()
         flat, seen["spec"] = tree_flatten(result)
         if not all(isinstance(t, Tensor) or t is None for t in flat):
             raise Refusal(f"it returns {type(next(t for t in flat if not isinstance(t, Tensor))).__name__}")
@@ -293,17 +322,18 @@ def capture(
 
     with watch(module), world.mode, _compiling(), _refusals():
         gm = make_fx(run, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
-            inputs, state_fakes, length
+            inputs, state_fakes, lengths
         )
     gm.graph.set_codegen(torch.fx.graph.CodeGen())
-    _name_inputs(gm, [*_argument_names(fn, args, kwargs, tensors), *state, ROWS])
+    named = [*_argument_names(fn, args, kwargs, tensors), *state]
+    _name_inputs(gm, [*named, *(f"{ROWS}_{i}" for i in range(len(lengths)))])
     out = gm.graph.output_node()
     results = list(out.args[0])  # type: ignore[arg-type]
     ends = list(itertools.accumulate(seen["sizes"]))
     out.args = (tuple(results[: ends[0]]),)
     iterated, answered, counted = (results[i:j] for i, j in itertools.pairwise(ends))
     constants = {k: v for k, v in vars(gm).items() if k.startswith("_tensor_constant")} | dict(gm.named_buffers())
-    world.guards(length.shape[0])  # a decision on the number of rows is a refusal, here
+    world.guards(lengths)  # a decision on the number of rows is a refusal, here
     return Capture(
         gm,
         list(state),
@@ -313,7 +343,11 @@ def capture(
         counted=counted,
         questions=dict(zip(list(answers.asked), results[ends[-1] :], strict=True)),
         sees_rows=answers.sees_rows,
-        guards=lambda: world.guards(length.shape[0]),
+        selections=answers.selections,
+        lengths=len(lengths),
+        classes=classes,
+        fails_at=seen.get("fails_at"),
+        guards=lambda: world.guards(lengths),
         constants=_literals(gm, constants),
     )
 
@@ -331,9 +365,6 @@ class _World:
         real = torch.empty(hint, device="meta")
         context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
         return self.mode.from_tensor(real, source=ConstantSource(name), symbolic_context=context)
-
-    def rows_vector(self) -> Tensor:
-        return self.vector("rows", EXAMPLE)
 
     def size(self, size: Any) -> Any:
         if not isinstance(size, torch.SymInt):
@@ -353,13 +384,14 @@ class _World:
             fake = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
         return fake.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else fake
 
-    def guards(self, rows: Any) -> list[Any]:
+    def guards(self, lengths: Sequence[Tensor]) -> list[Any]:
         """What the trace assumed of the caller's sizes; a decision on the number of rows is a refusal."""
         # `_expr`: `expr` is a number once it was compared
         back = {ours.node._expr: theirs for theirs, ours in self._theirs.items()}
+        rows = {t.shape[0].node._expr for t in lengths}  # type: ignore[attr-defined]
         found = []
         for guard in self.env.guards:
-            if isinstance(rows, torch.SymInt) and rows.node._expr in guard.expr.free_symbols:
+            if guard.expr.free_symbols & rows:
                 raise Refusal(f"it decides on the number of rows that an expert gets ({guard.expr})")
             found.append(guard.expr.xreplace(back))
         return found

@@ -60,7 +60,8 @@ def _type(node: Node) -> str:
 
 
 def _size(size: object) -> str:
-    return "r" if size == EXAMPLE_ROWS else str(size)
+    number = size.node.hint if isinstance(size, torch.SymInt) else size  # to compare a symbol would be a guard
+    return "r" if number == EXAMPLE_ROWS else str(size)
 
 
 def _arg(arg: object) -> str:

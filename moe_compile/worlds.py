@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from moe_compile.capture import Capture
+from moe_compile.capture import SYMBOLIC, Capture
 from moe_compile.detect.interpreter import Facts, Interpreter
 from moe_compile.detect.selection import choose
 from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Rows, Sum, SumRead, Value
@@ -52,12 +52,37 @@ def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Calla
         raise Refusal("what Python decides on is not shown to be about one sum over experts")
     if expected.unclear is not None:
         raise Refusal(f"Python asks about {expected.unclear}, not shown to say which experts were chosen")
-    for world in worlds(expected.num_classes, FEW if expected.local else expected.num_classes):
+    number = expected.num_classes if main.classes is None else main.classes
+    few = FEW if expected.local else number
+    for world in worlds(number, few):
         found = survey(again(script=_script(expected, world)), distinct)
         _compare(expected, found, world, "some experts have no rows")
+    if main.classes is not None:
+        _check_failure(expected, main, distinct, again, few)
     if main.sees_rows:
         found = survey(again(rows=1), distinct)
-        _compare(expected, found, frozenset(range(expected.num_classes)), "an expert has one row")
+        _compare(expected, found, frozenset(range(number)), "an expert has one row")
+
+
+def _check_failure(
+    expected: Survey, main: Capture, distinct: Sequence[int], again: Callable[..., Capture], few: int
+) -> None:
+    """Refuse a function whose visit to the last class is an error only in the world that was captured."""
+    last = main.classes
+    assert last is not None
+
+    def fails(**where: Any) -> Capture:
+        found = again(classes=None, selections=2 * main.selections, may_fail=True, **where)
+        if found.fails_at != last or set(found.guards()) - set(main.guards()):
+            raise Refusal(f"class {last} of {last + 1} is not shown to be an error in all cases")
+        return found
+
+    seen = survey(fails(rows=SYMBOLIC), distinct, expected.ids)  # with a symbol nothing rests on how many rows it has
+    if seen.unclear is not None:
+        raise Refusal(f"Python asks about {seen.unclear}, not shown to say which experts were chosen")
+    fails(rows=1)
+    for world in worlds(last, few):
+        fails(rows=SYMBOLIC, script=_script(seen, world | {last}))
 
 
 def worlds(num_experts: int, few: int) -> Iterator[World]:
@@ -79,8 +104,9 @@ def worlds(num_experts: int, few: int) -> Iterator[World]:
 
 def _script(expected: Survey, world: World) -> dict[Hashable, Any]:
     answers: dict[Hashable, Any] = {}
-    for place, (question, (kind, expert)) in enumerate(expected.questions.items()):
-        chosen = expert in world
+    places = itertools.count()
+    for question, (kind, expert) in expected.questions.items():
+        chosen, place = expert in world, next(places) if kind in ("rows", "list") else None
         answers[question] = {
             "any": chosen, "none": not chosen, "rows": place if chosen else None, "each": sorted(world),
             "list": place if world else None,
@@ -102,8 +128,8 @@ def _compare(expected: Survey, found: Survey, world: World, when: str) -> None:
 # -- one capture ----------------------------------------------------------------------------
 
 
-def survey(found: Capture, distinct: Sequence[int]) -> Survey:
-    """Read a captured graph without changing it.  Nothing is refused here."""
+def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None) -> Survey:
+    """Read a captured graph without changing it.  Nothing is refused here.  `ids`: those it is about, if known."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
     facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled(), may_guard=True)
     run = Interpreter(found.gm.graph, rules(), facts)
@@ -114,7 +140,7 @@ def survey(found: Capture, distinct: Sequence[int]) -> Survey:
         return Plain(node)
 
     run.run(record)
-    result, spell = Survey(sums=len(totals)), _Speller(found)
+    result, spell = Survey(sums=len(totals), ids=set(ids or ())), _Speller(found)
     for _, total in totals:
         result.start = spell.node(total.start.node)
         for term in total.terms:

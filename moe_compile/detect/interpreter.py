@@ -45,6 +45,7 @@ class Facts:
     constants: Mapping[str, Tensor] | None = None  # get_attr targets that are literals of the program
     grad_enabled: bool = True  # the grad mode around the graph
     may_guard: bool = False  # sizes that are equal in the example may be assumed to be: the caller guards it
+    classes: int | None = None  # ids outside [0, classes) are shown to be an error
 
 
 @dataclass

@@ -202,7 +202,7 @@ def finish(run: Interpreter, node: Node, total: Sum) -> Value:
     if not (same_size(here.shape[0], ids.shape[0]) and tuple(here.shape[1:]) == tuple(row.shape[1:])):
         shapes = tuple(here.shape), tuple(row.shape), tuple(ids.shape)
         return Unknown(f"the sum is {shapes[0]}, its terms are {shapes[1]}, the expert ids are {shapes[2]}")
-    classes = number if experts is None else first.classes
+    classes = number if experts is None else first.classes if run.facts.classes is None else run.facts.classes
     return Region(total, first.ids, number, classes, body, families)
 
 

@@ -60,7 +60,7 @@ class RowsOfAnother(Listed):
         return out
 
 
-@mutant("expert 1 differs from expert 0: aten.linear where that has aten.mul.Tensor")
+@mutant("it decides on the number of rows that an expert gets (Eq(r, r))")
 class AsManyRowsAsTheFirst(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)

@@ -292,7 +292,7 @@ class NormOverRows(Listed):
         return F.normalize(self.experts[e](x), dim=0)
 
 
-@mutant("add, a size known only at run time, is used in the expert")
+@mutant("sym_size_int, a size known only at run time, is used in the expert")
 class LayerNormOverRows(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return F.layer_norm(self.experts[e](x), x.shape)

@@ -39,7 +39,7 @@ class NormOverAll(Listed):
         return self.experts[e](x) / (1 + x.norm())
 
 
-@mutant("add_1, a size known only at run time, is used in the expert")
+@mutant("add, a size known only at run time, is used in the expert")
 class DividedByRows(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x) / (x.shape[0] + 1)
@@ -69,7 +69,7 @@ class Attention(Listed):
         return self.experts[e]((x @ x.t()).softmax(-1) @ x)
 
 
-@mutant("add adds a tensor of shape (7919, 1) across the rows")
+@mutant("add adds a tensor of shape (r, 1) across the rows")
 class PositionOfRow(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x + torch.arange(x.shape[0]).unsqueeze(1))
@@ -147,7 +147,7 @@ class MaskedWeightsOfAnother(Listed):
         return out
 
 
-@mutant("nothing is summed over experts")
+@mutant("it decides on the number of rows that an expert gets (Eq(r, r))")
 class PlacesOfAnother(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
