@@ -1,6 +1,10 @@
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-families", action="store_true", help="every family of transformers in every form: slow")
+
+
 @pytest.fixture
 def fresh():
     """No compiled code, no proofs, no counts, and a fixed seed."""
