@@ -55,6 +55,11 @@ def experts(
     return out
 
 
+def outside_is_zero(rows: Tensor, bound: int) -> Tensor:
+    """A mark in a body, gone before it is built: rows whose id is `bound` or more were set to zero here."""
+    return rows
+
+
 class Expr:
     """One value of a body: an ATen call on other values, or a leaf.  Equal values are one object (`Table`)."""
 

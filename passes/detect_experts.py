@@ -23,8 +23,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from moe_compile.detect import rows, selection, sorted_rows, sums
-from moe_compile.detect.interpreter import Facts, Interpreter, Rule
-from moe_compile.detect.values import Constant, Permutation, Region
+from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
+from moe_compile.detect.values import Region
 from moe_compile.region import Body, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
 
@@ -85,9 +85,7 @@ class DetectExperts(RewritePass[Found]):
         name = next(n for i in range(len(graph.nodes)) if not hasattr(owner, n := f"experts_body_{i}"))
         setattr(owner, name, module)
         with graph.inserting_before(site):
-            ids = (
-                region.ids if _rank(region.ids) == 2 else emit(graph, aten.unsqueeze.default, region.ids, 1, like=site)
-            )
+            ids = _ids(graph, region, site)
             args = (
                 ids,
                 [leaf.node for leaf in body.inputs["token"]],
@@ -109,7 +107,7 @@ class DetectExperts(RewritePass[Found]):
         if report.applied:
             values = self.run.values if self.run else {}
             sites = set(self.run.regions) if self.run else set()
-            local = {n for n, v in values.items() if not v.plain or isinstance(v, Permutation | Constant)}
+            local = {n for n, v in values.items() if goes_with_its_region(v)}
             drop_dead(gm.graph, lambda n: n in sites or n in local)
             _drop_idle_grad_modes(gm.graph)
             gm.recompile()
@@ -124,6 +122,19 @@ def _drop_idle_grad_modes(graph: Graph) -> None:
             graph.erase_node(first)
             graph.erase_node(second)
             return _drop_idle_grad_modes(graph)
+
+
+def _ids(graph: Graph, region: Region, site: Node) -> Node:
+    """The expert of every pair [T, K], as the original reads its weights."""
+    ids = region.ids
+    if _rank(ids) == 1:
+        ids = emit(graph, aten.unsqueeze.default, ids, 1, like=site)
+    if isinstance(region.reads, tuple):
+        return emit(graph, aten.clamp.default, ids, *region.reads, like=site)
+    if region.reads == "index":  # a negative index counts from the end
+        wrapped = emit(graph, aten.add.Tensor, ids, region.num_experts, like=site)
+        return emit(graph, aten.where.self, emit(graph, aten.lt.Scalar, ids, 0, like=site), wrapped, ids, like=site)
+    return ids
 
 
 def _pairs(graph: Graph, leaf: Leaf, ids: Node, region: Region, site: Node) -> Node:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_compile.detect.values import (
     Constant,
+    FlatIds,
     Permutation,
     Plain,
     Region,
@@ -83,6 +84,7 @@ class Interpreter:
         self.refused: list[tuple[Node, str]] = []
         self.no_grad = False
         self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
+        self.reads: dict[Node, set[Any]] = {}  # ids -> how rows of all experts choose weights by them (Region.reads)
         self._version: dict[Any, int] = {}  # storage -> number of changes
         self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
         self._stale_reads: set[Any] = set()
@@ -156,9 +158,9 @@ class Interpreter:
         changed = self._change(node)
         value = self._apply(node)
         value = self._made(node, value)
-        if changed and isinstance(value, Rows | Unknown | Permutation) and changed & self._inputs:
+        if changed and isinstance(value, Rows | Unknown | Permutation | FlatIds) and changed & self._inputs:
             return Unknown(f"{name_of(node)} changes an input of the region in place")
-        if changed and (not value.plain or isinstance(value, Permutation | Constant)):
+        if changed and goes_with_its_region(value):
             self._dropped.append((node, changed))
         return value
 
@@ -315,6 +317,11 @@ def source_line(node: Node) -> str | None:
         if "/torch/" not in path and "moe_compile" not in path:
             return f"{path.strip().lstrip(chr(34)).rsplit('/', 1)[-1]}:{rest.split(',')[0].split(chr(10))[0]}"
     return None
+
+
+def goes_with_its_region(value: Value) -> bool:
+    """Whether a change in place that gave this value is for the region alone, and erased with it."""
+    return not value.plain or isinstance(value, Permutation | Constant | FlatIds)
 
 
 def rows_of(value: Any) -> bool:

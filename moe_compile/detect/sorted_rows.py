@@ -14,6 +14,7 @@ from moe_compile.detect.selection import INTEGERS, everyone, ids_node, same_size
 from moe_compile.detect.values import (
     Counts,
     FlatIds,
+    Outside,
     PairGrid,
     Permutation,
     Plain,
@@ -25,6 +26,7 @@ from moe_compile.detect.values import (
     Unknown,
     Value,
 )
+from moe_compile.region import outside_is_zero
 
 aten = torch.ops.aten
 EXACT = (*INTEGERS[:2], torch.float32, torch.float64)  # dtypes that hold ids and counts as they are
@@ -50,10 +52,37 @@ def convert(call: Call) -> Value | None:
 
 
 def limit(call: Call) -> Value | None:
-    """ids.clamp(0, E - 1): ids outside the experts become experts, where a rewritten sum would raise."""
-    if not isinstance(call.arg(0), FlatIds):
+    """ids.clamp(0, E - 1): ids outside the experts become experts."""
+    value, low, high = call.arg(0), call.number(1, "min"), call.number(2, "max")
+    if not isinstance(value, FlatIds):
         return None
-    return Unknown(f"{name_of(call.node)} maps ids outside the experts to experts")
+    if call.op.startswith("clamp_max"):
+        low, high = None, call.number(1, "max")
+    if value.limits is not None or not all(type(n) in (int, type(None)) for n in (low, high)):
+        return Unknown(f"{name_of(call.node)} maps ids outside the experts to experts")
+    return FlatIds(value.ids, value.order, (low, high))
+
+
+def outside(call: Call) -> Value | None:
+    """ids >= E, of every pair; with one more dimension it stays what it is."""
+    value, bound = call.arg(0), call.number(1)
+    if isinstance(value, Outside):
+        return value if call.op == "unsqueeze" and call.number(1) in (1, -1) and call.val().dim() == 2 else None
+    if isinstance(value, FlatIds) and value.limits is None and type(bound) is int and call.op.startswith("g"):
+        return Outside(value.ids, value.order, bound)
+    return None
+
+
+def blank(call: Call) -> Value | None:
+    """Rows of pairs that chose nobody, set to zero: no more than a mark here, `finish` checks that zero they stay."""
+    value, mask = call.arg(0), call.arg(1)
+    if not (isinstance(value, Rows) and isinstance(mask, Outside)):
+        return None
+    if value.selection != everyone(mask.ids, mask.order) or call.number(2) != 0 or value.expr.level != "row":
+        return Unknown(f"{name_of(call.node)} blanks other rows than those of ids outside the experts")
+    if call.val().dim() != call.val(call.node.args[1]).dim():
+        return Unknown(f"{name_of(call.node)} broadcasts rows: rows would meet rows")
+    return Rows(value.selection, call.run.expr(call, outside_is_zero, [value.expr, mask.bound]))
 
 
 def sort(call: Call) -> Value | None:
@@ -65,7 +94,7 @@ def sort(call: Call) -> Value | None:
         return Permutation(value.ids, value.order, inverse=True)
     if isinstance(value, Plain) and (ids := ids_node(value)) is not None and call.val(ids).dim() == 1:
         value = FlatIds(ids)
-    if not isinstance(value, FlatIds) or value.order != "flat":
+    if not isinstance(value, FlatIds) or value.order != "flat" or value.limits is not None:
         return None
     order = Permutation(value.ids, call.node)
     return order if call.op == "argsort" else RowTuple((FlatIds(value.ids, call.node), order))
@@ -87,7 +116,7 @@ def token_of(call: Call) -> Value | None:
 def count(call: Call) -> Value | None:
     """histc(ids, bins=E, min=0, max=E-1), bincount(ids, minlength=E)."""
     value = call.arg(0)
-    if not isinstance(value, FlatIds):
+    if not isinstance(value, FlatIds) or value.limits is not None:
         return None
     if call.op == "histc":
         bins, low, high = (call.number(i, n) for i, n in ((1, "bins"), (2, "min"), (3, "max")))
@@ -144,6 +173,7 @@ def by_row(call: Call) -> Value | None:
         if not isinstance(first, int):
             return None
         leaf = run.table.leaf("slice", value.node, one_row(call.val()))
+        run.reads.setdefault(index.ids, set()).add(index.limits or "index")
         return Rows(everyone(index.ids, index.order), leaf)
     if not isinstance(index, Permutation):
         return None
@@ -160,7 +190,7 @@ def by_row(call: Call) -> Value | None:
             return Unknown(f"{name_of(call.node)} reads tokens repeated {times}")
         return Rows(sorted_rows, value.expr)
     if isinstance(value, FlatIds) and value.order == "flat" and value.ids is index.ids:
-        return FlatIds(value.ids, index.order)
+        return FlatIds(value.ids, index.order, value.limits)
     return None
 
 
@@ -182,6 +212,7 @@ def grouped_mm(call: Call) -> Value | None:
     if weight.dim() != 3 or weight.shape[0] != offsets.num:
         return Unknown(f"{offsets.num} groups for a weight of shape {tuple(weight.shape)}")
     leaf = call.run.table.leaf("slice", stack, weight.select(0, 0))
+    call.run.reads.setdefault(offsets.ids, set()).add("number")
     return result(call, selection, call.run.expr(call, aten.matmul.default, [x.expr, leaf]))
 
 
@@ -207,6 +238,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **{op: (token_of,) for op in ("floor_divide", "div")},
     **{op: (count,) for op in ("histc",)},
     "cumsum": (running_sum,),
+    **{op: (outside,) for op in ("ge", "greater_equal", "unsqueeze")},
+    **{op: (blank,) for op in ("masked_fill", "masked_fill_")},
     **{op: (limit,) for op in ("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_")},
     **{op: (invert,) for op in ("index_put", "index_put_")},
     "repeat_interleave": (repeat,),

@@ -19,7 +19,7 @@ from moe_compile.detect.values import (
     Unknown,
     Value,
 )
-from moe_compile.region import Expr, Leaf, flat
+from moe_compile.region import Expr, Leaf, flat, outside_is_zero
 
 # -- accumulation ---------------------------------------------------------------------------
 
@@ -202,8 +202,77 @@ def finish(run: Interpreter, node: Node, total: Sum) -> Value:
     if not (same_size(here.shape[0], ids.shape[0]) and tuple(here.shape[1:]) == tuple(row.shape[1:])):
         shapes = tuple(here.shape), tuple(row.shape), tuple(ids.shape)
         return Unknown(f"the sum is {shapes[0]}, its terms are {shapes[1]}, the expert ids are {shapes[2]}")
-    classes = number if experts is None else first.classes if run.facts.classes is None else run.facts.classes
-    return Region(total, first.ids, number, classes, body, families)
+    if experts is not None:
+        classes = first.classes if run.facts.classes is None else run.facts.classes
+        return Region(total, first.ids, number, classes, "number", body, families)
+    reads = how_weights_are_read(run, first.ids, number, body)
+    if isinstance(reads, Unknown):
+        return reads
+    masked = bool(_marks(body))
+    return Region(total, first.ids, number, None if masked else number, reads, unmarked(run, body), families)
+
+
+def how_weights_are_read(run: Interpreter, ids: Node, number: int, body: Expr) -> Any:
+    """What an id outside the experts does in a sum of all experts at once: `Region.reads`, or an `Unknown`."""
+    reads, marks = run.reads.get(ids, set()), _marks(body)
+    if marks:  # the rows of such ids are set to zero, here and there
+        if marks != {number}:
+            return Unknown(f"ids from {sorted(marks)} on are blanked, there are {number} experts")
+        if not zero_outside(body):
+            return Unknown("rows of ids outside the experts are blanked, but not the last thing they become")
+        if "number" in reads and reads <= {"number", (None, number - 1), (0, number - 1)}:
+            return "number"
+    elif reads in ({"number"}, {"number", "index"}):
+        return "number"
+    elif len(reads) == 1:
+        (how,) = reads
+        if how == "index" or (isinstance(how[0], int) and isinstance(how[1], int) and 0 <= how[0] <= how[1] < number):
+            return how
+    return Unknown("ids outside the experts are mapped to experts")
+
+
+def zero_outside(expr: Any) -> bool:
+    """Whether rows that were blanked are zero in `expr`: blanked last, or only scaled, cast and shaped after."""
+    if not isinstance(expr, Expr) or isinstance(expr, Leaf):
+        return False
+    if expr.target is outside_is_zero:
+        return True
+    name = str(expr.target)
+    if name == "aten.mul.Tensor":
+        return any(map(zero_outside, expr.args))
+    keeps = (
+        "aten.to.",
+        "aten._to_copy.",
+        "aten.reshape.",
+        "aten.unsqueeze.",
+        "aten.squeeze.",
+        "aten.clone.",
+        "aten.neg.",
+    )
+    return name.startswith(keeps) and zero_outside(expr.args[0])
+
+
+def _marks(root: Expr) -> set[int]:
+    return {e.args[1] for e in _parts(root) if e.target is outside_is_zero}
+
+
+def unmarked(run: Interpreter, root: Expr) -> Expr:
+    """The body without the marks."""
+    made: dict[int, Any] = {}
+
+    def rebuilt(arg: Any) -> Any:
+        if isinstance(arg, (tuple, list)):
+            return tuple(map(rebuilt, arg))
+        if not isinstance(arg, Expr) or isinstance(arg, Leaf):
+            return arg
+        if id(arg) not in made:
+            args, kwargs = rebuilt(arg.args), dict(rebuilt(arg.kwargs))
+            made[id(arg)] = (
+                args[0] if arg.target is outside_is_zero else run.table.call(arg.target, args, kwargs, arg.val)
+            )
+        return made[id(arg)]
+
+    return rebuilt(root) if _marks(root) else root
 
 
 def unify(bodies: list[Expr]) -> "dict[Expr, list[Node]] | Unknown":
@@ -253,16 +322,19 @@ def _called(expr: Expr) -> str:
 
 
 def _leaves(root: Expr) -> list[Leaf]:
-    found: dict[int, Leaf] = {}
-    visited: set[int] = set()
+    return [part for part in _parts(root) if isinstance(part, Leaf)]
+
+
+def _parts(root: Expr) -> list[Expr]:
+    """All expressions inside of one, each once."""
+    found: dict[int, Expr] = {}
     stack: list[Any] = [root]
     while stack:
         expr = stack.pop()
-        if isinstance(expr, Leaf):
+        if isinstance(expr, Expr) and id(expr) not in found:
             found[id(expr)] = expr
-        elif isinstance(expr, Expr) and id(expr) not in visited:
-            visited.add(id(expr))
-            stack += flat([expr.args, expr.kwargs])
+            if not isinstance(expr, Leaf):
+                stack += flat([expr.args, expr.kwargs])
     return list(found.values())
 
 

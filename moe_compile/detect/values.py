@@ -156,10 +156,21 @@ class RowTuple(Value):
 
 @dataclass(frozen=True)
 class FlatIds(Value):
-    """ids.reshape(-1); sorted by `order` if that is not "flat"."""
+    """ids.reshape(-1); sorted by `order` if that is not "flat"; then clamped to `limits`, lowest and highest."""
 
     ids: Node
     order: Any = "flat"
+    limits: tuple[int | None, int | None] | None = None
+    plain = True
+
+
+@dataclass(frozen=True)
+class Outside(Value):
+    """Whether the id of each pair is `bound` or more: a pair that chose nobody."""
+
+    ids: Node
+    order: Any
+    bound: int
     plain = True
 
 
@@ -237,6 +248,7 @@ class Region(Value):
     ids: Node
     num_experts: int
     num_classes: int | None  # ids outside [0, num_classes) are an error; None: they choose nobody
+    reads: Any  # how ids choose weights: "number"; "index", from the end if negative; limits (low, high)
     body: Expr
     families: dict[Expr, list[Node]] = field(repr=False)
     plain = True

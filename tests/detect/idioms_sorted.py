@@ -379,6 +379,49 @@ class BatchedWeightsOfATransposedTable(Batched):
         return y * weights.t().reshape(-1, 1)
 
 
+# -- ids that are not an expert's -----------------------------------------------------------
+
+
+@idiom()
+class BatchedClamped(Batched):
+    """An id past the experts is the last expert's, one before them the first's."""
+
+    def flat(self, ids: Tensor) -> Tensor:
+        return ids.reshape(-1).clamp(0, E - 1)
+
+
+@idiom()
+class BatchedClampedToFewer(Batched):
+    def flat(self, ids: Tensor) -> Tensor:
+        return ids.reshape(-1).clamp(0, E - 2)
+
+
+class SentinelsMasked(Grouped):
+    """Ids past the experts count for nothing, as in transformers with expert parallelism."""
+
+    bound, highest = E, E - 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_bias = weight(D)
+
+    def last(self, y: Tensor, outside: Tensor) -> Tensor:
+        return y.masked_fill(outside, 0.0)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        mine, order = torch.sort(ids.reshape(-1))
+        ends, outside = self.ends(mine), (mine >= self.bound).unsqueeze(-1)
+        mine.clamp_(max=self.highest)
+        rows = x[order // K].masked_fill_(outside, 0.0)
+        h = grouped_mm(rows, self.up.mT, ends).add_(self.bias[mine]).masked_fill(outside, 0.0)
+        y = self.last(grouped_mm(F.silu(h), self.down.mT, ends), outside)
+        return self.total(self.unsort(self.weigh(y, weights, order), order))
+
+
+if HAS_TRANSFORMERS:
+    idiom()(SentinelsMasked)
+
+
 # -- ops of other libraries -----------------------------------------------------------------
 
 

@@ -4,7 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.detect.idioms_sorted import HAS_TRANSFORMERS, Added, Batched, Grouped, Sorted, bmm, grouped_mm
+from tests.detect.idioms_sorted import (
+    HAS_TRANSFORMERS,
+    Added,
+    Batched,
+    Grouped,
+    SentinelsMasked,
+    Sorted,
+    bmm,
+    grouped_mm,
+)
 from tests.detect.loops import FF, D, E, K, Listed, mutant, weight
 
 # -- the order ------------------------------------------------------------------------------
@@ -441,41 +450,73 @@ if HAS_TRANSFORMERS:
             y = grouped_mm(F.silu(h), self.down.mT, self.ends(flat))
             return (y * weights.reshape(-1, 1)).view(-1, K, D).sum(1)
 
-    @mutant("aten.clamp_ at file.py maps ids outside the experts to experts")
-    class SentinelsMasked(Grouped):
-        """Ids past the experts are allowed here, and count for nothing."""
+    LAST = "rows of ids outside the experts are blanked, but not the last thing they become"
 
-        def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-            mine, order = torch.sort(ids.reshape(-1))
-            ends, outside = self.ends(mine), (mine >= E).unsqueeze(-1)
-            mine.clamp_(max=E - 1)
-            rows = x[order // K].masked_fill_(outside, 0.0)
-            h = grouped_mm(rows, self.up.mT, ends).add_(self.bias[mine]).masked_fill(outside, 0.0)
-            y = grouped_mm(F.silu(h), self.down.mT, ends).masked_fill(outside, 0.0)
-            return self.total(self.unsort(self.weigh(y, weights, order), order))
+    @mutant(LAST)
+    class SentinelsMaskedFirst(SentinelsMasked):
+        def last(self, y: Tensor, outside: Tensor) -> Tensor:
+            return y
+
+    @mutant(LAST)
+    class SentinelsAddedTo(SentinelsMasked):
+        def last(self, y: Tensor, outside: Tensor) -> Tensor:
+            return y.masked_fill(outside, 0.0) + self.last_bias
+
+    @mutant(LAST)
+    class SentinelsExponentiated(SentinelsMasked):
+        def last(self, y: Tensor, outside: Tensor) -> Tensor:
+            return y.masked_fill(outside, 0.0).exp()
+
+    @mutant("aten.masked_fill.Scalar at file.py blanks other rows than those of ids outside the experts")
+    class SentinelsMaskedWithOnes(SentinelsMasked):
+        def last(self, y: Tensor, outside: Tensor) -> Tensor:
+            return y.masked_fill(outside, 1.0)
+
+    @mutant("ids from [3] on are blanked, there are 4 experts")
+    class SentinelsFromTheLastExpertOn(SentinelsMasked):
+        bound = E - 1
+
+    @mutant("ids from [5] on are blanked, there are 4 experts")
+    class SentinelsPastOneMore(SentinelsMasked):
+        bound = E + 1
+
+    @mutant("ids outside the experts are mapped to experts")
+    class SentinelsMappedToFewer(SentinelsMasked):
+        highest = E - 2
+
+    @mutant("ids outside the experts are mapped to experts")
+    class SentinelsNotMasked(Grouped):
+        def act(self, h: Tensor, mine: Tensor) -> Tensor:
+            return F.silu(h + self.bias[mine.clamp(max=E - 1)])
 
 
 # -- which expert ---------------------------------------------------------------------------
 
 
-@mutant("aten.clamp at file.py maps ids outside the experts to experts")
-class BatchedClamped(Batched):
-    """An id past the experts is the last expert's."""
+@mutant("ids outside the experts are mapped to experts")
+class BatchedClampedFromOne(Batched):
+    """And what is past the experts is an error."""
 
     def flat(self, ids: Tensor) -> Tensor:
-        return ids.reshape(-1).clamp(0, E - 1)
+        return ids.reshape(-1).clamp_min(1)
 
 
-@mutant("aten.clamp at file.py maps ids outside the experts to experts")
-class BatchedClampedToFewer(Batched):
-    def flat(self, ids: Tensor) -> Tensor:
+@mutant("ids outside the experts are mapped to experts")
+class BatchedClampedInTwoWays(Batched):
+    def second_ids(self, ids: Tensor) -> Tensor:
         return ids.reshape(-1).clamp(0, E - 2)
 
 
-@mutant("aten.clamp_min at file.py maps ids outside the experts to experts")
-class BatchedClampedFromOne(Batched):
+@mutant("aten.clamp at file.py maps ids outside the experts to experts")
+class BatchedClampedTwice(Batched):
     def flat(self, ids: Tensor) -> Tensor:
-        return ids.reshape(-1).clamp_min(1)
+        return ids.reshape(-1).clamp(0, E - 1).clamp(1, E - 1)
+
+
+@mutant("ids outside the experts are mapped to experts")
+class BatchedClampedPastTheExperts(Batched):
+    def flat(self, ids: Tensor) -> Tensor:
+        return ids.reshape(-1).clamp(0, E)
 
 
 @mutant("bmm of rows with a value that has none")

@@ -49,6 +49,25 @@ def test_ids_out_of_range_raise(name: str, bad: int) -> None:
         run(x, torch.where(ids == 1, bad, ids), weights)
 
 
+@pytest.mark.parametrize("name", ["BatchedClamped", "BatchedClampedToFewer", *(["SentinelsMasked"] * HAS_TRANSFORMERS)])
+def test_ids_past_the_experts_do_what_they_did(name: str) -> None:
+    module = IDIOMS[name].make().double()
+    x, ids, weights = arguments(IDIOMS[name], dtype=torch.float64)
+    run = Proof(module, (x, ids, weights), True)
+    for bad in (E, E + 3, *([] if name == "SentinelsMasked" else [-1, -E - 5])):
+        args = x, torch.where(ids == 1, bad, ids), weights
+        assert not differences(outcome(run, module, args), outcome(module, module, args), 1e-12), bad
+
+
+@pytest.mark.parametrize("name", ["BatchedAsHuggingFace", "BatchedWithBias", "SortedByBmm"])
+def test_an_index_counts_from_the_end_if_it_is_negative(name: str) -> None:
+    module = IDIOMS[name].make().double()
+    x, ids, weights = arguments(IDIOMS[name], dtype=torch.float64)
+    run = Proof(module, (x, ids, weights), True)
+    args = x, torch.where(ids == 1, -2, ids), weights
+    assert not differences(outcome(run, module, args), outcome(module, module, args), 1e-12)
+
+
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("tokens", [K, D // K, E, FF // K, D, FF])
 def test_sizes_that_happen_to_be_equal(name: str, tokens: int) -> None:
