@@ -119,6 +119,9 @@ def _prove(
     except Refusal as refusal:
         log.debug("%s refused: %s", fn.__qualname__, refusal)
         return declined(str(refusal), read)
+    except Exception as error:  # a fault of ours must not be one of the user's
+        log.warning("%s runs as it is, its proof failed (a fault of moe_compile)", fn.__qualname__, exc_info=True)
+        return declined(f"the proof failed with {type(error).__name__}: {error}", read)
     log.debug("%s\n%s\n%s", found.before, detected, "\n".join(map(str, reports)))
     torch._logging.trace_structured(
         "artifact",

@@ -65,6 +65,9 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
+RANDOM_STATE = ("manual_seed", "seed_all", "set_rng_state", "fork_rng", "Generator", "default_generator")
+
+
 def check_effects(functions: Functions) -> None:
     """Refuse functions that change anything that outlives the call."""
     for f in functions:
@@ -79,6 +82,8 @@ def check_effects(functions: Functions) -> None:
                     raise Refusal(f"{where} sets the nonlocal {step.argval}")
                 if step.opname == "LOAD_GLOBAL" and step.argval in ("print", "input", "breakpoint"):
                     raise Refusal(f"{where} calls {step.argval}")
+                if step.opname.startswith(("LOAD_", "IMPORT_FROM")) and step.argval in RANDOM_STATE:
+                    raise Refusal(f"{where} sets the state of random numbers ({step.argval})")
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

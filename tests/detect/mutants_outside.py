@@ -445,3 +445,27 @@ class AutocastInside(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return self.experts[e](x).float()
+
+
+@mutant("Reseeds.run (file.py) sets the state of random numbers (manual_seed)")
+class Reseeds(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return self.experts[e](x)
+
+
+@mutant(
+    "it does not run on fake tensors: UnboundLocalError: cannot access local variable 'y' where it is not associated with a value"
+)
+class ReadsBeforeItSets(Listed):
+    """Runs while the first expert has few rows."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            if t.shape[0] > 10:
+                y = y * 2  # noqa: F821
+            y = expert(x[t])
+            out.index_add_(0, t, y * weights[t, k, None])
+        return out

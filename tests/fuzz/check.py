@@ -67,6 +67,10 @@ def routings(parts: Parts) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 def check(parts: Parts) -> str:
     """ "invalid", "refused: why" or "rewritten".  Raises AssertionError if a rewritten program has other numbers."""
+    try:
+        compile(parts.source, "program", "exec")
+    except SyntaxError:
+        return "invalid"
     module = load(parts.source)
     try:
         torch.manual_seed(0)
