@@ -7,12 +7,15 @@
 // is being multiplied.
 //
 // Every number of the result is one sum in the order of k: the same bits for any number of threads, and whatever the
-// other rows are.  The vectors are those of GCC and Clang, as wide as the machine's registers; no intrinsics.
+// other rows are.  The vectors are those of GCC and Clang, as wide as the machine's registers.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int V = 16;  // floats in a register
@@ -37,6 +40,22 @@ static inline vec load(const float* p) {
   return x;
 }
 static inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
+
+// Past the caches, for what is not read again soon: memory is written without being read first.
+static inline void stream(float* p, vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)x);
+#else
+  store(p, x);
+#endif
+}
+static inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // -- laying out -----------------------------------------------------------------------------
 
@@ -116,16 +135,19 @@ struct Matrix {
   int64_t row, column;
 };
 
+enum Store { SET, ADD, STREAM };
+
 // c [R, C * V] = (c +) sum over k of outer(a[:, k], b[k, :])
 template <int R, int C>
-static void tile(int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, bool add, Ahead& ahead) {
-  for (int i = 0; i < R; i++)  // for writing
-    for (int j = 0; j < C * V; j += LINE / 4) __builtin_prefetch(c + i * ldc + j, 1);
+static void tile(int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, Store how, Ahead& ahead) {
+  if (how != STREAM)
+    for (int i = 0; i < R; i++)  // for writing
+      for (int j = 0; j < C * V; j += LINE / 4) __builtin_prefetch(c + i * ldc + j, 1);
   const char* next = ahead.at;
   const int64_t line = ahead.at < ahead.stop ? LINE : 0;
   ahead.at += line * k;
   vec sum[R][C] = {};
-  if (add)
+  if (how == ADD)
     for (int i = 0; i < R; i++)
       for (int j = 0; j < C; j++) sum[i][j] = load(c + i * ldc + j * V);
   for (int64_t at = 0; at < k; at++) {
@@ -138,30 +160,35 @@ static void tile(int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int
       for (int j = 0; j < C; j++) sum[i][j] += x * y[j];
     }
   }
-  for (int i = 0; i < R; i++)
-    for (int j = 0; j < C; j++) store(c + i * ldc + j * V, sum[i][j]);
+  if (how == STREAM) {
+    for (int i = 0; i < R; i++)
+      for (int j = 0; j < C; j++) stream(c + i * ldc + j * V, sum[i][j]);
+  } else {
+    for (int i = 0; i < R; i++)
+      for (int j = 0; j < C; j++) store(c + i * ldc + j * V, sum[i][j]);
+  }
 }
 
 template <int C>
-static void tile_of(int64_t m, int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, bool add,
+static void tile_of(int64_t m, int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, Store how,
                     Ahead& ahead) {
   static_assert(M == 6);
   switch (m) {
-    case 1: return tile<1, C>(k, a, b, ldb, c, ldc, add, ahead);
-    case 2: return tile<2, C>(k, a, b, ldb, c, ldc, add, ahead);
-    case 3: return tile<3, C>(k, a, b, ldb, c, ldc, add, ahead);
-    case 4: return tile<4, C>(k, a, b, ldb, c, ldc, add, ahead);
-    case 5: return tile<5, C>(k, a, b, ldb, c, ldc, add, ahead);
-    default: return tile<6, C>(k, a, b, ldb, c, ldc, add, ahead);
+    case 1: return tile<1, C>(k, a, b, ldb, c, ldc, how, ahead);
+    case 2: return tile<2, C>(k, a, b, ldb, c, ldc, how, ahead);
+    case 3: return tile<3, C>(k, a, b, ldb, c, ldc, how, ahead);
+    case 4: return tile<4, C>(k, a, b, ldb, c, ldc, how, ahead);
+    case 5: return tile<5, C>(k, a, b, ldb, c, ldc, how, ahead);
+    default: return tile<6, C>(k, a, b, ldb, c, ldc, how, ahead);
   }
 }
 
 // m rows, the last n < V columns
 static void rest(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                 bool add) {
+                 Store how) {
   for (int64_t i = 0; i < m; i++) {
     float sum[V] = {};
-    if (add) std::memcpy(sum, c + i * ldc, n * sizeof(float));
+    if (how == ADD) std::memcpy(sum, c + i * ldc, n * sizeof(float));
     for (int64_t at = 0; at < k; at++)
       for (int64_t j = 0; j < n; j++) sum[j] += a.p[i * a.row + at * a.column] * b[at * ldb + j];
     std::memcpy(c + i * ldc, sum, n * sizeof(float));
@@ -170,23 +197,23 @@ static void rest(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int6
 
 // C [m, n] = (C +) A [m, k] @ B [k, n]
 static void product(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                    bool add, Ahead ahead) {
+                    Store how, Ahead ahead) {
   for (int64_t i = 0; i < m; i += M, a.p += M * a.row, c += M * ldc) {
     const int64_t rows = std::min<int64_t>(M, m - i);
     int64_t j = 0;
-    for (; j + N * V <= n; j += N * V) tile_of<N>(rows, k, a, b + j, ldb, c + j, ldc, add, ahead);
-    for (; j + V <= n; j += V) tile_of<1>(rows, k, a, b + j, ldb, c + j, ldc, add, ahead);
-    if (j < n) rest(rows, n - j, k, a, b + j, ldb, c + j, ldc, add);
+    for (; j + N * V <= n; j += N * V) tile_of<N>(rows, k, a, b + j, ldb, c + j, ldc, how, ahead);
+    for (; j + V <= n; j += V) tile_of<1>(rows, k, a, b + j, ldb, c + j, ldc, how, ahead);
+    if (j < n) rest(rows, n - j, k, a, b + j, ldb, c + j, ldc, how);
   }
 }
 
 // C [m, n] = A [m, k] @ B [k, n], by blocks of k that stay in a near cache
 static void product_plain(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int64_t ldb, float* c,
-                          int64_t ldc, int64_t block) {
+                          int64_t ldc, int64_t block, Store first) {
   for (int64_t at = 0; at == 0 || at < k; at += block) {
     const float *here = b + at * ldb, *next = here + block * ldb;
-    product(m, n, std::min(block, k - at), {a.p + at * a.column, a.row, a.column}, here, ldb, c, ldc, at > 0,
-            {(const char*)next, (const char*)(next + block * ldb)});
+    product(m, n, std::min(block, k - at), {a.p + at * a.column, a.row, a.column}, here, ldb, c, ldc,
+            at ? ADD : first, {(const char*)next, (const char*)(next + block * ldb)});
   }
 }
 
@@ -199,7 +226,7 @@ static void product_transposed(int64_t m, int64_t n, int64_t k, Matrix a, const 
       const int64_t columns = std::min<int64_t>(PANEL, n - j), depth = std::min(LONGEST, k - at);
       const float* next = b + (j + PANEL) * ldb;
       lay_out(columns, depth, b + j * ldb + at, ldb, panel.data());
-      product(m, columns, depth, {a.p + at, a.row, 1}, panel.data(), PANEL, c + j, ldc, at > 0,
+      product(m, columns, depth, {a.p + at, a.row, 1}, panel.data(), PANEL, c + j, ldc, at ? ADD : SET,
               {(const char*)next, (const char*)(next + PANEL * ldb)});
     }
 }
@@ -218,6 +245,7 @@ static void run(const std::vector<Task>& tasks, int threads, F&& work) {
     std::vector<float> panel;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < int64_t(tasks.size()); i++) work(tasks[i], panel);
+    finish_streams();
   }
 }
 
@@ -245,7 +273,7 @@ extern "C" void grouped_gemm(const float* x, const float* const* w, int64_t ldw,
     const float* b = w[t.expert];
     float* c = y + t.row * f + t.start;
     if (transposed)
-      product_plain(t.rows, t.stop - t.start, d, a, b + t.start, ldw, c, f, 128);
+      product_plain(t.rows, t.stop - t.start, d, a, b + t.start, ldw, c, f, 128, SET);
     else
       product_transposed(t.rows, t.stop - t.start, d, a, b + t.start * ldw, ldw, c, f, panel);
   });
@@ -255,14 +283,17 @@ extern "C" void grouped_gemm(const float* x, const float* const* w, int64_t ldw,
 // dw [E, f, d]: dw[e] = dy[rows of e].T @ x[rows of e]; zeros for an expert without rows
 extern "C" void grouped_gemm_dw(const float* dy, const float* x, const int32_t* offsets, int64_t experts, float* dw,
                                 int64_t f, int64_t d, int threads) {
-  constexpr int64_t BLOCK = 10 * M;
+  constexpr int64_t BLOCK = 10 * M, DEPTH = 256, LARGE = 8 << 20;
+  const bool aligned = d % V == 0 && reinterpret_cast<uintptr_t>(dw) % (V * sizeof(float)) == 0;
+  const bool large = experts * f * d * int64_t(sizeof(float)) >= LARGE;
   std::vector<Task> tasks;
   for (int64_t e = 0, row = 0; e < experts; row = offsets[e], e++)
     for (int64_t i = 0; i < f; i += BLOCK) tasks.push_back({e, row, offsets[e] - row, i, std::min(f, i + BLOCK)});
   run(tasks, threads, [&](const Task& t, std::vector<float>&) {
     float* c = dw + (t.expert * f + t.start) * d;
     if (t.rows)
-      product_plain(t.stop - t.start, d, t.rows, {dy + t.row * f + t.start, 1, f}, x + t.row * d, d, c, d, 256);
+      product_plain(t.stop - t.start, d, t.rows, {dy + t.row * f + t.start, 1, f}, x + t.row * d, d, c, d, DEPTH,
+                    aligned && large && t.rows <= DEPTH ? STREAM : SET);
     else
       std::memset(c, 0, (t.stop - t.start) * d * sizeof(float));
   });
