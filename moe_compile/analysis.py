@@ -27,7 +27,7 @@ class Analysis:
     capture: Capture
     functions: Functions  # everything Python the function can run: what it reads has to be guarded
     before: str
-    form: str  # "loop", "grouped" or "batched"
+    form: str  # "loop", "grouped", "batched" or "dense"
 
 
 def analyse(
@@ -88,7 +88,8 @@ def _prove(
             raise Refusal("the number of an expert's rows is used outside of the loop too")
         main.gm.graph.erase_node(length)
     main.gm.recompile()
-    return Analysis(main.gm, main, functions, before, _form(region, before))
+    form = "dense" if detect.run is not None and detect.run.inside else _form(region, before)
+    return Analysis(main.gm, main, functions, before, form)
 
 
 def _trace(

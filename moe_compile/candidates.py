@@ -17,7 +17,7 @@ from moe_compile.python_state import code_names
 SELECTS = frozenset(
     """
     where nonzero one_hot any index_add index_add_ index_put index_put_ scatter_add scatter_add_ index_select
-    masked_select argsort sort bincount repeat_interleave
+    masked_select argsort sort bincount repeat_interleave scatter scatter_ stack einsum
 """.split()
 )
 
@@ -40,7 +40,9 @@ def _decide(fn: types.FunctionType, module: nn.Module) -> bool:
     lists = {
         n for n, child in module._modules.items() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and _like(child)
     }
-    return bool(lists & names) and "FOR_ITER" in opcodes and bool(names & SELECTS or "STORE_SUBSCR" in opcodes)
+    if not lists & names or "FOR_ITER" not in opcodes:
+        return False
+    return bool(names & SELECTS) or "STORE_SUBSCR" in opcodes or ("COMPARE_OP" in opcodes and "sum" in names)
 
 
 @functools.cache

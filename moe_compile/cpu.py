@@ -49,14 +49,13 @@ def _madvise() -> Callable[..., Any] | None:
 
 
 def grouped_gemm(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor) -> Tensor:
-    w_FD = ops.per_expert(weights)
-    stored = native.layout(w_FD)
+    stored = native.layout(weights)
     if native.why_not(x_RD, *weights) or stored is None:
         return ops.grouped_gemm_reference(x_RD, weights, offsets_E)
     x_RD, offsets_E, (transposed, ld) = x_RD.contiguous(), offsets_E.contiguous(), stored
-    (R, D), F, E = x_RD.shape, w_FD[0].shape[0], len(w_FD)
+    (R, D), F, E = x_RD.shape, weights[0].shape[-2], offsets_E.shape[0]
     y_RF = unset(x_RD, R, F)
-    addresses = (ctypes.c_void_p * E)(*(w.data_ptr() for w in w_FD))
+    addresses = (ctypes.c_void_p * E)(*native.addresses(weights))
     native.library().grouped_gemm(  # type: ignore[union-attr]
         x_RD.data_ptr(), addresses, ld, transposed, offsets_E.data_ptr(), E, y_RF.data_ptr(), R, F, D,
         torch.get_num_threads(),

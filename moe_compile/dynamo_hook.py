@@ -62,6 +62,9 @@ def install(options_of: OptionsOf) -> None:
         options = options_of(tx.output.compiler_fn)
         if options is not None and "detect_experts" not in options.skip:
             result = _rewritten(self, tx, [*args], kwargs, options)
+            if isinstance(result, _Refused):
+                with result.unless_inside(options):
+                    return inline(self, tx, args, kwargs)
             if result is not None:
                 return result
         return inline(self, tx, args, kwargs)
@@ -132,7 +135,7 @@ def regions_here() -> list[RegionReport]:
 
 
 def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], options: Options) -> Any:
-    """The result of the call by its proven rewrite, or None: inline it as ever."""
+    """The result of the call by its proven rewrite; else it is inlined as ever: `_Refused`, or None if no candidate."""
     fn = getattr(var, "fn", None)
     if not isinstance(fn, types.FunctionType) or is_torch(fn.__module__ or ""):
         return None
@@ -141,12 +144,10 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
         return None
     found = _values(rest, kwargs)
     if isinstance(found, str):
-        _record(declined(found), fn, owner, options)
-        return None
+        return _Refused(_record(declined(found), fn, owner))
     values, named, distinct = found
     if torch.nn.modules.module._has_any_global_hook():
-        _record(declined("hooks for all modules are registered"), fn, owner, options)
-        return None
+        return _Refused(_record(declined("hooks for all modules are registered"), fn, owner))
     with _outside_dynamo():
         kind: Kind | Declined = kind_of(
             fn, owner.value, values, named, distinct, options.skip, functools.partial(_holds, tx)
@@ -155,9 +156,9 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
         var.source is None and any(r.path[0][0] == "fn" and len(r.path) > 1 for r in kind.reads)
     ):
         kind = declined("what it reads in Python cannot be guarded: Dynamo has no name for where it comes from")
-    _record(kind, fn, owner, options)
+    report = _record(kind, fn, owner)
     if isinstance(kind, Declined):
-        return None
+        return _Refused(report)
     for condition in kind.guards:  # what the trace assumed of sizes becomes a guard of this translation
         tx.output.shape_env.evaluate_expr(condition)
     _guard_reads(tx, var, owner, kind)
@@ -230,7 +231,34 @@ def _outside_dynamo() -> Iterator[None]:
         yield
 
 
-def _record(kind: Kind | Declined, fn: types.FunctionType, owner: Any, options: Options) -> None:
+class _Refused:
+    """A candidate that is inlined as it is, for the reason in `report`."""
+
+    def __init__(self, report: RegionReport) -> None:
+        self.report = report
+        self.boxes: list[list[Any]] = [box for box in (regions_here(), collector.get()) if box is not None]
+
+    @contextlib.contextmanager
+    def unless_inside(self, options: Options) -> Iterator[None]:
+        """If the experts turn out to be in a function that it calls, it was no region itself: its report goes."""
+        try:
+            yield
+        finally:
+            inner = False
+            for box in self.boxes:
+                reports = [entry[1] if isinstance(entry, tuple) else entry for entry in box]
+                at = next((i for i, r in enumerate(reports) if r is self.report), len(box))
+                if any(r.matched for r in reports[at + 1 :]):
+                    inner = True
+                    del box[at]
+            if options.strict and not inner:
+                raise MoeCompileError(
+                    f"strict: {self.report.module or 'the model'} ({self.report.location}) "
+                    f"is not rewritten: {self.report.reason}"
+                )
+
+
+def _record(kind: Kind | Declined, fn: types.FunctionType, owner: Any) -> RegionReport:
     code = fn.__code__
     report = dataclasses.replace(
         kind.report,
@@ -243,10 +271,7 @@ def _record(kind: Kind | Declined, fn: types.FunctionType, owner: Any, options: 
         _records.setdefault(context, []).append(report)
     if (into := collector.get()) is not None:
         into.append((owner.value, report))
-    if options.strict and not report.matched:
-        raise MoeCompileError(
-            f"strict: {report.module or 'the model'} ({report.location}) is not rewritten: {report.reason}"
-        )
+    return report
 
 
 def _module_name(owner: Any) -> str:

@@ -3,10 +3,9 @@
 import ctypes
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +60,12 @@ def why_not(*values: Tensor) -> str | None:
     return None if library() is not None else "this machine has no C++ compiler"
 
 
-def layout(weights: Any) -> tuple[bool, int] | None:
-    """(stored transposed, row stride) that all these matrices share, or None if they cannot be read in place."""
-    strides = {w.stride() for w in weights}
+def layout(weights: Sequence[Tensor]) -> tuple[bool, int] | None:
+    """(stored transposed, row stride) of all experts' matrices, or None if they cannot be read in place.
+
+    `weights` as for `grouped_gemm`: one stack or separate matrices.
+    """
+    strides = {w.stride()[-2:] for w in weights}
     if len(strides) != 1:
         return None
     ((rows, columns),) = strides
@@ -72,3 +74,11 @@ def layout(weights: Any) -> tuple[bool, int] | None:
     if rows == 1:
         return True, columns
     return None
+
+
+def addresses(weights: Sequence[Tensor]) -> Iterable[int]:
+    """Where each expert's matrix begins."""
+    if weights[0].dim() == 2:
+        return [w.data_ptr() for w in weights]
+    first, step = weights[0].data_ptr(), weights[0].stride(0) * weights[0].element_size()
+    return range(first, first + step * weights[0].shape[0], step) if step else [first] * weights[0].shape[0]

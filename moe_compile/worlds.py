@@ -19,9 +19,22 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from moe_compile.capture import SYMBOLIC, Capture
+from moe_compile.detect import dense
 from moe_compile.detect.interpreter import Facts, Interpreter
 from moe_compile.detect.selection import choose
-from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Rows, Sum, SumRead, Value
+from moe_compile.detect.values import (
+    Constant,
+    DenseSum,
+    Emptiness,
+    Hits,
+    Index,
+    Plain,
+    Rows,
+    Sum,
+    SumRead,
+    Unknown,
+    Value,
+)
 from moe_compile.errors import Refusal
 from moe_compile.passes.detect_experts import rules
 from moe_compile.region import Expr, Leaf
@@ -135,7 +148,12 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
     run = Interpreter(found.gm.graph, rules(), facts)
     totals: list[tuple[Node, Sum]] = []
 
-    def record(run: Interpreter, node: Node, total: Sum) -> Value:
+    def record(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
+        if isinstance(total, DenseSum):
+            gathered = dense.gather(run, node, total)
+            if isinstance(gathered, Unknown):
+                return gathered
+            total = gathered
         totals.append((node, total))
         return Plain(node)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect import rows, selection, sorted_rows, sums
+from moe_compile.detect import dense, rows, selection, sorted_rows, sums
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
 from moe_compile.detect.values import Region
 from moe_compile.region import Body, Leaf, experts
@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
-    tables = (selection.RULES, sorted_rows.RULES, sums.RULES, rows.RULES)
+    tables = (selection.RULES, sorted_rows.RULES, dense.RULES, sums.RULES, rows.RULES)
     ops = {op for table in tables for op in table}
     found = {op: tuple(rule for table in tables for rule in table.get(op, ())) for op in ops}
     return _WithSlices({op: (*found[op], rows.on_slices) for op in ops})
@@ -107,7 +107,7 @@ class DetectExperts(RewritePass[Found]):
         if report.applied:
             values = self.run.values if self.run else {}
             sites = set(self.run.regions) if self.run else set()
-            local = {n for n, v in values.items() if goes_with_its_region(v)}
+            local = {n for n, v in values.items() if goes_with_its_region(v)} | (self.run.inside if self.run else set())
             drop_dead(gm.graph, lambda n: n in sites or n in local)
             _drop_idle_grad_modes(gm.graph)
             gm.recompile()

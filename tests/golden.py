@@ -51,7 +51,7 @@ def detected(module: nn.Module, fn: Any, *args: Tensor) -> tuple[GraphModule, Pa
 
 def run(gm: GraphModule, module: nn.Module, *args: Tensor) -> Tensor:
     """Call a captured graph; the last input, as long as a selection, is not read by a rewritten one."""
-    return gm(*args, *[p for _, p in module.named_parameters()], torch.empty(0))[0]
+    return gm(*args, *[p for _, p in module.named_parameters()])[0]
 
 
 def gradients(out: Tensor, *leaves: Tensor) -> list[Tensor]:

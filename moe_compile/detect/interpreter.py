@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from moe_compile.detect.values import (
     Constant,
+    Dense,
+    DenseSum,
     FlatIds,
     Permutation,
     Plain,
@@ -85,15 +87,16 @@ class Interpreter:
         self.no_grad = False
         self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
         self.reads: dict[Node, set[Any]] = {}  # ids -> how rows of all experts choose weights by them (Region.reads)
+        self.inside: set[Node] = set()  # plain nodes that belong to the experts of a dense sum
         self._version: dict[Any, int] = {}  # storage -> number of changes
         self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
         self._stale_reads: set[Any] = set()
         self._dropped: list[tuple[Node, set[Any]]] = []  # changes in place that a rewritten graph does not make
         self._first: dict[Any, Node] = {}  # what is computed -> the node that computed it first
         self.canonical: dict[Node, Node] = {}  # plain nodes -> an earlier node of equal value
-        self._inputs = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in _storages(n)}
+        self._inputs = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in storages(n)}
 
-    def run(self, finish: Callable[["Interpreter", Node, Sum], Value]) -> None:
+    def run(self, finish: Callable[["Interpreter", Node, Sum | DenseSum], Value]) -> None:
         self._finish = finish
         for node in self.graph.nodes:
             if node.op == "output":
@@ -123,7 +126,7 @@ class Interpreter:
     def settle(self, node: Node) -> Value:
         """The meaning of a node for somebody outside of the sum: a finished region if it is a sum."""
         value = self.values[node]
-        if isinstance(value, Sum):
+        if isinstance(value, Sum | DenseSum):
             value = self.values[node] = self._finish(self, node, value)
             if isinstance(value, Region):
                 self.regions[node] = value
@@ -152,7 +155,7 @@ class Interpreter:
             return Plain(node)
         for source in node.all_input_nodes:
             if stale := self._stale(source):
-                if any(isinstance(self.values[n], Sum) for n in node.all_input_nodes):
+                if any(isinstance(self.values[n], Sum | DenseSum) for n in node.all_input_nodes):
                     self.refused.append((node, stale))
                 return self._made(node, Unknown(stale))
         changed = self._change(node)
@@ -166,12 +169,9 @@ class Interpreter:
 
     def _apply(self, node: Node) -> Value:
         call = Call(node, op_of(node), [], {}, self)
-        for attempt in ("as it is", "settled"):
-            if attempt == "settled":
-                for source in node.all_input_nodes:
-                    self.settle(source)
-            call.args = [self._arg(a) for a in node.args]
-            call.kwargs = {k: self._arg(a) for k, a in node.kwargs.items()}
+        for meaning in (self.values.__getitem__, self.otherwise, self._settled):
+            call.args = [self._arg(a, meaning) for a in node.args]
+            call.kwargs = {k: self._arg(a, meaning) for k, a in node.kwargs.items()}
             values = [v for v in tree_leaves([call.args, call.kwargs]) if isinstance(v, Value)]
             for value in values:
                 if isinstance(value, Unknown):
@@ -180,7 +180,7 @@ class Interpreter:
                 result = rule(call)
                 if result is not None:
                     return self._no_grad_check(node, result)
-            if not any(isinstance(v, Sum) for v in values):
+            if not any(isinstance(v, Sum | DenseSum | Dense) for v in values):
                 break
         if folded := self._fold(node, call):
             return folded
@@ -220,12 +220,21 @@ class Interpreter:
         result = node.target(*args, **kwargs)
         return Constant(result.clone()) if isinstance(result, Tensor) else None
 
-    def _arg(self, arg: Any) -> Any:
+    def _arg(self, arg: Any, meaning: Callable[[Node], Value]) -> Any:
         if isinstance(arg, Node):
-            return self.values[arg]
+            return meaning(arg)
         if isinstance(arg, (tuple, list)):
-            return [self._arg(a) for a in arg]
+            return [self._arg(a, meaning) for a in arg]
         return arg
+
+    def otherwise(self, node: Node) -> Value:
+        """The meaning of a node outside of a dense sum."""
+        value = self.values[node]
+        return value.otherwise(self.canonical[node]) if isinstance(value, Dense) else value
+
+    def _settled(self, node: Node) -> Value:
+        self.settle(node)
+        return self.otherwise(node)
 
     # -- mutation ---------------------------------------------------------------------------
 
@@ -240,7 +249,7 @@ class Interpreter:
                 source = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
                 for n in tree_leaves(source):
                     if isinstance(n, Node):
-                        written |= _storages(n)
+                        written |= storages(n)
         for storage in written:
             self._version[storage] = self._version.get(storage, 0) + 1
         return written
@@ -250,7 +259,7 @@ class Interpreter:
             self.canonical[node] = self._first.setdefault(self._key(node), node)
             if isinstance(value, Plain):
                 value = Plain(self.canonical[node])
-        self._seen_at[node] = max((self._version.get(s, 0) for s in _storages(node)), default=0)
+        self._seen_at[node] = max((self._version.get(s, 0) for s in storages(node)), default=0)
         return value
 
     def _key(self, node: Node) -> Any:
@@ -259,30 +268,30 @@ class Interpreter:
         schema = getattr(node.target, "_schema", None)
         if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in tags:
             return node
-        versions = [self._version.get(s, 0) for n in node.all_input_nodes for s in _storages(n)]
+        versions = [self._version.get(s, 0) for n in node.all_input_nodes for s in storages(n)]
         same = lambda n: self.canonical.get(n, n)  # noqa: E731
         args, kwargs = map_arg(node.args, same), map_arg(node.kwargs, same)
         return (node.target, repr(args), repr(kwargs), tuple(versions), self.no_grad, tuple(self.autocasts))
 
     def _stale(self, node: Node) -> str | None:
-        now = max((self._version.get(s, 0) for s in _storages(node)), default=0)
+        now = max((self._version.get(s, 0) for s in storages(node)), default=0)
         if node in self._seen_at and self._seen_at[node] != now:
-            self._stale_reads |= _storages(node)
+            self._stale_reads |= storages(node)
             return f"{node.name} is read after it was changed in place through another name"
         return None
 
     def unchanged(self, node: Node) -> bool:
         """Whether the node still has the value that was read from it."""
-        now = max((self._version.get(s, 0) for s in _storages(node)), default=0)
+        now = max((self._version.get(s, 0) for s in storages(node)), default=0)
         return self._seen_at.get(node, now) == now
 
     def read_elsewhere(self, node: Node) -> bool:
         """Whether the node's memory is read through a name that is older than a change of it."""
-        return bool(_storages(node) & self._stale_reads)
+        return bool(storages(node) & self._stale_reads)
 
     def is_fresh(self, node: Node) -> bool:
         """Whether the node's memory was made inside this graph."""
-        return not (_storages(node) & self._inputs)
+        return not (storages(node) & self._inputs)
 
     # -- help for rules ---------------------------------------------------------------------
 
@@ -328,5 +337,5 @@ def rows_of(value: Any) -> bool:
     return isinstance(value, Rows) or (isinstance(value, RowTuple) and any(map(rows_of, value.items)))
 
 
-def _storages(node: Node) -> set[Any]:
+def storages(node: Node) -> set[Any]:
     return {t.untyped_storage()._cdata for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)}

@@ -265,7 +265,7 @@ def gather_rows(call: Call) -> Value | None:
         return None
     source: Any = value.node
     if picked == [0] and op_of(source) == "unsqueeze" and source.args[1] in (1, -1):
-        inner = call.run.values[source.args[0]]
+        inner = call.run.otherwise(source.args[0])
         rows = one_weight_a_token(call, inner, selection, val.select(1, 0))
         if isinstance(rows, Rows):
             return Rows(selection, call.run.expr(call, torch.ops.aten.unsqueeze.default, [rows.expr, 1]))

@@ -5,10 +5,12 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from moe_compile.detect import dense
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
 from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not_distinct, same_size
 from moe_compile.detect.values import (
     Buffer,
+    DenseSum,
     PairGrid,
     Plain,
     Region,
@@ -153,8 +155,13 @@ def sum_of_grid(call: Call) -> Value | None:
 BY_TOKEN = {"token": 1, "pair": 2, "column": 1}  # how many dimensions a leaf's node shares with the ids
 
 
-def finish(run: Interpreter, node: Node, total: Sum) -> Value:
+def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
     """The region that a sum is, or the first thing that could not be shown."""
+    if isinstance(total, DenseSum):
+        gathered = dense.gather(run, node, total)
+        if isinstance(gathered, Unknown):
+            return gathered
+        total = gathered
     first = total.terms[0].selection
     if any(
         (t.selection.ids, t.selection.classes, t.selection.per) != (first.ids, first.classes, first.per)

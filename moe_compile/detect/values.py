@@ -211,6 +211,76 @@ class PairGrid(Value):
     expr: Expr
 
 
+# -- experts that run on every token --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dense(Value):
+    """A value that means more in a dense sum, and elsewhere is what `otherwise` says."""
+
+    plain = True
+
+    def otherwise(self, node: Node) -> Value:
+        return Plain(node)
+
+
+@dataclass(frozen=True)
+class Spread(Dense):
+    """A table [T, E] (its dimensions in the order `dims`) that is zero but at (t, ids[t, k])."""
+
+    node: Node
+    ids: Node
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class DenseWeight(Dense):
+    """The weight of one expert for every token, zero for tokens that did not choose it; [T] or [T, 1, ...].
+
+    role, node: the leaf that it is for the rows of that expert (`region.Leaf`).
+    """
+
+    ids: Node
+    expert: int
+    classes: int | None
+    role: str
+    node: Node
+
+    def otherwise(self, node: Node) -> Value:
+        if node.meta["val"].dim() > 1:
+            return Plain(node)
+        if self.role == "column":
+            return Column(self.node, self.expert)
+        return MaskedWeights(self.node, self.ids, self.expert, self.classes, summed=True)
+
+
+@dataclass(frozen=True)
+class DenseTerm(Dense):
+    """`value` (what an expert makes of all tokens) times its weight, computed by `node`."""
+
+    node: Node
+    value: Node
+    weight: DenseWeight
+
+
+@dataclass(frozen=True)
+class Stacked(Dense):
+    """The results of all experts along dimension `dim`, and `table` if they were multiplied by it, by `node`."""
+
+    nodes: tuple[Node, ...]
+    dim: int
+    table: Spread | None = None
+    node: Node | None = None
+
+
+@dataclass(frozen=True)
+class DenseSum(Value):
+    """`start`, or zero, plus the terms so far."""
+
+    start: "Buffer | None"
+    terms: tuple[DenseTerm, ...] = field(repr=False)
+
+
 # -- where results go -----------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from moe_compile.errors import Refusal
 from tests.detect import (  # noqa: F401
     mutants_bodies,
     mutants_decisions,
+    mutants_dense,
     mutants_families,
     mutants_outside,
     mutants_rows,

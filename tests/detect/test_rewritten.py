@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.detect import idioms_sorted, mutants_families  # noqa: F401  their idioms
+from tests.detect import idioms_dense, idioms_sorted, mutants_families  # noqa: F401  their idioms
 from tests.detect.idioms import EXPERTS
 from tests.detect.loops import (
     IDIOMS,

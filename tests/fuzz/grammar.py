@@ -209,13 +209,13 @@ def _loop(draw: st.DrawFn, parts: Parts) -> None:
                     [
                         [],
                         [],
-                        ["if t.numel() == 0:", "    continue"],
-                        ["if t.shape[0] == 0:", "    continue"],
+                        ["if t.numel() == 0: continue"],
+                        ["if t.shape[0] == 0: continue"],
                     ]
                 )
             )
         else:
-            parts.select += draw(st.sampled_from([[], ["if not token.any():", "    continue"]]))
+            parts.select += draw(st.sampled_from([[], ["if not token.any(): continue"]]))
     by_token = any("token" in line for line in parts.select)
     pair = "(weights * (ids == e)).sum(-1)[t, None]" if by_token else draw(
         st.sampled_from(["weights[t, k, None]", "weights[t, k].unsqueeze(-1)", "weights.unsqueeze(-1)[t, k]"])

@@ -30,7 +30,6 @@ ids: i64[5, 2]
 weights: f32[5, 2]
 up: f32[2, 3, 4]
 down: f32[2, 4, 3]
-rows: f32[r]
 zeros_like: f32[5, 4] = aten.zeros_like(x, pin_memory=False)
 eq: b8[5, 2] = aten.eq.Scalar(ids, 0)
 nonzero: i64[r, 2] = moe_ep_capture.nonzero(eq, r)
@@ -73,7 +72,6 @@ ids: i64[5, 2]
 weights: f32[5, 2]
 up: f32[2, 3, 4]
 down: f32[2, 4, 3]
-rows: f32[r]
 unsqueeze: f32[5, 2, 1] = aten.unsqueeze(weights, 2)
 experts_body_0: body
     token_0: f32[r, 4]

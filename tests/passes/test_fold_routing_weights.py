@@ -32,7 +32,6 @@ ids: i64[5, 2]
 weights: f32[5, 2]
 up: f32[2, 3, 4]
 down: f32[2, 4, 3]
-rows: f32[r]
 unsqueeze: f32[5, 2, 1] = aten.unsqueeze(weights, 2)
 dispatch_default: tuple = moe_ep.dispatch(x, ids, 2)
 getitem_4: f32[10, 4] = dispatch_default[0]
