@@ -101,7 +101,7 @@ def param(layout: str, name: str, e: str) -> str:
 @st.composite
 def programs(draw: st.DrawFn) -> Parts:
     """A program, with none, one or two edits."""
-    form = draw(st.sampled_from(["loop"] * 6 + ["batched", "sorted"]))
+    form = draw(st.sampled_from(["loop"] * 6 + ["dense"] * 2 + ["batched", "sorted"]))
     layout = (
         draw(st.sampled_from(sorted(LAYOUTS))) if form == "loop" else draw(st.sampled_from(["stacked", "transposed"]))
     )
@@ -117,7 +117,7 @@ def programs(draw: st.DrawFn) -> Parts:
                 )
             ),
         ]
-    {"loop": _loop, "batched": _batched, "sorted": _sorted}[form](draw, parts)
+    {"loop": _loop, "dense": _dense, "batched": _batched, "sorted": _sorted}[form](draw, parts)
     for _ in range(draw(st.sampled_from([0, 0, 1, 1, 1, 2]))):
         _edit(draw, parts)
     return parts
@@ -253,6 +253,28 @@ def _loop(draw: st.DrawFn, parts: Parts) -> None:
     )
 
 
+def _dense(draw: st.DrawFn, parts: Parts) -> None:
+    """Every expert on every token, times a table that is mostly zero."""
+    weigh = draw(st.sampled_from(["table[:, e, None]", "table[:, e].unsqueeze(-1)", "table[:, e : e + 1]", "mine"]))
+    parts.before = [
+        draw(
+            st.sampled_from(
+                [
+                    "table = torch.zeros(x.shape[0], E, dtype=x.dtype).scatter(1, ids, weights)",
+                    "table = x.new_zeros(x.shape[0], E).scatter_(-1, ids, weights)",
+                ]
+            )
+        ),
+        *draw(st.sampled_from([[], ["table = table / table.sum(-1, keepdim=True)"], ["table = table * 2.0"]])),
+        draw(st.sampled_from(["out = torch.zeros_like(x)", "out = x * 0.5"])),
+    ]
+    parts.loop = "for e in range(E):"
+    if weigh == "mine":
+        parts.select = ["mine = (weights * (ids == e)).sum(-1)[:, None]"]
+    parts.body = ["rows = x", *_body(draw, parts, "e")]
+    parts.add = [draw(st.sampled_from([f"out = out + y * {weigh}", f"out += {weigh} * y"]))]
+
+
 # -- without a loop -------------------------------------------------------------------------
 
 
@@ -334,6 +356,14 @@ SWAPS = [  # (where, what, other spellings of it, most of them something else)
     ("before", "weights.reshape(-1, 1)", ["weights.t().reshape(-1, 1)", "weights.flip(1).reshape(-1, 1)", "weights.reshape(-1, 1).roll(1, 0)"]),
     ("before", "x[token]", ["x[token.flip(0)]", "x.repeat(K, 1)", "x[(token + 1) % x.shape[0]]"]),
     ("before", "view(x.shape[0], K, D).sum(1)", ["view(K, x.shape[0], D).sum(0)", "view(x.shape[0], K, D).mean(1)", "view(x.shape[0], K, D).amax(1)", "view(x.shape[0], K, D)[:, 0]"]),
+    ("add", "table[:, e", ["table[:, e - 1", "table[:, (e + 1) % E", "table.flip(1)[:, e", "table.roll(1, 0)[:, e", "table.relu()[:, e", "table.t()[e"]),
+    ("add", "* y", ["* y.flip(0)", "* y.relu()", "* y.detach()", "+ y"]),
+    ("add", "y *", ["y.flip(0) *", "2 * y *", "y - ", "y.sum(0) *"]),
+    ("select", "mine = ", ["mine = 1e-3 + ", "mine = 2 * "]),
+    ("select", "weights * (ids == e)", ["weights * (ids != e)", "weights * (ids == e + 1)", "weights.flip(1) * (ids == e)", "weights + (ids == e)"]),
+    ("before", "(1, ids, weights)", ["(1, (ids + 1) % E, weights)", "(1, ids, 1.0)", "(1, ids, weights.flip(1))", "(1, ids[:, :1], weights)", "(1, ids, weights).softmax(-1)"]),
+    ("before", ".scatter(", [".scatter_add("]),
+    ("before", "table = ", ["table = 0.5 * ", "table = 1e-3 + "]),
     ("result", "torch.argsort(order)", ["order", "torch.argsort(torch.argsort(order))", "torch.argsort(-order)"]),
     ("result", "weights.reshape(-1, 1)", ["weights.reshape(-1)[order, None]", "weights.t().reshape(-1, 1)"]),
     ("result", "weights.reshape(-1)[order", ["weights.reshape(-1)[torch.argsort(order)", "weights.t().reshape(-1)[order"]),
