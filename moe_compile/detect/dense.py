@@ -274,7 +274,7 @@ class _Rows:
         y = self.made.get(self.term.value)
         if not isinstance(y, Rows) or y.dim != 0 or y.expr.level != "row":
             return Unknown(f"{self.term.value.name} is not one value a token")
-        val = self.term.value.meta["val"]
+        val = self.term.value.meta["val"].to(self.term.node.meta["val"].dtype)
         return Rows(self.selection, self.run.table.call(aten.mul.Tensor, (y.expr, self._weight(val)), {}, val))
 
     def _weight(self, like: Tensor) -> Expr:

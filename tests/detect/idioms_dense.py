@@ -125,3 +125,14 @@ class DenseHalvesOfWeights(DenseLoop):
 
     def run(self, e: int, x: Tensor) -> Tensor:
         return self.experts[e](x).mul_(0.5).relu_()
+
+
+@idiom()
+class DenseWideTable(DenseLoop):
+    """Results in float32, weights, products and sums in float64."""
+
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return super().run(e, x).float()
+
+    def table(self, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().table(ids, weights).double()
