@@ -332,8 +332,10 @@ def _not_pure(run: Interpreter, site: Node, span: set[Node]) -> str | None:
         between |= node is first
         if node is site:
             break
-        if between and ("_set_grad_enabled" in str(node.target) or "_autocast" in str(node.target)):
-            return "the grad mode or autocast changes among the experts of a dense sum"
+        if between and node.target is torch._C._set_grad_enabled:
+            return "the grad mode changes among the experts of a dense sum"
+        if node.target is torch.amp.autocast_mode._enter_autocast:
+            return "a dense sum is near an autocast region"
         schema = getattr(node.target, "_schema", None)
         if node in span and schema is not None and schema.is_mutable:
             if storages(node) & outer:

@@ -285,6 +285,12 @@ class Interpreter:
         now = max((self._version.get(s, 0) for s in storages(node)), default=0)
         return self._seen_at.get(node, now) == now
 
+    def changed_by_others(self, node: Node) -> bool:
+        """Whether somebody changed the node's memory in place since it was made, beside what goes with the region."""
+        own = sum(bool(storages(node) & written) for _, written in self._dropped)
+        now = max((self._version.get(s, 0) for s in storages(node)), default=0)
+        return now - self._seen_at.get(node, now) > own
+
     def read_elsewhere(self, node: Node) -> bool:
         """Whether the node's memory is read through a name that is older than a change of it."""
         return bool(storages(node) & self._stale_reads)

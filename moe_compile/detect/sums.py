@@ -204,6 +204,8 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
         here, ids = leaf.node.meta["val"], first.ids.meta["val"]
         if leaf.role == "flat_pair" and not equal_sizes(run, here.shape[:1], [ids.numel()]):
             return Unknown(f"{leaf.node.name} is {tuple(here.shape)}, the expert ids are {tuple(ids.shape)}")
+    if total.start.kind == "known" and run.changed_by_others(total.start.node):
+        return Unknown(f"{total.start.node.name} is changed in place while results are added to it")
     here, row = node.meta["val"], body.val
     ids = first.ids.meta["val"]
     if not (same_size(here.shape[0], ids.shape[0]) and tuple(here.shape[1:]) == tuple(row.shape[1:])):

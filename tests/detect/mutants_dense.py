@@ -155,8 +155,27 @@ class DenseTwoTables(DenseLoop):
         return out
 
 
-@mutant("the grad mode or autocast changes among the experts of a dense sum")
+@mutant("the grad mode changes among the experts of a dense sum")
 class DenseNoGrad(DenseByEquality):
     def run(self, e: int, x: Tensor) -> Tensor:
         with torch.no_grad():
             return self.experts[e](x)
+
+
+@mutant("a dense sum is near an autocast region")
+class DenseUnderAutocast(DenseLoop):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x, ids, weights)
+
+
+@mutant("mul is changed in place while results are added to it")
+class DenseStartChanges(DenseLoop):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        every, start = self.table(ids, weights), x * 1.0
+        out = start
+        for e in range(E):
+            out = self.add(out, self.run(e, x), every, e)
+            if e == 1:
+                start.mul_(2)
+        return out

@@ -460,3 +460,18 @@ class ReadsBeforeItSets(Listed):
             y = expert(x[t])
             out.index_add_(0, t, y * weights[t, k, None])
         return out
+
+
+@mutant("mul is changed in place while results are added to it")
+class StartChanges(Listed):
+    """Results are added to a copy of it, out of place."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        start = x * 1.0
+        out = start
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out = out.index_add(0, t, expert(x[t]) * weights[t, k, None])
+            if e == 1:
+                start.mul_(2)
+        return out
