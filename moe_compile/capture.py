@@ -22,16 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_compile.errors import Refusal
+from moe_compile.fakes import Fakes
 from moe_compile.python_state import watch
 from moe_compile.region import EXAMPLE_ROWS
 
@@ -290,7 +289,7 @@ def capture(
     Raises `Refusal` with the reason if the function cannot be run out of band.
     """
     check_module(module)
-    world = _World()
+    world = Fakes()
     fake_args, spec = tree_flatten((list(args), kwargs))
     tensors = [i for i, a in enumerate(fake_args) if isinstance(a, Tensor)]
     inputs = [world.fake(fake_args[i], i) for i in tensors]
@@ -350,58 +349,6 @@ def capture(
         guards=lambda: world.guards(lengths),
         constants=_literals(gm, constants),
     )
-
-
-class _World:
-    """A fake world of its own: sizes that were symbols of the caller are fresh symbols here, with the same values."""
-
-    def __init__(self) -> None:
-        self.env = ShapeEnv()
-        self.mode = FakeTensorMode(shape_env=self.env, allow_non_fake_inputs=True)
-        self._theirs: dict[Any, torch.SymInt] = {}  # their symbol -> our number
-
-    def vector(self, name: str, hint: int) -> Tensor:
-        """A vector of symbolic length, for the symbol."""
-        real = torch.empty(hint, device="meta")
-        context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        return self.mode.from_tensor(real, source=ConstantSource(name), symbolic_context=context)
-
-    def size(self, size: Any) -> Any:
-        if not isinstance(size, torch.SymInt):
-            return size
-        expr = size.node.expr
-        for theirs in expr.free_symbols:
-            if theirs not in self._theirs:
-                hint = _hint(size, theirs)
-                self._theirs[theirs] = self.vector(f"their_{theirs}", hint).shape[0]  # type: ignore[assignment]
-        ours = expr.xreplace({t: self._theirs[t].node.expr for t in expr.free_symbols})
-        value = int(ours.xreplace({n.node.expr: n.node.hint for n in self._theirs.values()}))
-        return self.env.create_symintnode(ours, hint=value)
-
-    def fake(self, tensor: Tensor, _position: int | None) -> Tensor:
-        size, stride = [self.size(s) for s in tensor.shape], [self.size(s) for s in tensor.stride()]
-        with self.mode:
-            fake = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
-        return fake.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else fake
-
-    def guards(self, lengths: Sequence[Tensor]) -> list[Any]:
-        """What the trace assumed of the caller's sizes; a decision on the number of rows is a refusal."""
-        # `_expr`: `expr` is a number once it was compared
-        back = {ours.node._expr: theirs for theirs, ours in self._theirs.items()}
-        rows = {t.shape[0].node._expr for t in lengths}  # type: ignore[attr-defined]
-        found = []
-        for guard in self.env.guards:
-            if guard.expr.free_symbols & rows:
-                raise Refusal(f"it decides on the number of rows that an expert gets ({guard.expr})")
-            found.append(guard.expr.xreplace(back))
-        return found
-
-
-def _hint(size: torch.SymInt, symbol: Any) -> int:
-    """The caller's example value of a symbol; some number for one that has none."""
-    env = size.node.shape_env
-    table = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
-    return int(table.get(symbol, 97))
 
 
 def _argument_names(
