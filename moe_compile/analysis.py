@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from moe_compile import worlds
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
+from moe_compile.cost import computing
 from moe_compile.detect.interpreter import Facts, Interpreter
 from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Region
 from moe_compile.errors import Refusal
@@ -27,6 +28,7 @@ class Analysis:
     capture: Capture
     functions: Functions  # everything Python the function can run: what it reads has to be guarded
     before: str
+    launches: int  # calls that compute, in the graph before
     form: str  # "loop", "grouped", "batched" or "dense"
 
 
@@ -58,13 +60,13 @@ def _prove(
     from moe_compile.graph_text import graph_text
 
     main, asked = _trace(fn, module, args, kwargs, distinct, truth=True)
-    before = graph_text(main.gm.graph)
+    before, launches = graph_text(main.gm.graph), len(computing(main.gm.graph))
     detect, reason = _detect(main, distinct)
     nonempty = True
     if reason is not None and main.answered:
         nonempty = False  # "if count == 0: continue" asks the other way round
         main, asked = _trace(fn, module, args, kwargs, distinct, truth=False)
-        before = graph_text(main.gm.graph)
+        before, launches = graph_text(main.gm.graph), len(computing(main.gm.graph))
         detect, second = _detect(main, distinct)
         reason = reason if second is not None else None
     if reason is not None:
@@ -89,7 +91,7 @@ def _prove(
         main.gm.graph.erase_node(length)
     main.gm.recompile()
     form = "dense" if detect.run is not None and detect.run.inside else _form(region, before)
-    return Analysis(main.gm, main, functions, before, form)
+    return Analysis(main.gm, main, functions, before, launches, form)
 
 
 def _trace(

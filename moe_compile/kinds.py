@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from moe_compile import native
 from moe_compile.analysis import analyse
+from moe_compile.cost import Gain, computing, product_flops
 from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
 from moe_compile.pipeline import canonicalise
@@ -108,6 +109,8 @@ def _prove(
         top_k = ids.meta["val"].shape[1]  # type: ignore[union-attr]
         if (dtype := ids.meta["val"].dtype) not in (torch.int32, torch.int64):  # type: ignore[union-attr]
             raise Refusal(f"ids are {dtype}, which no gather takes as indices")
+        body = getattr(found.gm, str(node.args[5].target))  # type: ignore[union-attr]
+        flops = product_flops(node, found.form)
         detected = graph_text(found.gm.graph)
         reports = canonicalise(found.gm, skip)
         for done in reports:
@@ -116,6 +119,7 @@ def _prove(
         if found.gm.graph.find_nodes(op="call_function", target=experts):
             raise Refusal("the pass dispatch_experts is left out")
         after = graph_text(found.gm.graph)
+        gain = Gain(*flops, found.launches, len(computing(found.gm.graph)))
     except Refusal as refusal:
         log.debug("%s refused: %s", fn.__qualname__, refusal)
         return declined(str(refusal), read)
@@ -141,6 +145,7 @@ def _prove(
     report = RegionReport(
         True, "", "", found.form, int(num_experts), top_k if isinstance(top_k, int) else None,  # type: ignore[arg-type, call-overload]
         None, found.before, f"{detected}\n\n{after}", tuple(map(str, reports)),
+        body=tuple(computing(body.graph)), strategy="grouped", gain=gain,
     )  # fmt: skip
     run = _function(found.gm, fn.__name__, spec.is_leaf())
     return Kind(run, state, spec.is_leaf(), tuple(found.capture.guards()), read, report)
