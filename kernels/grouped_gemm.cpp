@@ -7,55 +7,12 @@
 // is being multiplied.
 //
 // Every number of the result is one sum in the order of k: the same bits for any number of threads, and whatever the
-// other rows are.  The vectors are those of GCC and Clang, as wide as the machine's registers.
+// other rows are.  vectors.h goes before this text.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-constexpr int V = 16;  // floats in a register
-constexpr int N = 4;   // a tile: 6 rows of N vectors, here 24 of 32 registers
-#elif defined(__AVX2__)
-constexpr int V = 8;
-constexpr int N = 2;  // 12 of 16
-#else
-constexpr int V = 4;
-constexpr int N = 4;
-#endif
 constexpr int M = 6;
 constexpr int PANEL = 64;         // columns laid out at a time: a multiple of V * N
 constexpr int64_t LONGEST = 1024; // depth of a panel: it stays in the second cache
 constexpr int LINE = 64;          // bytes
-
-typedef float vec __attribute__((vector_size(4 * V)));
-
-static inline vec load(const float* p) {
-  vec x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-static inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
-
-// Past the caches, for what is not read again soon: memory is written without being read first.
-static inline void stream(float* p, vec x) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, (__m512)x);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, (__m256)x);
-#else
-  store(p, x);
-#endif
-}
-static inline void finish_streams() {
-#if defined(__AVX2__)
-  _mm_sfence();
-#endif
-}
 
 // -- laying out -----------------------------------------------------------------------------
 
@@ -219,14 +176,14 @@ static void product_plain(int64_t m, int64_t n, int64_t k, Matrix a, const float
 
 // C [m, n] = A [m, k] @ B [n, k].T
 static void product_transposed(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int64_t ldb, float* c,
-                               int64_t ldc, std::vector<float>& panel) {
+                               int64_t ldc, Store first, std::vector<float>& panel) {
   panel.resize(std::min(LONGEST, k) * PANEL);
   for (int64_t j = 0; j < n; j += PANEL)
     for (int64_t at = 0; at == 0 || at < k; at += LONGEST) {
       const int64_t columns = std::min<int64_t>(PANEL, n - j), depth = std::min(LONGEST, k - at);
       const float* next = b + (j + PANEL) * ldb;
       lay_out(columns, depth, b + j * ldb + at, ldb, panel.data());
-      product(m, columns, depth, {a.p + at, a.row, 1}, panel.data(), PANEL, c + j, ldc, at ? ADD : SET,
+      product(m, columns, depth, {a.p + at, a.row, 1}, panel.data(), PANEL, c + j, ldc, at ? ADD : first,
               {(const char*)next, (const char*)(next + PANEL * ldb)});
     }
 }
@@ -249,12 +206,14 @@ static void run(const std::vector<Task>& tasks, int threads, F&& work) {
   }
 }
 
-// y [R, f] = x [R, d] @ w[e].T.  A weight is stored [f, d] with row stride ldw, or [d, f] if `transposed`.
-// Rows behind the last offset become zeros.
-extern "C" void grouped_gemm(const float* x, const float* const* w, int64_t ldw, int transposed,
-                             const int32_t* offsets, int64_t experts, float* y, int64_t rows, int64_t f, int64_t d,
-                             int threads) {
+// y [R, f] = x [R, d] @ w[e].T, or y += if `add`; ldx and ldy are the strides of their rows.
+// A weight is stored [f, d] with row stride ldw, or [d, f] if `transposed`.
+// Rows behind the last offset become zeros, or stay if `add`.
+extern "C" void grouped_gemm(const float* x, int64_t ldx, const float* const* w, int64_t ldw, int transposed,
+                             const int32_t* offsets, int64_t experts, float* y, int64_t ldy, int64_t rows, int64_t f,
+                             int64_t d, int add, int threads) {
   constexpr int64_t BLOCK = 40 * M;
+  const Store first = add ? ADD : SET;
   std::vector<Task> tasks;
   int64_t row = 0;
   for (int64_t e = 0; e < experts; e++)
@@ -269,20 +228,22 @@ extern "C" void grouped_gemm(const float* x, const float* const* w, int64_t ldw,
     tasks.swap(finer);
   }
   run(tasks, threads, [&](const Task& t, std::vector<float>& panel) {
-    const Matrix a{x + t.row * d, d, 1};
+    const Matrix a{x + t.row * ldx, ldx, 1};
     const float* b = w[t.expert];
-    float* c = y + t.row * f + t.start;
+    float* c = y + t.row * ldy + t.start;
     if (transposed)
-      product_plain(t.rows, t.stop - t.start, d, a, b + t.start, ldw, c, f, 128, SET);
+      product_plain(t.rows, t.stop - t.start, d, a, b + t.start, ldw, c, ldy, 128, first);
     else
-      product_transposed(t.rows, t.stop - t.start, d, a, b + t.start * ldw, ldw, c, f, panel);
+      product_transposed(t.rows, t.stop - t.start, d, a, b + t.start * ldw, ldw, c, ldy, first, panel);
   });
-  std::memset(y + row * f, 0, (rows - row) * f * sizeof(float));
+  if (!add)
+    for (; row < rows; row++) std::memset(y + row * ldy, 0, f * sizeof(float));
 }
 
-// dw [E, f, d]: dw[e] = dy[rows of e].T @ x[rows of e]; zeros for an expert without rows
-extern "C" void grouped_gemm_dw(const float* dy, const float* x, const int32_t* offsets, int64_t experts, float* dw,
-                                int64_t f, int64_t d, int threads) {
+// dw [E, f, d]: dw[e] = dy[rows of e].T @ x[rows of e]; zeros for an expert without rows.
+// ldy and ldx are the strides of rows.
+extern "C" void grouped_gemm_dw(const float* dy, int64_t ldy, const float* x, int64_t ldx, const int32_t* offsets,
+                                int64_t experts, float* dw, int64_t f, int64_t d, int threads) {
   constexpr int64_t BLOCK = 10 * M, DEPTH = 256, LARGE = 8 << 20;
   const bool aligned = d % V == 0 && reinterpret_cast<uintptr_t>(dw) % (V * sizeof(float)) == 0;
   const bool large = experts * f * d * int64_t(sizeof(float)) >= LARGE;
@@ -292,8 +253,8 @@ extern "C" void grouped_gemm_dw(const float* dy, const float* x, const int32_t* 
   run(tasks, threads, [&](const Task& t, std::vector<float>&) {
     float* c = dw + (t.expert * f + t.start) * d;
     if (t.rows)
-      product_plain(t.stop - t.start, d, t.rows, {dy + t.row * f + t.start, 1, f}, x + t.row * d, d, c, d, DEPTH,
-                    aligned && large && t.rows <= DEPTH ? STREAM : SET);
+      product_plain(t.stop - t.start, d, t.rows, {dy + t.row * ldy + t.start, 1, ldy}, x + t.row * ldx, ldx, c, d,
+                    DEPTH, aligned && large && t.rows <= DEPTH ? STREAM : SET);
     else
       std::memset(c, 0, (t.stop - t.start) * d * sizeof(float));
   });

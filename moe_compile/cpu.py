@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compile import native, ops
+from moe_compile import expert_mlp, native, ops
 
 HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 
@@ -34,9 +34,7 @@ def unset(like: Tensor, *shape: int) -> Tensor:
     if size >= 2 * HUGE_PAGE and (advise := _madvise()) is not None:
         start = -(-block.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         stop = (block.data_ptr() + size) // HUGE_PAGE * HUGE_PAGE
-        advise(
-            ctypes.c_void_p(start), ctypes.c_size_t(stop - start), 14
-        )  # MADV_HUGEPAGE; a wish, its answer is ignored
+        advise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_HUGEPAGE)  # a wish: its answer is ignored
     return block
 
 
@@ -49,29 +47,38 @@ def _madvise() -> Callable[..., Any] | None:
 
 
 def grouped_gemm(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor) -> Tensor:
-    stored = native.layout(weights)
-    if native.why_not(x_RD, *weights) or stored is None:
+    if native.why_not(x_RD, *weights) or native.layout(weights) is None:
         return ops.grouped_gemm_reference(x_RD, weights, offsets_E)
-    x_RD, offsets_E, (transposed, ld) = x_RD.contiguous(), offsets_E.contiguous(), stored
-    (R, D), F, E = x_RD.shape, weights[0].shape[-2], offsets_E.shape[0]
-    y_RF = unset(x_RD, R, F)
+    y_RF = unset(x_RD, x_RD.shape[0], weights[0].shape[-2])
+    _product(x_RD.contiguous(), weights, offsets_E.contiguous(), y_RF)
+    return y_RF
+
+
+def _product(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor, y_RF: Tensor, add: bool = False) -> None:
+    """y = grouped_gemm(x, weights, offsets), or y +=; both may be some columns of a wider tensor."""
+    transposed, ld = native.layout(weights)  # type: ignore[misc]
+    (R, F), D, E = y_RF.shape, x_RD.shape[1], offsets_E.shape[0]
     addresses = (ctypes.c_void_p * E)(*native.addresses(weights))
     native.library().grouped_gemm(  # type: ignore[union-attr]
-        x_RD.data_ptr(), addresses, ld, transposed, offsets_E.data_ptr(), E, y_RF.data_ptr(), R, F, D,
-        torch.get_num_threads(),
+        x_RD.data_ptr(), x_RD.stride(0), addresses, ld, transposed, offsets_E.data_ptr(), E,
+        y_RF.data_ptr(), y_RF.stride(0), R, F, D, add, torch.get_num_threads(),
     )  # fmt: skip
-    return y_RF
 
 
 def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
     if native.why_not(dy_RF, x_RD):
         return ops.grouped_gemm_dw_reference(dy_RF, x_RD, offsets_E)
-    dy_RF, x_RD, offsets_E = dy_RF.contiguous(), x_RD.contiguous(), offsets_E.contiguous()
+    return _weight_gradient(dy_RF.contiguous(), x_RD.contiguous(), offsets_E.contiguous())
+
+
+def _weight_gradient(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+    """As grouped_gemm_dw; both may be some columns of a wider tensor."""
     E, F, D = offsets_E.shape[0], dy_RF.shape[1], x_RD.shape[1]
     dw_EFD = unset(dy_RF, E, F, D)
     native.library().grouped_gemm_dw(  # type: ignore[union-attr]
-        dy_RF.data_ptr(), x_RD.data_ptr(), offsets_E.data_ptr(), E, dw_EFD.data_ptr(), F, D, torch.get_num_threads()
-    )
+        dy_RF.data_ptr(), dy_RF.stride(0), x_RD.data_ptr(), x_RD.stride(0), offsets_E.data_ptr(), E,
+        dw_EFD.data_ptr(), F, D, torch.get_num_threads(),
+    )  # fmt: skip
     return dw_EFD
 
 
@@ -123,9 +130,99 @@ def _positions(order_R: Tensor) -> Tensor:
     return torch.empty_like(rows_R).index_copy_(0, order_R.long(), rows_R)
 
 
+# -- an expert's two products ---------------------------------------------------------------
+
+
+def mlp(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor | None,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    num_experts: int,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    groups = [w for w in (gate, up) if w]
+    if native.why_not(x_TD, *gate, *up, *down) or any(native.layout(w) is None for w in (*groups, down)):
+        return expert_mlp.reference(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated)
+    x_RD, offsets_E, order_R = ops.dispatch(x_TD, ids_TK, num_experts)
+    R, G = x_RD.shape[0], sum(w[0].shape[-2] for w in groups)
+    h_RG = unset(x_RD, R, G)
+    for w, h in zip(groups, h_RG.chunk(len(groups), 1), strict=True):
+        _product(x_RD, w, offsets_E, h)
+    F = G // 2 if gated else G
+    a_RF = unset(x_RD, R, F)
+    native.library().gate(  # type: ignore[union-attr]
+        expert_mlp.ACTIVATIONS.index(activation), h_RG.data_ptr(), G, F if gated else 0, a_RF.data_ptr(), R, F,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    y_RD = unset(x_RD, R, down[0].shape[-2])
+    _product(a_RF, down, offsets_E, y_RD)
+    return combine(y_RD, weights_TK, order_R, offsets_E, ids_TK.shape[1]), h_RG, offsets_E, order_R
+
+
+def mlp_backward(
+    dout_TD: Tensor,
+    x_TD: Tensor,
+    h_RG: Tensor,
+    weights_TK: Tensor | None,
+    offsets_E: Tensor,
+    order_R: Tensor,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    activation: str,
+    gated: bool,
+    of_x: bool,
+    of_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    groups = [w for w in (gate, up) if w]
+    if native.why_not(dout_TD, x_TD, h_RG, *gate, *up, *down) or any(native.layout(w) is None for w in (*groups, down)):
+        return expert_mlp.backward_reference(
+            dout_TD, x_TD, h_RG, weights_TK, offsets_E, order_R, gate, up, down, activation, gated, of_x, of_params
+        )
+    (R, G), K = h_RG.shape, order_R.shape[0] // max(x_TD.shape[0], 1)
+    F = G // 2 if gated else G
+    token_R = order_R.div(max(K, 1), rounding_mode="floor")
+    dout_RD = dout_TD.index_select(0, token_R)
+    da_RF, a_RF, dh_RG = unset(h_RG, R, F), unset(h_RG, R, F), unset(h_RG, R, G)
+    _product(dout_RD, expert_mlp.transposed(down), offsets_E, da_RF)
+    weight_R, dweight_R, dx_TD, dgate, dup, ddown = (dout_TD.new_empty(0) for _ in range(6))
+    if weights_TK is not None:
+        weight_R, dweight_R = weights_TK.reshape(-1).index_select(0, order_R), torch.empty_like(h_RG[:, 0])
+    native.library().gate_backward(  # type: ignore[union-attr]
+        expert_mlp.ACTIVATIONS.index(activation), h_RG.contiguous().data_ptr(), G, F if gated else 0,
+        da_RF.data_ptr(), _address(weight_R), dh_RG.data_ptr(), a_RF.data_ptr(), _address(dweight_R), R, F,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    parts = dh_RG.chunk(len(groups), 1)
+    if of_x:
+        dx_RD = unset(x_TD, R, x_TD.shape[1])
+        for i, (w, dh) in enumerate(zip(groups, parts, strict=True)):
+            _product(dh, expert_mlp.transposed(w), offsets_E, dx_RD, add=i > 0)
+        dx_TD = combine(dx_RD, None, order_R, offsets_E, K) if R else torch.zeros_like(x_TD)
+    if of_params:
+        x_RD = x_TD.index_select(0, token_R)
+        *first, dup = (_weight_gradient(dh, x_RD, offsets_E) for dh in parts)
+        dgate = first[0] if first else dgate
+        ddown = _weight_gradient(dout_RD, a_RF, offsets_E)
+    dweights_TK = dweight_R
+    if weights_TK is not None:
+        dweights_TK = torch.empty_like(dweight_R).index_copy_(0, order_R.long(), dweight_R).view(weights_TK.shape)
+    return dx_TD, dweights_TK, dgate, dup, ddown
+
+
+def _address(values: Tensor) -> int | None:
+    return values.data_ptr() if values.numel() else None
+
+
 def register() -> None:
     """Make these the CPU kernels of the ops."""
     ops.grouped_gemm.register_kernel("cpu")(grouped_gemm)
     ops.grouped_gemm_dw.register_kernel("cpu")(grouped_gemm_dw)
     ops.combine.register_kernel("cpu")(combine)
     ops.combine_backward.register_kernel("cpu")(combine_backward)
+    expert_mlp.expert_mlp.register_kernel("cpu")(mlp)
+    expert_mlp.expert_mlp_backward.register_kernel("cpu")(mlp_backward)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 SOURCES = (
-    HERE / "lower.py", HERE / "cost.py", HERE / "ops.py", HERE / "rewrite.py",
+    HERE / "lower.py", HERE / "cost.py", HERE / "ops.py", HERE / "expert_mlp.py", HERE / "rewrite.py",
     HERE / "passes" / "choose_kernels.py", *sorted((HERE / "kernels").glob("*.py")),
 )  # fmt: skip
 

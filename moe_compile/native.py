@@ -11,11 +11,41 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-SOURCE = Path(__file__).parent / "kernels" / "grouped_gemm.cpp"
+SOURCES = tuple(Path(__file__).parent / "kernels" / name for name in ("vectors.h", "grouped_gemm.cpp", "gate.cpp"))
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
-    "grouped_gemm": (_POINTER, _POINTER, _LONG, _INT, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG, _INT),
-    "grouped_gemm_dw": (_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
+    "grouped_gemm": (
+        _POINTER,
+        _LONG,
+        _POINTER,
+        _LONG,
+        _INT,
+        _POINTER,
+        _LONG,
+        _POINTER,
+        _LONG,
+        _LONG,
+        _LONG,
+        _LONG,
+        _INT,
+        _INT,
+    ),
+    "grouped_gemm_dw": (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
+    "gate": (_INT, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _INT),
+    "gate_backward": (
+        _INT,
+        _POINTER,
+        _LONG,
+        _LONG,
+        _POINTER,
+        _POINTER,
+        _POINTER,
+        _POINTER,
+        _POINTER,
+        _LONG,
+        _LONG,
+        _INT,
+    ),
 }
 
 
@@ -32,7 +62,7 @@ def _load() -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
 
     # The order of a sum is the source's; one rounding for a product and its sum is what makes it fast.
-    return CppCodeCache.load(SOURCE.read_text(), extra_flags=("-ffp-contract=fast",))
+    return CppCodeCache.load("\n".join(s.read_text() for s in SOURCES), extra_flags=("-ffp-contract=fast",))
 
 
 @functools.cache

@@ -7,11 +7,13 @@ from moe_compile.passes.choose_kernels import ChooseKernels
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
+from moe_compile.passes.fuse_experts import FuseExperts
 from moe_compile.rewrite import PassReport, RewritePass
 
 CANONICALISE: tuple[type[RewritePass], ...] = (
     DispatchExperts,  # first: the others work on the ops that it writes
     FoldRoutingWeights,  # after it: looks at what feeds `combine`
+    FuseExperts,  # last: needs the weights in `combine`
 )
 
 

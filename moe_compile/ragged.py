@@ -83,6 +83,12 @@ class Batcher:
             return batched
         return self.emit(aten.stack.default, list(batched), 0)
 
+    def transposed(self, matrix: Node) -> Node:
+        """The transpose of each matrix; that of a transpose is what it was."""
+        if matrix.target is aten.transpose.int and set(matrix.args[1:]) == {-2, -1}:
+            return matrix.args[0]  # type: ignore[return-value]
+        return self.emit(aten.transpose.int, matrix, -2, -1)
+
     def rows(self, node: Any, rank: int) -> Node:
         """A value as an operand of a row-wise op of `rank` dimensions: a param is gathered by row."""
         batched = self.env[node]
@@ -147,7 +153,7 @@ def _grouped(b: Batcher, node: Node, x: Any, w: Any, transposed: bool) -> Node:
     if value(stacks[0]).dtype != dtype:
         stacks = [b.emit(aten.to.dtype, b.stack(w), dtype)]
     if transposed:
-        stacks = [b.emit(aten.transpose.int, s, -2, -1) for s in stacks]
+        stacks = [b.transposed(s) for s in stacks]
     return b.emit(moe_ep.grouped_gemm.default, rows, stacks, b.offsets)
 
 

@@ -30,6 +30,7 @@ from moe_compile.rewrite import RewritePass, emit, value
 aten, moe_ep = torch.ops.aten, torch.ops.moe_ep
 
 OPS = ("dispatch", "grouped_gemm", "grouped_gemm_dw", "combine", "combine_backward")
+FUSED = ("expert_mlp", "expert_mlp_backward")  # on a CPU only: fuse_experts makes no others
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class ChooseKernels(RewritePass[Site]):
         self.chosen: list[tuple[str, str, str]] = []  # (node, implementation, why not the others)
 
     def find(self, graph: Graph) -> Iterator[tuple[Node, Site]]:
-        for op in OPS:
+        for op in (*OPS, *FUSED):
             for node in graph.find_nodes(op="call_function", target=getattr(moe_ep, op).default):
                 yield node, Site(node, op)
 
     def rewrite(self, graph: Graph, site: Site) -> None:
         node = site.node
         device = next(value(n).device.type for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
-        if device == "cuda":
+        if device == "cuda" and site.op in OPS:
             self._on_cuda(graph, site)
         else:
             self.chosen.append((node.name, "moe_ep", ""))

@@ -12,11 +12,12 @@ from tests.golden import Stacked, detected, inputs, run
 moe_ep = torch.ops.moe_ep
 
 
-def rewritten():
+def rewritten(fused: bool = False):
+    """In general ops, or as one fused op."""
     module, args = Stacked(4), inputs(4, tokens=16)
     gm, report = detected(module, Stacked.loop, *args)
     assert report.applied
-    canonicalise(gm)
+    canonicalise(gm, frozenset() if fused else frozenset({"fuse_experts"}))
     return gm, module, args
 
 
@@ -26,12 +27,14 @@ def red(gm, module, args) -> bool:
     return not torch.allclose(run(gm, module, *args), module.loop(*args), rtol=1e-4, atol=1e-5)
 
 
-def test_the_untouched_graph_is_green():
-    assert not red(*rewritten())
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_untouched_graph_is_green(fused: bool):
+    assert not red(*rewritten(fused))
 
 
-def test_two_experts_exchanged():
-    gm, module, args = rewritten()
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_experts_exchanged(fused: bool):
+    gm, module, args = rewritten(fused)
     swapped = copy.deepcopy(module)
     with torch.no_grad():
         swapped.up.copy_(module.up[[1, 0, 2, 3]])
@@ -65,4 +68,23 @@ def test_a_gemm_reads_the_other_stack(position: int):
     with gm.graph.inserting_before(gemm):
         flipped = gm.graph.call_function(torch.ops.aten.flip.default, (gemm.args[1][0], [0]))
     gemm.update_arg(1, [flipped])
+    assert red(gm, module, args)
+
+
+# x, ids, weights, gate, up, down, number of experts, ...
+SABOTAGE = {"weights deleted": (2, None), "one expert dropped": (6, 3), "another activation": (7, "silu")}
+
+
+@pytest.mark.parametrize("what", SABOTAGE)
+def test_the_fused_op(what: str):
+    gm, module, args = rewritten(fused=True)
+    (node,) = gm.graph.find_nodes(op="call_function", target=moe_ep.expert_mlp.default)
+    position, instead = SABOTAGE[what]
+    assert node.args[position] != instead
+    node.update_arg(position, instead)
+    if what == "one expert dropped":
+        for i in (4, 5):
+            with gm.graph.inserting_before(node):
+                fewer = gm.graph.call_function(torch.ops.aten.slice.Tensor, (node.args[i][0], 0, 0, 3))
+            node.update_arg(i, [fewer])
     assert red(gm, module, args)

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import moe_compile.ops  # noqa: F401  registers torch.ops.moe_ep
 from moe_compile.cost import grouped_gemm_us
 from moe_compile.graph_text import graph_text
-from moe_compile.passes.choose_kernels import OPS, ChooseKernels
+from moe_compile.passes.choose_kernels import FUSED, OPS, ChooseKernels
 
 moe_ep = torch.ops.moe_ep
 T, K, E, D, F = 64, 2, 4, 32, 48
@@ -138,7 +138,7 @@ return where_self""",
         self.assertEqual(graph_text(gm.graph), before)
 
     def test_decides_every_op_that_carries_values(self):
-        decided = {*OPS, "check_ids", "sort_by_expert"}  # the last two have one form everywhere
+        decided = {*OPS, *FUSED, "check_ids", "sort_by_expert"}  # the last two have one form everywhere
         mine = {
             str(name).split("::")[1]
             for name in torch._C._dispatch_get_all_op_names()

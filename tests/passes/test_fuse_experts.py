@@ -1,0 +1,218 @@
+"""Golden graphs for passes/fuse_experts.py.
+
+Refresh with EXPECTTEST_ACCEPT=1, then read the diff before committing it.
+"""
+
+import operator
+
+import torch
+from expecttest import TestCase
+from torch import nn
+
+import moe_compile  # noqa: F401
+from moe_compile.graph_text import graph_text
+from moe_compile.passes.dispatch_experts import DispatchExperts
+from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
+from moe_compile.passes.fuse_experts import FuseExperts
+from tests.golden import D, E, F, Stacked, detected, inputs, run
+
+linear, silu = nn.functional.linear, nn.functional.silu
+
+
+class Gated(nn.Module):
+    """Two gated experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Parameter(torch.randn(E, 2 * F, D))
+        self.down = nn.Parameter(torch.randn(E, D, F))
+        self.other = nn.Parameter(torch.randn(E, F, D))
+
+
+def loop_of(body, weighted=True):
+    """A loop over experts that compute `body(self, x, e)`."""
+
+    def loop(self, x, ids, weights):
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where(ids == e)
+            y = body(self, x[t], e)
+            out.index_add_(0, t, y * weights[t, k, None] if weighted else y)
+        return out
+
+    return loop
+
+
+def prepared(module, fn, *args):
+    gm, _ = detected(module, fn, *args)
+    DispatchExperts()(gm)
+    FoldRoutingWeights()(gm)
+    return gm
+
+
+def swiglu(self, x, e):
+    gate, up = linear(x, self.up[e]).chunk(2, -1)
+    return linear(silu(gate) * up, self.down[e])
+
+
+class TestFuseExperts(TestCase):
+    def fused(self, module, fn):
+        """The graph after the pass; outputs and gradients are those of the original."""
+        args = inputs()
+        gm = prepared(module, fn, *args)
+        report = FuseExperts()(gm)
+        x, _, weights = args
+        leaves = [x.requires_grad_(), weights.requires_grad_(), *module.parameters()]
+        ours, theirs = run(gm, module, *args), fn(module, *args)
+        torch.testing.assert_close(ours, theirs)
+        weight = torch.linspace(-1, 1, ours.numel()).view_as(ours)
+        for a, b in zip(
+            torch.autograd.grad((ours * weight).sum(), leaves, allow_unused=True),
+            torch.autograd.grad((theirs * weight).sum(), leaves, allow_unused=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+        return gm, report
+
+    def calls(self, gm):
+        return [
+            graph_text(gm.graph).split("moe_ep.expert_mlp(")[1].split("\n")[0].rstrip(")")
+            for n in gm.graph.find_nodes(op="call_function", target=torch.ops.moe_ep.expert_mlp.default)
+        ]
+
+    def test_writes_one_op(self):
+        gm, report = self.fused(Stacked(), Stacked.loop)
+        self.assertExpectedInline(
+            graph_text(gm.graph),
+            """\
+x: f32[5, 4]
+ids: i64[5, 2]
+weights: f32[5, 2]
+up: f32[2, 3, 4]
+down: f32[2, 4, 3]
+expert_mlp_default: tuple = moe_ep.expert_mlp(x, ids, weights, [], [up], [down], 2, relu, False)
+getitem_7: f32[5, 4] = expert_mlp_default[0]
+return [getitem_7]""",
+        )
+        self.assertExpectedInline(
+            str(report),
+            """\
+FuseExperts: 1 applied, 0 refused
+  + combine_default_1""",
+        )
+
+    def test_both_halves_of_one_product(self):
+        def split(self, x, e):
+            gate, up = linear(x, self.up[e]).split(F, dim=-1)
+            return linear(silu(gate) * up, self.down[e])
+
+        def sliced(self, x, e):
+            h = linear(x, self.up[e])
+            return linear(h[:, F:] * silu(h[:, :F]), self.down[e])
+
+        for body in (swiglu, split, sliced):
+            gm, _ = self.fused(Gated(), loop_of(body))
+            self.assertEqual(self.calls(gm), ["x, ids, weights, [], [up], [down], 2, silu, True"])
+
+    def test_two_products(self):
+        def body(self, x, e):
+            return linear(silu(linear(x, self.other[e])) * linear(x, self.up[e, :F]), self.down[e])
+
+        gm, report = self.fused(Gated(), loop_of(body))
+        self.assertEqual(len(self.calls(gm)), 1)
+        self.assertIn("1 applied", str(report))
+
+    def test_activations(self):
+        bodies = {
+            "silu": lambda h: h * torch.sigmoid(h),
+            "gelu": nn.functional.gelu,
+            "gelu_tanh": lambda h: nn.functional.gelu(h, approximate="tanh"),
+            "relu": torch.relu,
+            "relu_squared": lambda h: torch.relu(h).square(),
+        }
+        for name, act in bodies.items():
+            gm, _ = self.fused(
+                Gated(), loop_of(lambda self, x, e, act=act: linear(act(linear(x, self.other[e])), self.down[e]))
+            )
+            self.assertEqual(self.calls(gm), [f"x, ids, weights, [], [other], [down], 2, {name}, False"])
+
+    def test_without_weights(self):
+        gm, _ = self.fused(Gated(), loop_of(swiglu, weighted=False))
+        self.assertEqual(self.calls(gm), ["x, ids, None, [], [up], [down], 2, silu, True"])
+
+    def test_leaves_other_bodies(self):
+        """Each is a program that is nearly one of the above."""
+
+        def up_first(self, x, e):
+            up, gate = linear(x, self.up[e]).chunk(2, -1)
+            return linear(silu(gate) * up, self.down[e])
+
+        def not_halves(self, x, e):
+            h = linear(x, self.up[e])
+            return linear(silu(h[:, 1 : F + 1]) * h[:, F:], self.down[e])
+
+        def one_half_twice(self, x, e):
+            gate, _ = linear(x, self.up[e]).chunk(2, -1)
+            return linear(silu(gate) * gate, self.down[e])
+
+        def clamped(self, x, e):
+            gate, up = linear(x, self.up[e]).chunk(2, -1)
+            return linear(silu(gate).clamp(max=1.0) * up, self.down[e])
+
+        def bias(self, x, e):
+            gate, up = linear(x, self.up[e]).chunk(2, -1)
+            return linear(silu(gate) * up, self.down[e], self.down[e, :, 0])
+
+        def of_the_product(self, x, e):
+            gate, up = linear(x, self.up[e]).chunk(2, -1)
+            return linear(silu(gate * up), self.down[e])
+
+        def residual(self, x, e):
+            return swiglu(self, x, e) + x
+
+        def used_twice(self, x, e):
+            gate, up = linear(x, self.up[e]).chunk(2, -1)
+            a = silu(gate) * up
+            return linear(a, self.down[e]) * a.sum(1, keepdim=True)
+
+        def of_other_rows(self, x, e):
+            gate, up = linear(x * 2, self.other[e]), linear(x, self.other[e])
+            return linear(silu(gate) * up, self.down[e])
+
+        def sigmoid_of_another(self, x, e):
+            gate, up = linear(x, self.up[e]).chunk(2, -1)
+            return linear(gate * torch.sigmoid(up), self.down[e])
+
+        def cubed(self, x, e):
+            return linear(torch.relu(linear(x, self.other[e])) ** 3, self.down[e])
+
+        bodies = (up_first, not_halves, one_half_twice, clamped, bias, of_the_product, residual, used_twice,
+                  of_other_rows, sigmoid_of_another, cubed)  # fmt: skip
+        for body in bodies:
+            with self.subTest(body.__name__):
+                gm, report = self.fused(Gated(), loop_of(body))
+                self.assertEqual(self.calls(gm), [], body.__name__)
+                self.assertEqual(str(report), "FuseExperts: 0 applied, 0 refused")
+
+    def test_declines_other_dtypes(self):
+        args = [a.bfloat16() if a.is_floating_point() else a for a in inputs()]
+        gm = prepared(Gated().bfloat16(), loop_of(swiglu), *args)
+        self.assertExpectedInline(
+            str(FuseExperts()(gm)),
+            """\
+FuseExperts: 0 applied, 1 refused
+  - combine_default_1: no fused kernel for torch.bfloat16 on cpu""",
+        )
+
+    def test_declines_rows_that_others_read(self):
+        """A second region on the same dispatch, as a graph written by hand may have it."""
+        args = inputs()
+        gm = prepared(Gated(), loop_of(swiglu), *args)
+        (dispatch,) = gm.graph.find_nodes(op="call_function", target=torch.ops.moe_ep.dispatch.default)
+        rows = next(n for n in dispatch.users if n.args[1] == 0)
+        output = gm.graph.output_node()
+        with gm.graph.inserting_before(output):
+            total = gm.graph.call_function(operator.neg, (rows,))
+        output.args = ([*output.args[0], total],)
+        self.assertEqual(str(FuseExperts()(gm)), "FuseExperts: 0 applied, 0 refused")

@@ -1,0 +1,250 @@
+"""`expert_mlp` (moe_compile/expert_mlp.py): its definition against one expert after another, its CPU form against both."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import moe_compile  # noqa: F401  registers the CPU forms
+from moe_compile import expert_mlp, native
+from moe_compile.expert_mlp import ACTIVATIONS, activate
+
+D, F = 24, 37
+# (T, K, E)
+ROUTINGS = {"even": (64, 2, 8), "few": (3, 2, 16), "one": (1, 1, 1), "crowded": (400, 1, 4), "odd": (77, 3, 5)}
+LAYOUTS = ("stacked", "two stacks", "separate", "transposed", "strided")
+
+
+def routing(name: str) -> tuple[Tensor, int]:
+    T, K, E = ROUTINGS[name]
+    return (torch.zeros(T, K, dtype=torch.int64) if name == "crowded" else torch.rand(T, E).argsort(1)[:, :K]), E
+
+
+def leaves(name: str, gated: bool, dtype: torch.dtype) -> list[Tensor]:
+    """x, routing weights, up (the gate's rows first), down."""
+    T, K, E = ROUTINGS[name]
+    g = torch.Generator().manual_seed(1)
+    shapes = [(T, D), (T, K), (E, 2 * F if gated else F, D), (E, D, F)]
+    return [(0.3 * torch.randn(*s, generator=g)).to(dtype).requires_grad_() for s in shapes]
+
+
+def laid_out(w: Tensor, layout: str) -> list[Tensor]:
+    if layout == "transposed":
+        return [w.transpose(1, 2).contiguous().transpose(1, 2)]
+    if layout == "strided":
+        return [torch.stack([w, w], -1)[..., 0]]
+    return list(w.unbind(0)) if layout == "separate" else [w]
+
+
+def run(
+    values: Sequence[Tensor], ids: Tensor, layout: str, activation: str, gated: bool, weighted: bool
+) -> list[Tensor]:
+    """The output and all gradients, from the op."""
+    x, weights, up, down = values
+    gate: list[Tensor] = []
+    parts = [up]
+    if gated and layout in ("separate", "two stacks"):
+        parts = [half.contiguous() for half in up.chunk(2, 1)]
+        gate = laid_out(parts[0], layout)
+    out, *_ = torch.ops.moe_ep.expert_mlp(
+        x, ids, weights if weighted else None, gate, laid_out(parts[-1], layout), laid_out(down, layout),
+        up.shape[0], activation, gated,
+    )  # fmt: skip
+    return with_gradients(out, [x, *([weights] if weighted else []), up, down])
+
+
+def one_after_another(
+    values: Sequence[Tensor], ids: Tensor, activation: str, gated: bool, weighted: bool
+) -> list[Tensor]:
+    """The same from a loop over tokens and their experts."""
+    x, weights, up, down = values
+    rows = []
+    for t, k in itertools.product(range(ids.shape[0]), range(ids.shape[1])):
+        e = int(ids[t, k])
+        if not 0 <= e < up.shape[0]:
+            rows.append(torch.zeros_like(x[t]))
+            continue
+        h = up[e] @ x[t]
+        a = activate(activation, h[:F]) * h[F:] if gated else activate(activation, h)
+        rows.append(down[e] @ a * (weights[t, k] if weighted else 1))
+    out = torch.stack(rows).view(*ids.shape, D).sum(1)
+    return with_gradients(out, [x, *([weights] if weighted else []), up, down])
+
+
+def with_gradients(out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    loss = (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, inputs))), "a second backward differs"
+    return [out, *first]
+
+
+def assert_near(ours: Sequence[Tensor], exact: Sequence[Tensor], roundings: float = 16) -> None:
+    for a, b in zip(ours, exact, strict=True):
+        bound = roundings * torch.finfo(a.dtype).eps * b.abs().max().item()
+        assert (a.double() - b.double()).abs().max().item() <= bound + 1e-12
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "ones"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_definition(activation: str, gated: bool, weighted: bool) -> None:
+    torch.manual_seed(0)
+    ids, _ = routing("odd")
+    ids[3, 1], ids[5] = 5, -1  # nobody's
+    values = leaves("odd", gated, torch.float64)
+    exact = one_after_another(values, ids, activation, gated, weighted)
+    assert_near(run(values, ids, "stacked", activation, gated, weighted), exact, 100)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_any_routing_and_layout(name: str, layout: str, gated: bool) -> None:
+    torch.manual_seed(0)
+    ids, _ = routing(name)
+    exact = run(leaves(name, gated, torch.float64), ids, layout, "silu", gated, True)
+    assert_near(run(leaves(name, gated, torch.float32), ids, layout, "silu", gated, True), exact)
+
+
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "ones"])
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_kernels(activation: str, gated: bool, weighted: bool) -> None:
+    torch.manual_seed(0)
+    ids, _ = routing("odd")
+    ids[3, 1] = 5
+    exact = run(leaves("odd", gated, torch.float64), ids, "stacked", activation, gated, weighted)
+    assert_near(run(leaves("odd", gated, torch.float32), ids, "stacked", activation, gated, weighted), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ids, _ = routing("odd")
+    exact = run(leaves("odd", True, torch.float64), ids, "stacked", "silu", True, True)
+    assert_near(run(leaves("odd", True, dtype), ids, "stacked", "silu", True, True), exact, 32)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_is_torchs(activation: str) -> None:
+    """Value and slope, from -inf to inf and on NaN, by kernels that take `tail` numbers beside whole vectors."""
+    assert native.library() is not None
+    x = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([-1e18, -200.0, -89.0, -0.0, 0.0, 89.0, 1e4])])
+    for tail in (0, 1, 15):
+        h = x[: x.numel() - tail].clone()[None]
+        a, dh, again = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
+        how, n = ACTIVATIONS.index(activation), h.numel()
+        native.library().gate(how, h.data_ptr(), n, 0, a.data_ptr(), 1, n, 1)
+        ones = torch.ones_like(h)
+        native.library().gate_backward(
+            how, h.data_ptr(), n, 0, ones.data_ptr(), None, dh.data_ptr(), again.data_ptr(), None, 1, n, 1
+        )
+        exact = h.double().requires_grad_()
+        value = activate(activation, exact)
+        (slope,) = torch.autograd.grad(value.sum(), exact)
+        assert torch.equal(a, again)
+        torch.testing.assert_close(a.double(), value.detach(), rtol=4e-7, atol=3e-6)
+        torch.testing.assert_close(dh.double(), slope, rtol=4e-7, atol=3e-6)
+    for special in (float("nan"), *([float("inf")] if activation != "gelu" else [])):  # torch's gelu(inf) is NaN
+        h = torch.full((1, 3), special)
+        a = torch.empty_like(h)
+        native.library().gate(ACTIVATIONS.index(activation), h.data_ptr(), 3, 0, a.data_ptr(), 1, 3, 1)
+        torch.testing.assert_close(a, activate(activation, h), equal_nan=True)
+
+
+def test_a_row_has_the_same_bits_in_any_company() -> None:
+    """Output and gradient of a token: whatever other tokens there are, and for any number of threads."""
+    torch.manual_seed(0)
+    ids, _ = routing("odd")
+    x, weights, up, down = leaves("odd", True, torch.float32)
+
+    def part(rows: slice) -> tuple[Tensor, Tensor]:
+        mine = x[rows].detach().requires_grad_()
+        out, *_ = torch.ops.moe_ep.expert_mlp(mine, ids[rows], weights[rows], [], [up], [down], 5, "silu", True)
+        return out, torch.autograd.grad(out.sum(), mine)[0]
+
+    threads = torch.get_num_threads()
+    whole = part(slice(None))
+    torch.set_num_threads(1)
+    few = part(slice(7, 12))
+    torch.set_num_threads(threads)
+    assert torch.equal(whole[0][7:12], few[0]) and torch.equal(whole[1][7:12], few[1])
+
+
+def test_no_tokens() -> None:
+    x, weights = torch.empty(0, D, requires_grad=True), torch.empty(0, 2, requires_grad=True)
+    up, down = torch.randn(4, 2 * F, D, requires_grad=True), torch.randn(4, D, F, requires_grad=True)
+    ids = torch.empty(0, 2, dtype=torch.int64)
+    out, *_ = torch.ops.moe_ep.expert_mlp(x, ids, weights, [], [up], [down], 4, "silu", True)
+    grads = torch.autograd.grad(out.sum(), [x, weights, up, down])
+    assert out.shape == (0, D)
+    assert [tuple(g.shape) for g in grads] == [(0, D), (0, 2), (4, 2 * F, D), (4, D, F)]
+    assert not grads[2].any() and not grads[3].any()
+
+
+@pytest.mark.parametrize("frozen", ["x", "params", "weights"])
+def test_only_what_needs_a_gradient_gets_one(frozen: str) -> None:
+    torch.manual_seed(0)
+    ids, _ = routing("odd")
+    x, weights, up, down = leaves("odd", True, torch.float32)
+    everything = run([x, weights, up, down], ids, "stacked", "silu", True, True)
+    kept = {"x": [1, 2, 3], "params": [0, 1], "weights": [0, 2, 3]}[frozen]
+    values = [v.detach().requires_grad_(i in kept) for i, v in enumerate([x, weights, up, down])]
+    out, *_ = torch.ops.moe_ep.expert_mlp(values[0], ids, values[1], [], [values[2]], [values[3]], 5, "silu", True)
+    loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+    for got, i in zip(torch.autograd.grad(loss, [values[i] for i in kept]), kept, strict=True):
+        assert torch.equal(got, everything[1 + i])
+
+
+def test_it_keeps_the_input_the_products_and_the_routing() -> None:
+    """Bytes kept for the backward do not grow with K at fixed K*F."""
+    T, E = 64, 8
+    kept = {}
+    for K, width in ((1, 64), (2, 32), (4, 16)):
+        x, weights = torch.randn(T, D, requires_grad=True), torch.rand(T, K, requires_grad=True)
+        up, down = torch.randn(E, 2 * width, D, requires_grad=True), torch.randn(E, D, width, requires_grad=True)
+        ids = torch.rand(T, E).argsort(1)[:, :K]
+        sizes: list[int] = []
+        params = {up.untyped_storage().data_ptr(), down.untyped_storage().data_ptr()}
+
+        def pack(v: Tensor, sizes=sizes, params=params) -> Tensor:
+            if v.untyped_storage().data_ptr() not in params:
+                sizes.append(v.numel() * v.element_size())
+            return v
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+            torch.ops.moe_ep.expert_mlp(x, ids, weights, [], [up], [down], E, "silu", True)
+        routing = 4 * (T * K + E) + 4 * T * K  # order, offsets, weights
+        assert sum(sizes) == 4 * T * D + 4 * T * K * 2 * width + routing
+        kept[K] = sum(sizes) - routing
+    assert len(set(kept.values())) == 1
+
+
+def test_without_a_compiler_the_numbers_are_the_same(monkeypatch) -> None:
+    torch.manual_seed(0)
+    ids, _ = routing("odd")
+    values = leaves("odd", True, torch.float32)
+    ours = run(values, ids, "stacked", "gelu_tanh", True, True)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert native.why_not(values[0]) is not None
+    assert_near(ours, run(values, ids, "stacked", "gelu_tanh", True, True), 64)
+
+
+def test_compiled() -> None:
+    """Under Inductor with a symbolic number of tokens."""
+    torch.manual_seed(0)
+    _, weights, up, down = leaves("odd", True, torch.float32)
+
+    @torch.compile(dynamic=True, fullgraph=True)
+    def layer(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return torch.ops.moe_ep.expert_mlp(x, ids, weights, [], [up], [down], 5, "silu", True)[0]
+
+    for T in (9, 30):
+        ids = torch.rand(T, 5).argsort(1)[:, :3]
+        x = torch.randn(T, D, requires_grad=True)
+        mine = layer(x, ids, weights[:T])
+        exact, *_ = expert_mlp.expert_mlp(x, ids, weights[:T], [], [up], [down], 5, "silu", True)
+        assert_near([mine], [exact])
+        assert_near(torch.autograd.grad(mine.sum(), [x, up, down]), torch.autograd.grad(exact.sum(), [x, up, down]))
