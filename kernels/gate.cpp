@@ -64,7 +64,7 @@ static inline vec load(const float* p, int64_t count) {
   std::memcpy(&x, p, count * sizeof(float));
   return x;
 }
-static inline void store(float* p, vec x, int64_t count) { std::memcpy(p, &x, std::min<int64_t>(count, V) * sizeof(float)); }
+static inline void store(float* p, vec x, int64_t count) { std::memcpy(p, &x, least(count, V) * sizeof(float)); }
 
 // a [rows, f] = act(g) * u.  Rows of g are f of ldh numbers of h; those of u lie `up` behind them; no u if `up` is 0.
 extern "C" void gate(int how, const float* h, int64_t ldh, int64_t up, float* a, int64_t rows, int64_t f, int threads) {

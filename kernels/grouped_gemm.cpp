@@ -156,7 +156,7 @@ static void rest(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int6
 static void product(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
                     Store how, Ahead ahead) {
   for (int64_t i = 0; i < m; i += M, a.p += M * a.row, c += M * ldc) {
-    const int64_t rows = std::min<int64_t>(M, m - i);
+    const int64_t rows = least(M, m - i);
     int64_t j = 0;
     for (; j + N * V <= n; j += N * V) tile_of<N>(rows, k, a, b + j, ldb, c + j, ldc, how, ahead);
     for (; j + V <= n; j += V) tile_of<1>(rows, k, a, b + j, ldb, c + j, ldc, how, ahead);
@@ -169,7 +169,7 @@ static void product_plain(int64_t m, int64_t n, int64_t k, Matrix a, const float
                           int64_t ldc, int64_t block, Store first) {
   for (int64_t at = 0; at == 0 || at < k; at += block) {
     const float *here = b + at * ldb, *next = here + block * ldb;
-    product(m, n, std::min(block, k - at), {a.p + at * a.column, a.row, a.column}, here, ldb, c, ldc,
+    product(m, n, least(block, k - at), {a.p + at * a.column, a.row, a.column}, here, ldb, c, ldc,
             at ? ADD : first, {(const char*)next, (const char*)(next + block * ldb)});
   }
 }
@@ -177,10 +177,10 @@ static void product_plain(int64_t m, int64_t n, int64_t k, Matrix a, const float
 // C [m, n] = A [m, k] @ B [n, k].T
 static void product_transposed(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int64_t ldb, float* c,
                                int64_t ldc, Store first, std::vector<float>& panel) {
-  panel.resize(std::min(LONGEST, k) * PANEL);
+  panel.resize(least(LONGEST, k) * PANEL);
   for (int64_t j = 0; j < n; j += PANEL)
     for (int64_t at = 0; at == 0 || at < k; at += LONGEST) {
-      const int64_t columns = std::min<int64_t>(PANEL, n - j), depth = std::min(LONGEST, k - at);
+      const int64_t columns = least(PANEL, n - j), depth = least(LONGEST, k - at);
       const float* next = b + (j + PANEL) * ldb;
       lay_out(columns, depth, b + j * ldb + at, ldb, panel.data());
       product(m, columns, depth, {a.p + at, a.row, 1}, panel.data(), PANEL, c + j, ldc, at ? ADD : first,
@@ -217,14 +217,14 @@ extern "C" void grouped_gemm(const float* x, int64_t ldx, const float* const* w,
   std::vector<Task> tasks;
   int64_t row = 0;
   for (int64_t e = 0; e < experts; e++)
-    for (; row < offsets[e]; row = std::min<int64_t>(row + BLOCK, offsets[e]))
-      tasks.push_back({e, row, std::min<int64_t>(BLOCK, offsets[e] - row), 0, f});
+    for (; row < offsets[e]; row = least(row + BLOCK, offsets[e]))
+      tasks.push_back({e, row, least(BLOCK, offsets[e] - row), 0, f});
   const int64_t parts = tasks.empty() ? 0 : 4 * threads / int64_t(tasks.size());
   if (parts > 1 && f > PANEL) {  // few tasks: their columns are shared out
     const int64_t wide = (f / parts + PANEL) / PANEL * PANEL;
     std::vector<Task> finer;
     for (const Task& t : tasks)
-      for (int64_t j = 0; j < f; j += wide) finer.push_back({t.expert, t.row, t.rows, j, std::min(f, j + wide)});
+      for (int64_t j = 0; j < f; j += wide) finer.push_back({t.expert, t.row, t.rows, j, least(f, j + wide)});
     tasks.swap(finer);
   }
   run(tasks, threads, [&](const Task& t, std::vector<float>& panel) {
@@ -249,7 +249,7 @@ extern "C" void grouped_gemm_dw(const float* dy, int64_t ldy, const float* x, in
   const bool large = experts * f * d * int64_t(sizeof(float)) >= LARGE;
   std::vector<Task> tasks;
   for (int64_t e = 0, row = 0; e < experts; row = offsets[e], e++)
-    for (int64_t i = 0; i < f; i += BLOCK) tasks.push_back({e, row, offsets[e] - row, i, std::min(f, i + BLOCK)});
+    for (int64_t i = 0; i < f; i += BLOCK) tasks.push_back({e, row, offsets[e] - row, i, least(f, i + BLOCK)});
   run(tasks, threads, [&](const Task& t, std::vector<float>&) {
     float* c = dw + (t.expert * f + t.start) * d;
     if (t.rows)

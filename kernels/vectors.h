@@ -1,13 +1,10 @@
 // Vectors as wide as the machine's registers, in GCC's and Clang's own terms.
 // native.py compiles this file, grouped_gemm.cpp and gate.cpp as one text.
 
-#include <algorithm>
+// Few headers: reading them takes as long as compiling the rest.
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 #if defined(__AVX512F__)
 constexpr int V = 16;  // floats in a register
@@ -30,16 +27,20 @@ static inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
 
 // Past the caches, for what is not read again soon: memory is written without being read first.
 static inline void stream(float* p, vec x) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, (__m512)x);
+#if defined(__clang__)
+  __builtin_nontemporal_store(x, reinterpret_cast<vec*>(p));
+#elif defined(__AVX512F__)
+  __builtin_ia32_movntps512(p, x);
 #elif defined(__AVX2__)
-  _mm256_stream_ps(p, (__m256)x);
+  __builtin_ia32_movntps256(p, x);
 #else
   store(p, x);
 #endif
 }
 static inline void finish_streams() {
-#if defined(__AVX2__)
-  _mm_sfence();
+#if defined(__SSE__)
+  __builtin_ia32_sfence();
 #endif
 }
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
