@@ -74,7 +74,7 @@ def _prove(
     region = _only_region(detect)
     _check_answers(main, detect.run, region)
     if asked is not None:
-        check_loops(functions)
+        check_loops(functions, main.locals.only_offsets)
         again = functools.partial(
             capture, fn, module, args, kwargs, truth=nonempty, classes=main.classes,
             rows=SYMBOLIC if main.sees_rows else EXAMPLE, selections=main.selections,
@@ -112,7 +112,7 @@ def _trace(
         found = capture(fn, module, args, kwargs, truth=truth, classes=last)
     if found.sees_rows:
         found = capture(fn, module, args, kwargs, truth=truth, rows=SYMBOLIC, selections=found.selections, classes=last)
-    asks = found.answered or found.sees_rows or found.iterated
+    asks = found.answered or found.sees_rows or found.iterated or found.decided
     return found, worlds.survey(found, distinct) if asks else None
 
 
@@ -164,6 +164,10 @@ def _check_answers(found: Capture, run: Interpreter | None, region: Region) -> N
             raise Refusal(f"Python decides on {node.name}, not shown to say whether an expert was chosen")
         if (value.kind == "any") is not answer:
             raise Refusal(f"Python decides on {node.name} both ways")
+    for node in found.decided:
+        value = run.values[node]
+        if not isinstance(value, Emptiness) or value.ids is not region.ids:
+            raise Refusal(f"Python compares {node.name} with zero, not shown to be the number of an expert's rows")
     for node in found.counted:
         value = run.values[node]
         if not isinstance(value, Emptiness | Constant) or (isinstance(value, Emptiness) and value.kind != "count"):

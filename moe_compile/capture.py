@@ -7,6 +7,7 @@ data is answered here, and each answer becomes an obligation that detection must
                                       last one raises an error (a class without an expert), it must always do so
     where(mask), x[mask], nonzero     r rows; where the program looks at r a symbol, another one for each selection
     if mask.any(), if count == 0      one way, then the other: the empty way must add nothing
+    counts.tolist(), .item(), .numpy  numbers that can only say where rows lie, and whether there are any (host_reads.py)
 
 The function runs with its module's parameters replaced by fake ones.  What would be lost by running it out of band
 is a refusal: hooks, changed attributes, custom autograd functions, random state, prints.
@@ -31,6 +32,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_compile.errors import Refusal
 from moe_compile.fakes import Fakes
+from moe_compile.host_reads import HostReads, Locals
 from moe_compile.python_state import watch
 from moe_compile.region import EXAMPLE_ROWS
 
@@ -62,6 +64,9 @@ class Capture:
     iterated: list[Node] = field(default_factory=list)
     answered: list[tuple[Node, bool]] = field(default_factory=list)
     counted: list[Node] = field(default_factory=list)
+    decided: list[Node] = field(default_factory=list)  # numbers of rows that were compared with zero
+    empty: frozenset[Node] = frozenset()  # numbers of rows that are zero in this capture
+    locals: Locals = field(default_factory=Locals)
     questions: dict[tuple[str, Any], Node] = field(default_factory=dict)
     sees_rows: bool = False
     selections: int = 0  # how many were made
@@ -90,6 +95,9 @@ class Answers(TorchFunctionMode):
         self.iterated: list[Tensor] = []
         self.answered: list[Tensor] = []
         self.counted: list[Tensor] = []
+        self.empty: list[Tensor] = []
+        self.locals = Locals()
+        self.host = HostReads(lambda number: self._rows("count", number))
         self.sees_rows = False
         self._chosen: dict[int, tuple[Tensor, Tensor]] = {}  # nonzero table -> its mask
         self._found: dict[int, Tensor] = {}
@@ -115,6 +123,8 @@ class Answers(TorchFunctionMode):
         if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero) and _unknown(args[0]):
             self.answered.append(args[0])
             return self._answer("truth", args[0], self.truth)
+        if (reply := self.host.reply(func, args, kwargs)) is not NotImplemented:
+            return reply
         if func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__) and _unknown(args[0]):
             if args[0].dtype.is_floating_point:
                 raise Refusal("Python reads a number that depends on the data")
@@ -172,6 +182,7 @@ class Answers(TorchFunctionMode):
     def _answer(self, kind: str, about: Tensor, otherwise: Any) -> Any:
         question = self._question(kind, about)
         self.asked.setdefault(question, about)
+        self.locals.look()
         if self.script is None:
             return otherwise
         if question not in self.script:
@@ -183,6 +194,7 @@ class Answers(TorchFunctionMode):
         question = self._question(kind, about)
         place = self._answer(kind, about, self._place.setdefault(question, len(self._place)))
         if place is None:
+            self.empty += [about] if kind == "count" else []
             return 0
         if isinstance(self.rows, int):
             return self.rows
@@ -208,7 +220,7 @@ class Answers(TorchFunctionMode):
                 with _disable_current_modes():
                     spelling = (node.op, str(literal.tolist()) if isinstance(literal, Tensor) else node.target)
             else:
-                args = node.args[:1] if "moe_ep_capture" in str(node.target) else node.args
+                args = node.args[:-1] if _ends_in_rows(node) else node.args
                 parts = torch.fx.node.map_arg((args, node.kwargs), lambda n: self._spelled(n, root))
                 spelling = (str(node.target), parts)
             self._spellings[node] = hashlib.sha256(repr(spelling).encode()).hexdigest()
@@ -241,6 +253,12 @@ _SAME_LIST = {
     torch.Tensor.view,
     torch.Tensor.reshape,
 }
+
+
+def _ends_in_rows(node: Node) -> bool:
+    """Whether the last argument is how many rows this capture gives a selection."""
+    schema = getattr(node.target, "_schema", None)
+    return "moe_ep_capture" in str(node.target) and schema.arguments[-1].name == "rows"  # type: ignore[union-attr]
 
 
 def _is_mask(index: Any) -> bool:
@@ -300,7 +318,7 @@ def capture(
     answers = Answers(rows, truth, script, classes)
     seen: dict[str, Any] = {}
 
-    def run(inputs: list[Tensor], state_values: list[Tensor], lengths: list[Tensor]) -> Any:
+    def run_on_fakes(inputs: list[Tensor], state_values: list[Tensor], lengths: list[Tensor]) -> Any:
         answers.rows = [t.shape[0] for t in lengths] if rows == SYMBOLIC else rows
         leaves = list(fake_args)
         for i, t in zip(tensors, inputs, strict=True):
@@ -316,11 +334,12 @@ def capture(
         flat, seen["spec"] = tree_flatten(result)
         if not all(isinstance(t, Tensor) or t is None for t in flat):
             raise Refusal(f"it returns {type(next(t for t in flat if not isinstance(t, Tensor))).__name__}")
-        seen["sizes"] = [len(flat), len(answers.iterated), len(answers.answered), len(answers.counted)]
-        return [*flat, *answers.iterated, *answers.answered, *answers.counted, *answers.asked.values()]
+        groups = flat, answers.iterated, answers.answered, answers.counted, answers.host.decided, answers.empty
+        seen["sizes"] = list(map(len, groups))
+        return [*itertools.chain(*groups), *answers.asked.values()]
 
     with watch(module), world.mode, _compiling(), _refusals():
-        gm = make_fx(run, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
+        gm = make_fx(run_on_fakes, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
             inputs, state_fakes, lengths
         )
     gm.graph.set_codegen(torch.fx.graph.CodeGen())
@@ -330,7 +349,7 @@ def capture(
     results = list(out.args[0])  # type: ignore[arg-type]
     ends = list(itertools.accumulate(seen["sizes"]))
     out.args = (tuple(results[: ends[0]]),)
-    iterated, answered, counted = (results[i:j] for i, j in itertools.pairwise(ends))
+    iterated, answered, counted, decided, empty = (results[i:j] for i, j in itertools.pairwise(ends))
     constants = {k: v for k, v in vars(gm).items() if k.startswith("_tensor_constant")} | dict(gm.named_buffers())
     world.guards(lengths)  # a decision on the number of rows is a refusal, here
     return Capture(
@@ -340,6 +359,9 @@ def capture(
         iterated=iterated,
         answered=[(node, truth) for node in answered],
         counted=counted,
+        decided=decided,
+        empty=frozenset(empty),
+        locals=answers.locals,
         questions=dict(zip(list(answers.asked), results[ends[-1] :], strict=True)),
         sees_rows=answers.sees_rows,
         selections=answers.selections,

@@ -12,11 +12,12 @@ import dis
 import inspect
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
+from moe_compile.carried import lists, offsets
 from moe_compile.errors import Refusal
 
 Functions = tuple[types.FunctionType, ...]
@@ -164,8 +165,10 @@ _TENSOR_MAKERS = {
 }  # fmt: skip
 
 
-def check_loops(functions: Functions) -> None:
+def check_loops(functions: Functions, only_offsets: Callable[[types.CodeType, str], bool]) -> None:
     """Refuse loops in which an iteration can see, in Python, whether an earlier one was skipped.
+
+    `only_offsets`: whether a variable of a function held nothing but sums of numbers of rows when it was captured.
 
     Needed where `if mask.any()` and the like were answered: only the cases "all skipped" and "none skipped" are traced.
     """
@@ -178,26 +181,33 @@ def check_loops(functions: Functions) -> None:
             if isinstance(loop, ast.While):
                 raise Refusal(f"{f.__qualname__} has a while loop and decides on data")
             if isinstance(loop, ast.For):
-                _check_loop(f, tree, loop)
+                _check_loop(f, tree, loop, only_offsets)
 
 
-def _check_loop(f: types.FunctionType, tree: ast.AST, loop: ast.For) -> None:
+def _check_loop(
+    f: types.FunctionType, tree: ast.AST, loop: ast.For, only_offsets: Callable[[types.CodeType, str], bool]
+) -> None:
     inside = list(ast.walk(loop))
     stored = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     tensors = _made_as_tensors(tree)
     carried: set[str] = set()
     _flow(loop.body, {n.id for n in ast.walk(loop.target) if isinstance(n, ast.Name)}, stored, carried)
+    after: set[str] = set()
     last = max(getattr(n, "end_lineno", 0) or 0 for n in inside)
     for n in ast.walk(tree):
         if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.lineno > last and n.id in stored:
-            carried.add(n.id)
-    for name in sorted(carried - tensors):
+            after.add(n.id)
+    carried |= after
+    pieces = lists(tree, loop)
+    for name in sorted(carried - tensors - pieces - (offsets(loop, carried, lambda name: only_offsets(f.__code__, name)) - after)):
         raise Refusal(f"{f.__qualname__} carries {name} from one iteration to the next and skips some")
     for n in inside:
         if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Store) and isinstance(n.value, ast.Name):
             if n.value.id not in tensors:
                 raise Refusal(f"{f.__qualname__} writes into {n.value.id} in a loop that skips iterations")
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr in _MUTATORS:
+            if isinstance(n.func.value, ast.Name) and n.func.value.id in pieces:
+                continue
             raise Refusal(f"{f.__qualname__} calls {n.func.attr} in a loop that skips iterations")
         if isinstance(n, (ast.Break, ast.Return)):
             raise Refusal(f"{f.__qualname__} leaves a loop early, depending on data")

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from moe_compile.capture import SYMBOLIC, Capture
@@ -26,10 +27,14 @@ from moe_compile.detect.values import (
     Constant,
     DenseSum,
     Emptiness,
+    Filled,
     Hits,
     Index,
+    PairGrid,
+    Pieces,
     Plain,
     Rows,
+    Selection,
     Sum,
     SumRead,
     Unknown,
@@ -56,6 +61,7 @@ class Survey:
     questions: dict[Hashable, tuple[str, int]] = field(default_factory=dict)  # kind and expert
     unclear: str | None = None  # a question that is not shown to be about experts
     num_classes: int = 0
+    covered: bool = False  # some expert has rows: there are pairs, and ids of no expert are an error
     local: bool = True  # between two additions, Python asks about the expert of the second only
 
 
@@ -68,6 +74,8 @@ def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Calla
     number = expected.num_classes if main.classes is None else main.classes
     few = FEW if expected.local else number
     for world in worlds(number, few):
+        if expected.covered and not world:
+            continue
         found = survey(again(script=_script(expected, world)), distinct)
         _compare(expected, found, world, "some experts have no rows")
     if main.classes is not None:
@@ -144,7 +152,7 @@ def _compare(expected: Survey, found: Survey, world: World, when: str) -> None:
 def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None) -> Survey:
     """Read a captured graph without changing it.  Nothing is refused here.  `ids`: those it is about, if known."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
-    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled(), may_guard=True)
+    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled(), may_guard=True, empty=found.empty)
     run = Interpreter(found.gm.graph, rules(), facts)
     totals: list[tuple[Node, Sum]] = []
 
@@ -159,8 +167,9 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
 
     run.run(record)
     result, spell = Survey(sums=len(totals), ids=set(ids or ())), _Speller(found)
-    for _, total in totals:
-        result.start = spell.node(total.start.node)
+    for site, total in totals:
+        own = total.start.node is site  # zeros that the sum itself starts from
+        result.start = f"zeros like {site.meta['val']}" if own else spell.node(total.start.node)
         for term in total.terms:
             e, chosen = term.selection.expert, term.selection
             if e is None or chosen.ids is None:
@@ -169,6 +178,11 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
             said = f"{result.terms.get(e, '')} {chosen.classes} {chosen.per} {term.dim} {spell.expr(term.expr)}"
             result.terms[e] = said
     result.num_classes = max(result.terms, default=-1) + 1
+    chosen = [term.selection for _, total in totals for term in total.terms]
+    result.covered = bool(chosen) and all(
+        s.order is not None and s.classes == result.num_classes and s.ids is not None
+        and statically_known_true(s.ids.meta["val"].numel() > 0) for s in chosen
+    )  # fmt: skip
     about: dict[Node, set[int]] = {}
     for (kind, key), node in found.questions.items():
         meaning = _meaning(kind, run.values[node])
@@ -180,15 +194,24 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
             about.setdefault(node, set()).add(meaning[1])
         result.num_classes = max(result.num_classes, meaning[1] + 1)
     additions = {n: v for n, v in run.values.items() if isinstance(v, Sum)} | dict(totals)
-    result.local = _local(found.gm.graph, about, {n: v.terms[-1].selection.expert for n, v in additions.items()})
+    beside = {n: v.terms[-1].selection.expert for n, v in additions.items()}
+    if len(beside) == 1 < len(result.terms):  # rows that were sliced, and joined before they were added
+        beside = {n: s.expert for n, v in run.values.items() if (s := sliced(v)) is not None}
+    result.local = _local(found.gm.graph, about, beside)
     ends = [n for n in found.gm.graph.output_node().all_input_nodes]
-    inner = {n for n, v in run.values.items() if isinstance(v, Constant | Rows | Sum | SumRead)}
+    inner = {n for n, v in run.values.items() if isinstance(v, Constant | Rows | PairGrid | Pieces | Filled | Sum | SumRead)}
     inner |= {n for n, _ in totals}
     ends += [n for n in found.gm.graph.nodes if n not in inner and _changes(n)]
     for into, name in ((result.around, None), (result.without, result.start)):
         around = _Speller(found, {site: name or "the sum" for site, _ in totals})
         into += [around.node(n) for n in ends]
     return result
+
+
+def sliced(value: Value) -> Selection | None:
+    """The selection, if it is that of one expert among sorted rows."""
+    chosen = value.selection if isinstance(value, Rows | Index) else None
+    return chosen if chosen is not None and chosen.expert is not None and chosen.order is not None else None
 
 
 def _local(graph: Graph, about: dict[Node, set[int]], additions: Mapping[Node, int | None]) -> bool:

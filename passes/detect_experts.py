@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect import dense, rows, selection, sorted_rows, sums
+from moe_compile.detect import counts, dense, rows, selection, sorted_rows, sums
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
 from moe_compile.detect.values import Region
 from moe_compile.region import Body, Leaf, experts
@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
-    tables = (selection.RULES, sorted_rows.RULES, dense.RULES, sums.RULES, rows.RULES)
+    tables = (counts.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, sums.RULES, rows.RULES)
     ops = {op for table in tables for op in table}
     found = {op: tuple(rule for table in tables for rule in table.get(op, ())) for op in ops}
     return _WithSlices({op: (*found[op], rows.on_slices) for op in ops})

@@ -7,7 +7,7 @@ Grad mode: values computed under an explicit `no_grad` may say who is chosen, no
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +17,15 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from moe_compile.detect.values import (
+    Buffer,
     Constant,
     Dense,
     DenseSum,
+    Filled,
     FlatIds,
+    Index,
     Permutation,
+    Pieces,
     Plain,
     Region,
     Rows,
@@ -49,6 +53,7 @@ class Facts:
     grad_enabled: bool = True  # the grad mode around the graph
     may_guard: bool = False  # sizes that are equal in the example may be assumed to be: the caller guards it
     classes: int | None = None  # ids outside [0, classes) are shown to be an error
+    empty: frozenset[Node] = frozenset()  # numbers of rows that are zero here
 
 
 @dataclass
@@ -87,6 +92,7 @@ class Interpreter:
         self.no_grad = False
         self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
         self.reads: dict[Node, set[Any]] = {}  # ids -> how rows of all experts choose weights by them (Region.reads)
+        self.empty: set[tuple[Node, int]] = set()  # (ids, expert) of experts that have no rows here
         self.inside: set[Node] = set()  # plain nodes that belong to the experts of a dense sum
         self._version: dict[Any, int] = {}  # storage -> number of changes
         self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
@@ -161,7 +167,7 @@ class Interpreter:
         changed = self._change(node)
         value = self._apply(node)
         value = self._made(node, value)
-        if changed and isinstance(value, Rows | Unknown | Permutation | FlatIds) and changed & self._inputs:
+        if changed and isinstance(value, _INPUTS_STAY) and changed & self._inputs:
             return Unknown(f"{name_of(node)} changes an input of the region in place")
         if changed and goes_with_its_region(value):
             self._dropped.append((node, changed))
@@ -176,11 +182,15 @@ class Interpreter:
             for value in values:
                 if isinstance(value, Unknown):
                     return value
+            if any(isinstance(v, Filled) for v in values) and call.op not in ("index_put", "index_put_"):
+                continue
+            if call.op != "rows_between" and (pieces := [v for v in values if isinstance(v, Pieces)]):
+                return self._piecewise(call, pieces)
             for rule in self.rules.get(call.op, ()):
                 result = rule(call)
                 if result is not None:
                     return self._no_grad_check(node, result)
-            if not any(isinstance(v, Sum | DenseSum | Dense) for v in values):
+            if not any(isinstance(v, Sum | DenseSum | Dense | Filled) for v in values):
                 break
         if folded := self._fold(node, call):
             return folded
@@ -189,14 +199,29 @@ class Interpreter:
         kinds = ", ".join(sorted({type(v).__name__.lower() for v in values if not v.plain}))
         return Unknown(f"{name_of(node)} is not known to be row-wise (it reads {kinds})")
 
+    def _piecewise(self, call: Call, pieces: list[Pieces]) -> Value:
+        """A call on rows of which each expert computed its own: what it is for each expert."""
+        experts = [e for e, _ in pieces[0].parts]
+        if any([e for e, _ in p.parts] != experts or p.number != pieces[0].number for p in pieces):
+            return Unknown(f"{name_of(call.node)} mixes rows of other experts")
+        parts = []
+        for i, e in enumerate(experts):
+            one = Call(call.node, call.op, *(_part(a, i) for a in (call.args, call.kwargs)), self)  # type: ignore[arg-type]
+            results = (rule(one) for rule in self.rules.get(call.op, ()))
+            value = next((r for r in results if r is not None), None)
+            if value is None or isinstance(value, Unknown):
+                return value or Unknown(f"{name_of(call.node)} is not known to be row-wise")
+            parts.append((e, self._no_grad_check(call.node, value)))
+        return _joined(call.node, parts, pieces[0].number)
+
     def _no_grad_check(self, node: Node, value: Value) -> Value:
         val = node.meta.get("val")
-        if self.no_grad and isinstance(value, Rows | Sum) and isinstance(val, Tensor):
+        if self.no_grad and isinstance(value, Rows | Sum | Pieces | Filled) and isinstance(val, Tensor):
             if val.is_floating_point() or val.is_complex():
                 return Unknown(f"{name_of(node)} runs under no_grad inside the expert loop")
         if (
             self.autocasts
-            and isinstance(value, Rows | Sum | Slice)
+            and isinstance(value, Rows | Sum | Slice | Pieces | Filled)
             and isinstance(val, Tensor)
             and val.is_floating_point()
         ):
@@ -230,6 +255,8 @@ class Interpreter:
     def otherwise(self, node: Node) -> Value:
         """The meaning of a node outside of a dense sum."""
         value = self.values[node]
+        if isinstance(value, Filled):
+            return value.join()
         return value.otherwise(self.canonical[node]) if isinstance(value, Dense) else value
 
     def _settled(self, node: Node) -> Value:
@@ -332,6 +359,39 @@ def source_line(node: Node) -> str | None:
         if "/torch/" not in path and "moe_compile" not in path:
             return f"{path.strip().lstrip(chr(34)).rsplit('/', 1)[-1]}:{rest.split(',')[0].split(chr(10))[0]}"
     return None
+
+
+_INPUTS_STAY = Rows | Unknown | Permutation | FlatIds | Pieces | Filled | Index
+
+
+def _part(arg: Any, i: int) -> Any:
+    """An argument with part i in the place of `Pieces`."""
+    if isinstance(arg, dict):
+        return {k: _part(a, i) for k, a in arg.items()}
+    if isinstance(arg, list):
+        return [_part(a, i) for a in arg]
+    return arg.parts[i][1] if isinstance(arg, Pieces) else arg
+
+
+def _joined(node: Node, parts: list[tuple[int, Value]], number: int) -> Value:
+    """What the results for each expert are together: a sum has one more term for each."""
+    values = [v for _, v in parts]
+    if isinstance(wrong := next((v for v in values if isinstance(v, Unknown)), None), Unknown):
+        return wrong
+    first = values[0]
+    if isinstance(first, Buffer) and all(v == first for v in values):
+        return first
+    if not isinstance(first, Sum):
+        plain = any(v.plain for v in values)
+        return Unknown(f"{name_of(node)} is not known to be row-wise") if plain else Pieces(tuple(parts), number)
+    sums = [v for v in values if isinstance(v, Sum) and (v.start, v.terms[:-1]) == (first.start, first.terms[:-1])]
+    if len(sums) != len(values):
+        return Unknown(f"{name_of(node)} adds the rows of experts to different sums")
+    terms = [
+        replace(s.terms[-1], selection=replace(s.terms[-1].selection, expert=e, classes=number))
+        for s, (e, _) in zip(sums, parts, strict=True)
+    ]
+    return Sum(first.start, (*first.terms[:-1], *terms))
 
 
 def goes_with_its_region(value: Value) -> bool:

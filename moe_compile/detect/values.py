@@ -4,6 +4,7 @@ A `plain` value can be computed outside of the region, whatever it means; the ot
 `ids` is always the node that holds the expert ids; its dimensions are named 0, 1, ... and the expert dimension "e".
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,13 @@ class Index(Value):
 
 
 @dataclass(frozen=True)
+class TokenGrid(Value):
+    """The tokens of a selection as a column, or as many of them as a row is wide."""
+
+    selection: Selection
+
+
+@dataclass(frozen=True)
 class Hits(Value):
     """The list of experts that somebody chose."""
 
@@ -92,6 +100,8 @@ class Emptiness(Value):
     ids: Node
     expert: int
     kind: str  # "any", "none", "count"
+    num: int | None = None  # experts that were counted together
+    closed: bool = False  # an id of none of them is an error
     plain = True
 
 
@@ -195,12 +205,73 @@ class TokenOf(Value):
 
 @dataclass(frozen=True)
 class Counts(Value):
-    """Rows of each expert 0..num-1; `ends`: their running sum."""
+    """Rows of each expert 0..num-1; `ends`: their running sum.
+
+    `closed`: an id outside of [0, num) is an error.  `listed`: it makes the vector longer.
+    """
 
     ids: Node
     num: int
     ends: bool = False
+    closed: bool = False
+    listed: bool = False
     plain = True
+
+
+@dataclass(frozen=True)
+class Starts(Value):
+    """The running sum of `Counts` before each expert; with `length` num + 1 also after the last."""
+
+    ids: Node
+    num: int
+    length: int
+    closed: bool = False
+    listed: bool = False
+    plain = True
+
+
+@dataclass(frozen=True)
+class RowSum(Value):
+    """A sum of the numbers of rows of some experts: how many times each."""
+
+    ids: Node
+    times: dict[int, int]
+    num: int | None
+    closed: bool
+    plain = True
+
+
+@dataclass(frozen=True)
+class Ones(Value):
+    """A table [T, E] of integers: 1 at (t, ids[t, k]), else 0."""
+
+    ids: Node
+    num: int
+    plain = True
+
+
+@dataclass(frozen=True)
+class Places(Value):
+    """Where the rows of one expert lie among rows that are sorted by expert."""
+
+    ids: Node
+    expert: int
+
+
+@dataclass(frozen=True)
+class Pieces(Value):
+    """Rows of all experts 0..number-1, of which each computed its own: by expert, as if all rows were computed so."""
+
+    parts: tuple[tuple[int, Value], ...]
+    number: int
+
+
+@dataclass(frozen=True)
+class Filled(Value):
+    """A buffer in which the rows of some experts were set; `join`: what it is as a whole."""
+
+    rows: tuple[Rows, ...]
+    join: Callable[[], Value] = field(compare=False, repr=False)
 
 
 @dataclass(frozen=True)
