@@ -1,8 +1,8 @@
 """Which calls are worth a proof: found by structure, never by class name.
 
 A candidate is a function called on a module that owns expert weights, and that itself touches them:
-stacked weights (at least three dimensions) that it names, or a list of like children that it loops over while it
-selects rows.  A function that only calls others is not one: the call inside is.
+stacked weights (at least three dimensions) that it names, several children that are such weights, or a list of like
+children that it loops over while it selects rows.  A function that only calls others is not one: the call inside is.
 """
 
 import dis
@@ -37,12 +37,20 @@ def _decide(fn: types.FunctionType, module: nn.Module) -> bool:
     stacked = {n for n, p in module._parameters.items() if p is not None and p.dim() >= 3 and p.shape[0] > 1}
     if stacked & names:
         return True
+    if names & SELECTS and len({n for n, child in module._modules.items() if n in names and _is_stack(child)}) > 1:
+        return True
     lists = {
         n for n, child in module._modules.items() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and _like(child)
     }
     if not lists & names or "FOR_ITER" not in opcodes:
         return False
     return bool(names & SELECTS) or "STORE_SUBSCR" in opcodes or ("COMPARE_OP" in opcodes and "sum" in names)
+
+
+def _is_stack(child: nn.Module | None) -> bool:
+    """Whether a module is one weight for all experts and no more: a product for each."""
+    parameters = list(child._parameters.values()) if child is not None else []
+    return bool(parameters) and all(p is not None and p.dim() == 3 and p.shape[0] > 1 for p in parameters)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ data is answered here, and each answer becomes an obligation that detection must
                                       last one raises an error (a class without an expert), it must always do so
     where(mask), x[mask], nonzero     r rows; where the program looks at r a symbol, another one for each selection
     if mask.any(), if count == 0      one way, then the other: the empty way must add nothing
-    counts.tolist(), .item(), .numpy  numbers that can only say where rows lie, and whether there are any (host_reads.py)
+    counts.tolist(), count.item()     numbers that may say where rows lie and if there are any (host_reads.py)
 
 The function runs with its module's parameters replaced by fake ones.  What would be lost by running it out of band
 is a refusal: hooks, changed attributes, custom autograd functions, random state, prints.

@@ -1,7 +1,8 @@
 """What a loop that skips experts may carry in Python: where rows begin, and a list of results to be joined.
 
-Neither can tell an iteration how many were skipped before it.  An offset (`start += n`) is only added to, and only says
-where slices lie, which a capture shows.  A list is only appended to, joined after the loop, and asked whether it is empty.
+Neither can tell an iteration how many were skipped before it.  An offset (`start += n`) is only added to, and only
+says where slices lie, which a capture shows.  A list is only appended to, joined after the loop, and asked whether it
+is empty.
 """
 
 import ast

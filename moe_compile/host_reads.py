@@ -49,12 +49,13 @@ def _cat_rows(pieces: list[Tensor], rows: Any) -> Tensor:
 
 _lib.impl("rows_between", _rows_between, "CompositeImplicitAutograd")
 _lib.impl("cat_rows", _cat_rows, "CompositeImplicitAutograd")
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., Tensor]] = {
     "host_read": lambda read: torch.empty_like(read),
     "host_number": lambda reads, number: reads[0].new_empty((), dtype=torch.int64),
     "places_between": lambda reads, start, end, rows: reads[0].new_empty((rows,), dtype=torch.int64),
     "bincount": lambda flat, minlength: flat.new_empty((minlength,), dtype=torch.int64),
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"moe_ep_capture::{_name}", _fake, lib=_lib)
 
 
@@ -68,7 +69,7 @@ class HostNumber:
         self.reads, self.constant, self.numpy = reads, constant, numpy
         self.terms = {place: c for place, c in terms.items() if c}
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:  # what isinstance says of the number that it stands for
         return np.int64 if self.numpy else int
 
@@ -252,7 +253,9 @@ class HostReads:
             return None
         if index.step not in (None, 1) or ends[1] is None:
             raise Refusal("Python slices rows up to the last, or in steps")
-        start, end = (HostNumber(self, {}, 0, False).plus(i or 0 if type(i) is int or i is None else i, 1) for i in ends)
+        start, end = (
+            HostNumber(self, {}, 0, False).plus(i or 0 if type(i) is int or i is None else i, 1) for i in ends
+        )
         return start, end
 
     def split(self, tensor: Tensor, sizes: Any, dim: int = 0) -> Any:

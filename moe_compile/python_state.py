@@ -199,7 +199,8 @@ def _check_loop(
             after.add(n.id)
     carried |= after
     pieces = lists(tree, loop)
-    for name in sorted(carried - tensors - pieces - (offsets(loop, carried, lambda name: only_offsets(f.__code__, name)) - after)):
+    harmless = pieces | offsets(loop, carried - after, lambda name: only_offsets(f.__code__, name))
+    for name in sorted(carried - tensors - harmless):
         raise Refusal(f"{f.__qualname__} carries {name} from one iteration to the next and skips some")
     for n in inside:
         if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Store) and isinstance(n.value, ast.Name):

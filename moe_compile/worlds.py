@@ -152,7 +152,13 @@ def _compare(expected: Survey, found: Survey, world: World, when: str) -> None:
 def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None) -> Survey:
     """Read a captured graph without changing it.  Nothing is refused here.  `ids`: those it is about, if known."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
-    facts = Facts(frozenset(inputs[i] for i in distinct), found.constants, torch.is_grad_enabled(), may_guard=True, empty=found.empty)
+    facts = Facts(
+        frozenset(inputs[i] for i in distinct),
+        found.constants,
+        torch.is_grad_enabled(),
+        may_guard=True,
+        empty=found.empty,
+    )
     run = Interpreter(found.gm.graph, rules(), facts)
     totals: list[tuple[Node, Sum]] = []
 
@@ -178,10 +184,10 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
             said = f"{result.terms.get(e, '')} {chosen.classes} {chosen.per} {term.dim} {spell.expr(term.expr)}"
             result.terms[e] = said
     result.num_classes = max(result.terms, default=-1) + 1
-    chosen = [term.selection for _, total in totals for term in total.terms]
-    result.covered = bool(chosen) and all(
+    all_terms = [term.selection for _, total in totals for term in total.terms]
+    result.covered = bool(all_terms) and all(
         s.order is not None and s.classes == result.num_classes and s.ids is not None
-        and statically_known_true(s.ids.meta["val"].numel() > 0) for s in chosen
+        and statically_known_true(s.ids.meta["val"].numel() > 0) for s in all_terms
     )  # fmt: skip
     about: dict[Node, set[int]] = {}
     for (kind, key), node in found.questions.items():
@@ -199,7 +205,9 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
         beside = {n: s.expert for n, v in run.values.items() if (s := sliced(v)) is not None}
     result.local = _local(found.gm.graph, about, beside)
     ends = [n for n in found.gm.graph.output_node().all_input_nodes]
-    inner = {n for n, v in run.values.items() if isinstance(v, Constant | Rows | PairGrid | Pieces | Filled | Sum | SumRead)}
+    inner = {
+        n for n, v in run.values.items() if isinstance(v, Constant | Rows | PairGrid | Pieces | Filled | Sum | SumRead)
+    }
     inner |= {n for n, _ in totals}
     ends += [n for n in found.gm.graph.nodes if n not in inner and _changes(n)]
     for into, name in ((result.around, None), (result.without, result.start)):

@@ -1,8 +1,8 @@
 """Rules for rows between two numbers that Python read: the rows of one expert, where they lie in sorted order.
 
-`Counts` and `Starts` are vectors over experts, `RowSum` a sum of the numbers of rows of some experts.  Rows between two
-such sums are those of expert e if the first counts all experts before e, and the second e as well.  In a capture in which
-some experts are known to have no rows (`Facts.empty`), those may be counted or not.
+`Counts` and `Starts` are vectors over experts, `RowSum` a sum of the numbers of rows of some experts.  Rows between
+two such sums are those of expert e if the first counts all experts before e, and the second e as well.  In a capture
+in which some experts are known to have no rows (`Facts.empty`), those may be counted or not.
 """
 
 import sys
@@ -104,7 +104,12 @@ def bincount(call: Call) -> Value | None:
 
 def running_sum(call: Call) -> Value | None:
     counts, val = counts_of(call.run, call.arg(0)), call.val()
-    if counts is None or isinstance(call.arg(0), Counts) or val.dtype not in EXACT or call.number(1, "dim") not in (0, -1):
+    if (
+        counts is None
+        or isinstance(call.arg(0), Counts)
+        or val.dtype not in EXACT
+        or call.number(1, "dim") not in (0, -1)
+    ):
         return None
     return Counts(counts.ids, counts.num, ends=True, closed=counts.closed)
 
@@ -149,10 +154,15 @@ def _is_zero(call: Call, node: Any, value: Any) -> bool:
 def counts_of(run: Interpreter, value: Any) -> Counts | None:
     """How many rows each expert has, however it was counted."""
     if isinstance(value, Member) and value.dims == ("e",) and value.kind == "count" and value.expert is None:
-        flat = run.values.get(value.ids)
-        ids = flat.ids if isinstance(flat, FlatIds) and flat.order == "flat" and flat.limits is None else value.ids
-        return Counts(ids, value.classes or 0, closed=True) if value.classes else None
+        ids = _unflattened(run, value.ids)
+        return Counts(ids, value.classes, closed=True) if value.classes else None
     return value if isinstance(value, Counts) else None
+
+
+def _unflattened(run: Interpreter, ids: Node) -> Node:
+    """The table of ids that a vector of ids is."""
+    flat = run.values.get(ids)
+    return flat.ids if isinstance(flat, FlatIds) and flat.order == "flat" and flat.limits is None else ids
 
 
 def entry(call: Call) -> Value | None:
@@ -196,7 +206,7 @@ def sum_of(run: Interpreter, value: Any, i: int = 0) -> RowSum | None:
             return None
         value = _entry(_as_list(value), i)
     if isinstance(value, Emptiness) and value.kind == "count":
-        return RowSum(value.ids, {value.expert: 1}, value.num, value.closed)
+        return RowSum(_unflattened(run, value.ids), {value.expert: 1}, value.num, value.closed)
     return value if isinstance(value, RowSum) else None
 
 
@@ -214,7 +224,7 @@ def host_number(call: Call) -> Value | None:
     if total is None or isinstance(total, int) or list(total.times.values()) != [1]:
         return None
     if call.node in call.run.facts.empty:
-        call.run.empty.add((total.ids, *total.times))
+        call.run.empty |= {(total.ids, expert) for expert in total.times}
     return _single(total)
 
 
@@ -301,7 +311,21 @@ def _expert_between(
     nobody = {e for ids, e in call.run.empty if ids is high.ids}
     if any(before.get(e, 0) != (e < expert) for e in {*range(expert), *before} - nobody):
         return wrong
-    return high.ids, expert, high.num, high.closed and (low == 0 or isinstance(low, RowSum) and low.closed)
+    return high.ids, expert, high.num, high.closed and (low == 0 or (isinstance(low, RowSum) and low.closed))
+
+
+def token_of(call: Call) -> Value | None:
+    """order[start:end] // K, order[start:end] % K."""
+    value, divisor = call.arg(0), call.number(1)
+    if not isinstance(value, Index) or value.dim != "flat" or call.val().dtype not in EXACT:
+        return None
+    if call.op == "div" and call.kwargs.get("rounding_mode") not in ("floor", "trunc"):
+        return None
+    if type(divisor) is not int or divisor != value.selection.top_k:
+        return Unknown(
+            f"the sorted order is divided by {divisor}, not by the {value.selection.top_k} experts of a token"
+        )
+    return Index(value.selection, 1 if call.op == "remainder" else 0)
 
 
 def whole(call: Call) -> Value | None:
@@ -331,7 +355,8 @@ def joined(call: Call, parts: Sequence[Rows]) -> Value:
     if any(replace(p.selection, expert=0) != alike for p in parts):
         return Unknown(f"{name_of(call.node)} joins rows that were sorted or counted in different ways")
     nobody = {e for ids, e in call.run.empty if ids is first.ids}
-    number = max({*experts, *nobody}) + 1 if first.classes == ANY else first.classes  # type: ignore[type-var]
+    seen = [e for e in (*experts, *nobody) if e is not None]
+    number = max(seen) + 1 if first.classes == ANY else first.classes
     if number is None or experts != [e for e in range(number) if e not in nobody or e in experts]:
         return Unknown(f"{name_of(call.node)} joins the rows of experts {experts}, of {number}")
     if not same_size(call.val().shape[0], call.val(first.ids).numel()):
@@ -401,13 +426,16 @@ def scale_grid(call: Call) -> Value | None:
     if call.op in ("to", "_to_copy"):
         if val.shape != call.val(call.node.args[0]).shape or not val.is_floating_point():
             return None
-        expr = call.run.expr(call, aten.to.dtype, [grid.expr, val.dtype], val=flat.new_empty(flat.shape, dtype=val.dtype))
+        expr = call.run.expr(
+            call, aten.to.dtype, [grid.expr, val.dtype], val=flat.new_empty(flat.shape, dtype=val.dtype)
+        )
         return PairGrid(grid.selection, expr)
     if isinstance(other, Plain):
         theirs = call.val(other.node)
         if theirs.dim() != val.dim() or not equal_sizes(call.run, theirs.shape[:2], val.shape[:2]):
             return None
-        factor: Any = call.run.table.leaf("pair", other.node, flat.new_empty((flat.shape[0], *theirs.shape[2:]), dtype=theirs.dtype))
+        mine = flat.new_empty((flat.shape[0], *theirs.shape[2:]), dtype=theirs.dtype)
+        factor: Any = call.run.table.leaf("pair", other.node, mine)
     elif type(other) in (int, float):
         factor = other
     else:
@@ -417,7 +445,9 @@ def scale_grid(call: Call) -> Value | None:
     if tuple(product.shape[1:]) != tuple(val.shape[2:]):
         return None
     if product.dtype != val.dtype:
-        expr = call.run.expr(call, aten.to.dtype, [expr, val.dtype], val=product.new_empty(product.shape, dtype=val.dtype))
+        expr = call.run.expr(
+            call, aten.to.dtype, [expr, val.dtype], val=product.new_empty(product.shape, dtype=val.dtype)
+        )
     return PairGrid(grid.selection, expr)
 
 
@@ -428,7 +458,11 @@ def token_column(call: Call) -> Value | None:
     """token[:, None], token.view(-1, 1), and repeated for all columns."""
     value, val = call.arg(0), call.val()
     if isinstance(value, Index) and value.dim == 0 and call.op in ("unsqueeze", "view", "reshape"):
-        column = val.dim() == 2 and same_size(val.shape[1], 1) and same_size(val.shape[0], call.val(call.node.args[0]).shape[0])
+        column = (
+            val.dim() == 2
+            and same_size(val.shape[1], 1)
+            and same_size(val.shape[0], call.val(call.node.args[0]).shape[0])
+        )
         return TokenGrid(value.selection) if column else None
     if isinstance(value, TokenGrid) and call.op in ("repeat", "expand", "expand_as"):
         before = call.val(call.node.args[0])
@@ -464,6 +498,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **{op: (zero_first,) for op in ("cat", "pad", "constant_pad_nd")},
     **{op: (entry,) for op in ("select", "unbind")},
     "slice": (whole,),
+    **{op: (token_of,) for op in ("floor_divide", "div", "remainder")},
     "host_read": (host_read,),
     "host_number": (host_number,),
     "rows_between": (rows_between,),

@@ -206,7 +206,7 @@ class Interpreter:
             return Unknown(f"{name_of(call.node)} mixes rows of other experts")
         parts = []
         for i, e in enumerate(experts):
-            one = Call(call.node, call.op, *(_part(a, i) for a in (call.args, call.kwargs)), self)  # type: ignore[arg-type]
+            one = Call(call.node, call.op, _part(call.args, i), _part(call.kwargs, i), self)
             results = (rule(one) for rule in self.rules.get(call.op, ()))
             value = next((r for r in results if r is not None), None)
             if value is None or isinstance(value, Unknown):

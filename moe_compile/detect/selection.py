@@ -41,8 +41,14 @@ def ids_node(value: Any) -> Node | None:
     return node if isinstance(val, Tensor) and val.dtype in INTEGERS and 1 <= val.dim() <= 2 else None
 
 
+def flat_as_ids(call: Call) -> Value:
+    """The first argument; flat ids as a vector of ids, as good as any."""
+    value = call.arg(0)
+    return Plain(call.node.all_input_nodes[0]) if isinstance(value, FlatIds) and value.order == "flat" else value
+
+
 def one_hot(call: Call) -> Value | None:
-    ids, classes = ids_node(call.arg(0)), call.number(1, "num_classes", -1)
+    ids, classes = ids_node(flat_as_ids(call)), call.number(1, "num_classes", -1)
     if ids is None or not isinstance(classes, int) or classes < 1:
         return None
     dims = tuple(range(call.val(ids).dim()))
@@ -54,8 +60,7 @@ def equal(call: Call) -> Value | None:
     number = call.number(1)
     if number is None and isinstance(left, Constant):
         left, right, number = right, left, call.number(0)
-    if isinstance(left, FlatIds) and left.order == "flat":
-        left = Plain(call.node.all_input_nodes[0])  # as a vector of ids it is as good as any
+    left = flat_as_ids(call) if isinstance(left, FlatIds) else left
     if isinstance(left, Member | Emptiness):
         return _compare(left, {0: "none", 1: "mask"}.get(number)) if type(number) in (int, bool) else None
     if (ids := ids_node(left)) is None or isinstance(number, bool) or not isinstance(number, int):

@@ -75,7 +75,7 @@ class Index(Value):
     """The index vector of a selection along dimension `dim` of its ids; a tuple: the [r, n] table of n vectors."""
 
     selection: Selection
-    dim: int | tuple[int, ...]
+    dim: int | str | tuple[int, ...]  # "flat": t * K + k
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class Idiom:
     top_k: int = K
     flat: bool = False  # ids are a vector [T]
     any_ids: bool = False  # ids out of range add nothing
-    empty: bool = True  # the original runs with T = 0
+    empty: bool = True  # also rewritten where T = 0
+    forward_only: bool = False  # autograd refuses the original's backward
     tokens: int = T
 
 
