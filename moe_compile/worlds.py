@@ -72,22 +72,23 @@ def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Calla
     if expected.unclear is not None:
         raise Refusal(f"Python asks about {expected.unclear}, not shown to say which experts were chosen")
     number = expected.num_classes if main.classes is None else main.classes
-    few = FEW if expected.local else number
-    for world in worlds(number, few):
+    if not expected.local:
+        raise Refusal(
+            "Python asks about an expert elsewhere than before its rows are added: an answer may reach others"
+        )
+    for world in worlds(number, FEW):
         if expected.covered and not world:
             continue
         found = survey(again(script=_script(expected, world)), distinct)
         _compare(expected, found, world, "some experts have no rows")
     if main.classes is not None:
-        _check_failure(expected, main, distinct, again, few)
+        _check_failure(expected, main, distinct, again)
     if main.sees_rows:
         found = survey(again(rows=1), distinct)
         _compare(expected, found, frozenset(range(number)), "an expert has one row")
 
 
-def _check_failure(
-    expected: Survey, main: Capture, distinct: Sequence[int], again: Callable[..., Capture], few: int
-) -> None:
+def _check_failure(expected: Survey, main: Capture, distinct: Sequence[int], again: Callable[..., Capture]) -> None:
     """Refuse a function whose visit to the last class is an error only in the world that was captured."""
     last = main.classes
     assert last is not None
@@ -102,7 +103,7 @@ def _check_failure(
     if seen.unclear is not None:
         raise Refusal(f"Python asks about {seen.unclear}, not shown to say which experts were chosen")
     fails(rows=1)
-    for world in worlds(last, few):
+    for world in worlds(last, FEW):
         fails(rows=SYMBOLIC, script=_script(seen, world | {last}))
 
 

@@ -311,6 +311,14 @@ class EndsLessCounts(Ends):
         return out
 
 
+@idiom(distinct=False)
+class EndsWithoutTheLastExpert(Ends):
+    """Ids of the last expert are no error, and add nothing."""
+
+    def empty(self, start: Any, end: Any, e: int) -> bool:
+        return e == E - 1 or start == end
+
+
 # -- rows that are set ----------------------------------------------------------------------
 
 
