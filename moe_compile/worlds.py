@@ -73,9 +73,7 @@ def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Calla
         raise Refusal(f"Python asks about {expected.unclear}, not shown to say which experts were chosen")
     number = expected.num_classes if main.classes is None else main.classes
     if not expected.local:
-        raise Refusal(
-            "Python asks about an expert elsewhere than before its rows are added: an answer may reach others"
-        )
+        raise Refusal("Python asks about an expert elsewhere than before its rows are added: others may see the answer")
     for world in worlds(number, FEW):
         if expected.covered and not world:
             continue

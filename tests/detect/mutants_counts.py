@@ -44,11 +44,12 @@ class SplitIntoOtherPieces(Split):
         return torch.cat([F.linear(pieces[e], w[e]) for e in (1, 0, 2, 3)])
 
 
-@mutant("moe_ep_capture.cat_rows at file.py joins the rows of experts [0, 1, 2, 2], of 4")
+@mutant("moe_ep_capture.cat_rows at file.py joins something that is not rows")
 class SplitAndOneLeftOut(Split):
     def product(self, x: Tensor, w: Tensor, sizes: Any) -> Tensor:
         pieces = self.split(x, sizes)
-        return torch.cat([F.linear(pieces[min(e, 2)], w[e]) for e in range(E)])[: x.shape[0]]
+        done = [F.linear(pieces[e], w[e]) for e in range(E - 1)]
+        return torch.cat([*done, pieces[E - 1].new_zeros(pieces[E - 1].shape[0], w.shape[1])])
 
 
 @mutant(
@@ -89,7 +90,7 @@ class SplitByMarksOfTwo(Split):
 class SplitByMarksThatWereSet(Split):
     def sizes(self, ids: Tensor) -> Any:
         marks = torch.zeros(ids.size(0), E, dtype=torch.int64)
-        marks[:, 0] = 1
+        marks[:, 0] = 0
         return marks.scatter_(1, ids, 1).sum(0).tolist()
 
 
@@ -265,7 +266,7 @@ class SkippedWhereAnotherIsEmpty(Listed):
         return out
 
 
-@mutant("Python asks about an expert elsewhere than before its rows are added: an answer may reach others")
+@mutant("Python asks about an expert elsewhere than before its rows are added: others may see the answer")
 class HowManyAreActive(Listed):
     """In a way that no world of a few experts shows."""
 
@@ -280,7 +281,7 @@ class HowManyAreActive(Listed):
         return out
 
 
-@mutant("Python asks about an expert elsewhere than before its rows are added: an answer may reach others")
+@mutant("Python asks about an expert elsewhere than before its rows are added: others may see the answer")
 class HowManyMasksAreNotEmpty(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         active = sum(1 for e in range(E) if (ids == e).any())
@@ -450,7 +451,7 @@ class CountsTheSkipped(Listed):
 class LooksAtTheResults(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         order = ids.view(-1).argsort()
-        rows, start, done = x[order // K], 0, []
+        rows, start, done = x[order // K], 0, list[Tensor]()
         for e, n in enumerate(torch.bincount(ids.view(-1), minlength=E).tolist()):
             if n == 0:
                 continue
@@ -464,7 +465,7 @@ class LooksAtTheResults(Listed):
 class AppendsTwice(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         order = ids.view(-1).argsort()
-        rows, start, done = x[order // K], 0, []
+        rows, start, done = x[order // K], 0, list[Tensor]()
         for e, n in enumerate(torch.bincount(ids.view(-1), minlength=E).tolist()):
             if n == 0:
                 continue
@@ -540,17 +541,17 @@ class RowsOfOtherTokens(Inferred):
 @mutant("Python reads a number that depends on the data")
 class ReadAsFloats(Inferred):
     def read(self, counts: Tensor) -> Any:
-        return counts.float().tolist()
+        return counts.float().cpu().numpy().astype(int)
 
 
 @mutant(
-    "moe_ep_capture.rows_between at file.py slices between numbers that are not where an expert's rows begin and end",
+    "moe_ep_capture.rows_between at file.py slices between numbers that are not where an expert's rows begin and end"
 )
-class SentinelsCounted(Inferred):
-    """The last class is nobody's: its rows are not computed."""
+class SentinelsCounted(Ends):
+    """There is one class more than experts, whose rows nobody computes."""
 
-    def counts(self, ids: Tensor) -> Tensor:
-        return torch.bincount(ids.view(-1), minlength=E)[: E - 1]
+    def ends(self, ids: Tensor) -> Any:
+        return torch.bincount(ids.view(-1), minlength=E + 1)[:E].cumsum(0).tolist()
 
 
 # -- rows that are set ----------------------------------------------------------------------
@@ -610,8 +611,9 @@ class RowsChangedMeanwhile(Listed):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         order = ids.reshape(-1).argsort(stable=True)
-        rows, sizes = x[order // K], torch.bincount(ids.view(-1), minlength=E).tolist()
-        pieces = rows.split(sizes)
+        bounds = [0, *torch.bincount(ids.view(-1), minlength=E).cumsum(0).tolist()]
+        rows = x[order // K]
+        pieces = [rows[bounds[e] : bounds[e + 1]] for e in range(E)]
         rows.mul_(2)
         y = torch.cat([self.run(e, pieces[e]) for e in range(E)]) * weights.view(-1)[order].unsqueeze(-1)
         return torch.zeros_like(x).index_add(0, order // K, y)
@@ -623,10 +625,10 @@ class SliceChanged(Listed):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         order = ids.reshape(-1).argsort(stable=True)
-        rows, sizes = x[order // K], torch.bincount(ids.view(-1), minlength=E).tolist()
-        pieces = rows.split(sizes)
-        y = torch.cat([self.run(e, pieces[e].mul_(2)) for e in range(E)]) * weights.view(-1)[order].unsqueeze(-1)
-        return torch.zeros_like(x).index_add(0, order // K, y + rows)
+        bounds = [0, *torch.bincount(ids.view(-1), minlength=E).cumsum(0).tolist()]
+        rows = x[order // K]
+        y = torch.cat([self.run(e, rows[bounds[e] : bounds[e + 1]].mul_(2).clone()) for e in range(E)])
+        return torch.zeros_like(x).index_add(0, order // K, (y + rows) * weights.view(-1)[order].unsqueeze(-1))
 
 
 # -- added by scatter -----------------------------------------------------------------------
@@ -638,7 +640,7 @@ class ScatterOfMeans(Ends):
         return out.scatter_reduce(0, token.view(-1, 1).repeat(1, D), y, reduce="mean")
 
 
-@mutant("aten.scatter_add at file.py does not add whole rows to tokens")
+@mutant("aten.scatter_add at file.py does not add whole rows to tokens", forward_only=True)
 class ScatterOfSomeColumns(Ends):
     def accumulate(self, out: Tensor, token: Tensor, y: Tensor) -> Tensor:
         return out.scatter_add(0, token.view(-1, 1).expand(-1, D - 1), y)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 E, D, FF = 4, 6, 5
 
 HEADER = """\
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -101,9 +102,11 @@ def param(layout: str, name: str, e: str) -> str:
 @st.composite
 def programs(draw: st.DrawFn) -> Parts:
     """A program, with none, one or two edits."""
-    form = draw(st.sampled_from(["loop"] * 6 + ["dense"] * 2 + ["batched", "sorted"]))
+    form = draw(st.sampled_from(["loop"] * 6 + ["dense"] * 2 + ["sliced"] * 2 + ["batched", "sorted"]))
     layout = (
-        draw(st.sampled_from(sorted(LAYOUTS))) if form == "loop" else draw(st.sampled_from(["stacked", "transposed"]))
+        draw(st.sampled_from(sorted(LAYOUTS)))
+        if form in ("loop", "sliced")
+        else draw(st.sampled_from(["stacked", "transposed"]))
     )
     parts = Parts(layout, draw(st.integers(1, 3)), draw(st.booleans()), form)
     if draw(st.booleans()):
@@ -117,7 +120,7 @@ def programs(draw: st.DrawFn) -> Parts:
                 )
             ),
         ]
-    {"loop": _loop, "dense": _dense, "batched": _batched, "sorted": _sorted}[form](draw, parts)
+    {"loop": _loop, "dense": _dense, "batched": _batched, "sorted": _sorted, "sliced": _sliced}[form](draw, parts)
     for _ in range(draw(st.sampled_from([0, 0, 1, 1, 1, 2]))):
         _edit(draw, parts)
     return parts
@@ -318,6 +321,36 @@ def _sorted(draw: st.DrawFn, parts: Parts) -> None:
     ]))  # fmt: skip
 
 
+def _sliced(draw: st.DrawFn, parts: Parts) -> None:
+    """Rows sorted by expert, sliced by counts that Python reads; added expert by expert, or joined first."""
+    sizes = ["torch.bincount(ids.view(-1), minlength=E)", "F.one_hot(ids, E).sum((0, 1))"]
+    if parts.distinct:
+        sizes += ["torch.zeros(x.shape[0], E).scatter(1, ids, 1).long().sum(0)"]
+    joined = draw(st.booleans())
+    parts.before = [
+        draw(st.sampled_from(["order = torch.argsort(ids.reshape(-1), stable=True)", "order = ids.view(-1).sort()[1]"])),
+        f"sizes = {draw(st.sampled_from(sizes))}{draw(st.sampled_from(['.tolist()', '.cpu().numpy()']))}",
+        draw(st.sampled_from(["start = 0", "ends = [0, *np.cumsum(sizes)]"])),
+        "sorted_rows, done = x[order // K], []" if joined else "out = torch.zeros_like(x)",
+    ]  # fmt: skip
+    parts.loop = draw(st.sampled_from(["for e, n in enumerate(sizes):", "for e, n in zip(range(E), sizes):"]))
+    offset = "start" in parts.before[2]
+    low, high = ("start", "start + n") if offset else ("ends[e]", "ends[e + 1]")
+    parts.guard = draw(st.sampled_from([[], ["if n == 0: continue"], ["if not n > 0: continue"]]))
+    parts.select = [f"mine = order[{low} : {high}]", "t, k = mine // K, mine % K"]
+    parts.body = [f"rows = sorted_rows[{low} : {high}]" if joined else "rows = x[t]", *_body(draw, parts, "e")]
+    parts.body.append(draw(st.sampled_from(["y = y * weights[t, k, None]", "y = y * weights.view(-1, 1)[mine]"])))
+    adds = [
+        "out.index_add_(0, t, y)",
+        "out = out.index_add(0, t, y)",
+        "out.scatter_add_(0, t[:, None].expand_as(y), y)",
+    ]
+    parts.add = [draw(st.sampled_from(["done.append(y)"] if joined else adds))]
+    parts.add += draw(st.sampled_from([["start += n"], ["start = start + n"]])) if offset else []
+    if joined:
+        parts.result = "return torch.zeros_like(x).index_add(0, order // K, torch.cat(done))"
+
+
 # -- edits ----------------------------------------------------------------------------------
 
 SWAPS = [  # (where, what, other spellings of it, most of them something else)
@@ -370,6 +403,24 @@ SWAPS = [  # (where, what, other spellings of it, most of them something else)
     ("result", "order // K", ["order % x.shape[0]"]),
     ("result", "view(-1, K, D).sum(1)", ["view(K, -1, D).sum(0)", "view(-1, K, D).mean(1)"]),
     ("result", "return out", ["return out, t", "return out, y", "return out, e", "return out, rows.sum()", "return out / (ids == 1).sum()"]),
+    ("before", "ids.view(-1)", ["ids.t().reshape(-1)", "(ids + 1).remainder(E).view(-1)", "ids[:, :1].expand(-1, K).reshape(-1)", "ids.view(-1).flip(0)"]),
+    ("before", "sizes = ", ["sizes = 1 + ", "sizes = 0 * order[0] + "]),
+    ("before", ".tolist()", [".tolist()[::-1]", ".roll(1).tolist()", ".cumsum(0).tolist()", ".clamp(max=3).tolist()", ".float().tolist()"]),
+    ("before", "minlength=E", ["minlength=E + 1", "minlength=1"]),
+    ("before", "start = 0", ["start = 1", "start = sizes[0]"]),
+    ("guard", "n == 0", ["n == 1", "n <= 1", "n > 3", "e == 1", "sizes[0] == 0", "sizes[e - 1] == 0", "start == 0", "len(sizes) == e", "n == sizes[0]"]),
+    ("guard", "continue", ["break", "start += n", "n = 1", "e = 0", "pass"]),
+    ("select", "order[", ["order.flip(0)[", "order.roll(1)[", "order[:][", "order.sort()[0]["]),
+    ("select", "+ n", ["+ n + 1", "+ min(n, 2)", "+ sizes[e - 1]", "+ n - 0", ""]),
+    ("select", "[e + 1]", ["[e]", "[E]", "[min(e + 2, E)]", "[-1]"]),
+    ("select", "mine // K, mine % K", ["mine % K, mine // K", "mine // K, mine % K * 0", "mine // (K + 1), mine % K", "mine % x.shape[0], mine % K", "(mine // K).flip(0), mine % K"]),
+    ("body", "sorted_rows[", ["sorted_rows.flip(0)[", "x[", "sorted_rows.clone()[", "sorted_rows[:]["]),
+    ("body", "+ n]", ["+ n + 1]", "+ sizes[e - 1]]", "]"]),
+    ("body", "weights.view(-1, 1)[mine]", ["weights.view(-1, 1)[t]", "weights.t().reshape(-1, 1)[mine]", "weights.view(-1, 1)[order[: len(mine)]]"]),
+    ("add", "done.append(y)", ["done.insert(0, y)", "done.append(y.detach())", "done.append(y * len(done))", "done.append(y if e else y.clone())", "done += [y]", "done.append(y); done.append(y[:0])"]),
+    ("add", "start += n", ["start += n * 1", "start += 1", "start = n", "start += sizes[e - 1]", "start += n if e else 0"]),
+    ("add", "start = start + n", ["start = n + start", "start = start + n - 1", "start = max(start, n)"]),
+    ("result", "torch.cat(done)", ["torch.cat(done[::-1])", "torch.cat(done).flip(0)", "torch.cat(done) * len(done)", "torch.cat([*done])", "torch.stack(done).sum(0)", "sum(done)"]),
     ("router", "topk(K, dim=-1)", ["topk(K, dim=-1, largest=False)", "topk(K, dim=-1, sorted=False)"]),
     ("router", "(-1)", ["(0)"]),
 ]  # fmt: skip
@@ -418,6 +469,18 @@ LINES = [  # (where, a line that goes in)
     ("select", "if (ids == e).sum() > 2: continue"),
     ("select", "if (ids == e).sum() < 2: continue"),
     ("select", "if e in ids[0].tolist(): continue"),
+    ("select", "if n == 0: continue"),
+    ("body", "y = y / max(n, 1)"),
+    ("body", "y = y * 2 if n > 1 else y"),
+    ("body", "y = y if start == 0 else y + 1"),
+    ("body", "y = y * 2 if sizes[0] > 0 else y"),
+    ("body", "y = y * n"),
+    ("body", "y = y * 2 if len(done) == 1 else y"),
+    ("body", "sorted_rows = sorted_rows * 2"),
+    ("body", "sorted_rows.mul_(2)"),
+    ("body", "order = order.flip(0)"),
+    ("body", "sizes[e] = n"),
+    ("body", "sizes = sizes[::-1]"),
     ("before", "ids = ids.clamp(0, 2)"),
     ("before", "ids = ids.sort(-1).values"),
     ("before", "weights = weights.sort(-1).values"),
