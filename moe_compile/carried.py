@@ -120,10 +120,10 @@ def _is_list_of_pieces(tree: ast.AST, loop: ast.For, name: str) -> bool:
     allowed: set[int] = set()
     made = 0
     for n in ast.walk(tree):
-        if isinstance(n, ast.Assign) and len(n.targets) == 1 and isinstance(n.targets[0], ast.Name):
-            if n.targets[0].id == name and isinstance(n.value, ast.List) and not n.value.elts:
+        for target, value in _set_together(n):
+            if isinstance(target, ast.Name) and target.id == name and isinstance(value, ast.List) and not value.elts:
                 made += 1
-                allowed.add(id(n.targets[0]))
+                allowed.add(id(target))
         if _appends_to(n) == name:
             allowed.add(id(n.value.func.value))  # type: ignore[attr-defined]
         if isinstance(n, ast.Call) and n.args and isinstance(n.args[0], ast.Name):
@@ -137,6 +137,18 @@ def _is_list_of_pieces(tree: ast.AST, loop: ast.For, name: str) -> bool:
     uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name]
     starts = [n for n in uses if isinstance(n.ctx, ast.Store)]
     return made == 1 == len(starts) and id(starts[0]) not in inside and all(id(n) in allowed for n in uses)
+
+
+def _set_together(n: ast.AST) -> Iterator[tuple[ast.expr, ast.expr | None]]:
+    """What an assignment sets to what: `a = x`, `a: T = x`, `a, b = x, y`."""
+    if isinstance(n, ast.AnnAssign):
+        yield n.target, n.value
+    if isinstance(n, ast.Assign) and len(n.targets) == 1:
+        target = n.targets[0]
+        if isinstance(target, ast.Tuple) and isinstance(n.value, ast.Tuple) and len(target.elts) == len(n.value.elts):
+            yield from zip(target.elts, n.value.elts, strict=True)
+        else:
+            yield target, n.value
 
 
 def _asked_if_empty(test: ast.expr) -> ast.Name | None:

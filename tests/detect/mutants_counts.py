@@ -451,7 +451,8 @@ class CountsTheSkipped(Listed):
 class LooksAtTheResults(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         order = ids.view(-1).argsort()
-        rows, start, done = x[order // K], 0, list[Tensor]()
+        rows, start = x[order // K], 0
+        done: list[Tensor] = []
         for e, n in enumerate(torch.bincount(ids.view(-1), minlength=E).tolist()):
             if n == 0:
                 continue
@@ -465,7 +466,8 @@ class LooksAtTheResults(Listed):
 class AppendsTwice(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         order = ids.view(-1).argsort()
-        rows, start, done = x[order // K], 0, list[Tensor]()
+        rows, start = x[order // K], 0
+        done: list[Tensor] = []
         for e, n in enumerate(torch.bincount(ids.view(-1), minlength=E).tolist()):
             if n == 0:
                 continue
@@ -477,11 +479,12 @@ class AppendsTwice(Listed):
         return torch.zeros_like(x).index_add(0, order // K, torch.cat(done)[: rows.shape[0]])
 
 
-@mutant("EmptyExpertAppendsOnes.forward calls append in a loop that skips iterations")
+@mutant("what surrounds the sum differs when some experts have no rows")
 class EmptyExpertAppendsOnes(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         order = ids.view(-1).argsort()
-        rows, bias, start, done = x[order // K], torch.zeros(D), 0, []
+        rows, bias, start = x[order // K], torch.zeros(D), 0
+        done: list[Tensor] = []
         for e, n in enumerate(torch.bincount(ids.view(-1), minlength=E).tolist()):
             if n == 0:
                 bias = bias + 1
