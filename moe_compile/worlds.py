@@ -72,21 +72,24 @@ def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Calla
     if expected.unclear is not None:
         raise Refusal(f"Python asks about {expected.unclear}, not shown to say which experts were chosen")
     number = expected.num_classes if main.classes is None else main.classes
-    if not expected.local:
-        raise Refusal("Python asks about an expert elsewhere than before its rows are added: others may see the answer")
-    for world in worlds(number, FEW):
+    few = FEW if expected.local else number
+    for world in worlds(number, few):
         if expected.covered and not world:
             continue
         found = survey(again(script=_script(expected, world)), distinct)
         _compare(expected, found, world, "some experts have no rows")
     if main.classes is not None:
-        _check_failure(expected, main, distinct, again)
+        _check_failure(expected, main, distinct, again, few)
     if main.sees_rows:
         found = survey(again(rows=1), distinct)
         _compare(expected, found, frozenset(range(number)), "an expert has one row")
+    if not expected.local:
+        raise Refusal("Python asks about an expert elsewhere than before its rows are added: others may see the answer")
 
 
-def _check_failure(expected: Survey, main: Capture, distinct: Sequence[int], again: Callable[..., Capture]) -> None:
+def _check_failure(
+    expected: Survey, main: Capture, distinct: Sequence[int], again: Callable[..., Capture], few: int
+) -> None:
     """Refuse a function whose visit to the last class is an error only in the world that was captured."""
     last = main.classes
     assert last is not None
@@ -101,7 +104,7 @@ def _check_failure(expected: Survey, main: Capture, distinct: Sequence[int], aga
     if seen.unclear is not None:
         raise Refusal(f"Python asks about {seen.unclear}, not shown to say which experts were chosen")
     fails(rows=1)
-    for world in worlds(last, FEW):
+    for world in worlds(last, few):
         fails(rows=SYMBOLIC, script=_script(seen, world | {last}))
 
 

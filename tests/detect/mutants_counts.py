@@ -266,10 +266,8 @@ class SkippedWhereAnotherIsEmpty(Listed):
         return out
 
 
-@mutant("Python asks about an expert elsewhere than before its rows are added: others may see the answer")
+@mutant("expert 0 adds something else when some experts have no rows")
 class HowManyAreActive(Listed):
-    """In a way that no world of a few experts shows."""
-
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         sizes = torch.bincount(ids.view(-1), minlength=E).cpu().numpy()
         order, active, start = ids.view(-1).argsort(), (sizes > 0).sum(), 0
@@ -283,10 +281,15 @@ class HowManyAreActive(Listed):
 
 @mutant("Python asks about an expert elsewhere than before its rows are added: others may see the answer")
 class HowManyMasksAreNotEmpty(Listed):
+    """In a way that no world of a few experts shows."""
+
+    def __init__(self) -> None:
+        super().__init__(num_experts=8)
+
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        active = sum(1 for e in range(E) if (ids == e).any())
-        out, scale = torch.zeros_like(x), 2.0 if active == 2 else 1.0
-        for e in range(E):
+        active = sum(1 for e in range(8) if (ids == e).any())
+        out, scale = torch.zeros_like(x), 2.0 if active == 5 else 1.0
+        for e in range(8):
             t, _ = torch.where(ids == e)
             out.index_add_(0, t, self.experts[e](x[t]) * scale)
         return out

@@ -231,7 +231,7 @@ class PreviousToken(Listed):
         return out
 
 
-@mutant("aten.unsqueeze at file.py is not known to be row-wise (it reads index)")
+@mutant("a tokengrid is used as a number")
 class TokenAsNumber(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)
