@@ -14,7 +14,7 @@ from moe_compile import worlds
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computing
 from moe_compile.detect.interpreter import Facts, Interpreter
-from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Region
+from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Region
 from moe_compile.errors import Refusal
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.python_state import Functions, check_effects, check_loops, reachable, unchanged
@@ -127,14 +127,26 @@ def _detect(found: Capture, distinct: Sequence[int]) -> tuple[DetectExperts, str
         return detect, report.refused[0][1]
     if not report.applied:
         assert detect.run is not None
-        return detect, _first_unknown(detect.run) or "nothing is summed over experts"
+        reason = _first_unknown(detect.run) or _other_mask(detect.run)
+        return detect, reason or "nothing is summed over experts"
     return detect, None
 
 
 def _form(region: Region, before: str) -> str:
     if region.total.terms[0].selection.expert is not None:
         return "loop"
+    if region.total.terms[0].selection.order == "dense":
+        return "dense"
     return "grouped" if "grouped_mm" in before else "batched"
+
+
+def _other_mask(run: Interpreter) -> str | None:
+    """Why rows that a loop selects are not those of an expert."""
+    for node, value in run.values.items():
+        if "moe_ep_capture" in str(node.target) and isinstance(value, Plain):
+            mask: Any = node.args[0]
+            return f"rows are selected by {mask.name}, which is not shown to say which ids are those of an expert"
+    return None
 
 
 def _first_unknown(run: Interpreter) -> str | None:

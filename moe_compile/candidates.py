@@ -2,7 +2,9 @@
 
 A candidate is a function called on a module that owns expert weights, and that itself touches them:
 stacked weights (at least three dimensions) that it names, several children that are such weights, or a list of like
-children that it loops over while it selects rows.  A function that only calls others is not one: the call inside is.
+children that it loops over while it selects rows; the module may be that list, and weights may be a child's or flat if
+it views them and loops.  Or it repeats tokens for a child that owns stacked weights, and sums.  A function that only
+calls others is not one: the call inside is.
 """
 
 import dis
@@ -20,6 +22,9 @@ SELECTS = frozenset(
     masked_select argsort sort bincount repeat_interleave scatter scatter_ stack einsum
 """.split()
 )
+
+REPEATS = frozenset(("repeat", "expand"))
+VIEWS = frozenset(("view", "reshape", "unflatten"))
 
 _answers: "weakref.WeakKeyDictionary[nn.Module, dict[types.CodeType, bool]]" = weakref.WeakKeyDictionary()
 
@@ -39,10 +44,15 @@ def _decide(fn: types.FunctionType, module: nn.Module) -> bool:
         return True
     if names & SELECTS and len({n for n, child in module._modules.items() if n in names and _is_stack(child)}) > 1:
         return True
-    lists = {
-        n for n, child in module._modules.items() if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and _like(child)
-    }
-    if not lists & names or "FOR_ITER" not in opcodes:
+    if names & REPEATS and "sum" in names and _child_is_stacked(module, names):
+        return True
+    if "FOR_ITER" not in opcodes:
+        return False
+    if _is_list(module):
+        return bool(names & SELECTS) or "COMPARE_OP" in opcodes
+    if names & VIEWS and names & SELECTS and _names_flat(module, names):
+        return True
+    if not names & {n for n, child in module._modules.items() if child is not None and _is_list(child)}:
         return False
     return bool(names & SELECTS) or "STORE_SUBSCR" in opcodes or ("COMPARE_OP" in opcodes and "sum" in names)
 
@@ -51,6 +61,22 @@ def _is_stack(child: nn.Module | None) -> bool:
     """Whether a module is one weight for all experts and no more: a product for each."""
     parameters = list(child._parameters.values()) if child is not None else []
     return bool(parameters) and all(p is not None and p.dim() == 3 and p.shape[0] > 1 for p in parameters)
+
+
+def _child_is_stacked(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether a child is named that holds stacked weights."""
+    children = [child for n, child in module._modules.items() if child is not None and n in names]
+    return any(p is not None and p.dim() >= 3 and p.shape[0] > 1 for m in children for p in m._parameters.values())
+
+
+def _names_flat(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether weights of its own or of a child are named that could be those of all experts, one under the other."""
+    owners = [module, *(child for n, child in module._modules.items() if child is not None and n in names)]
+    return any(n in names and p is not None and p.dim() >= 2 for m in owners for n, p in m._parameters.items())
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and _like(module)
 
 
 @functools.cache
@@ -64,5 +90,5 @@ def _looks(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
 
 def _like(children: nn.Module) -> bool:
     """Whether there are several children with parameters, all of one class."""
-    found = [c for c in children.children()]
-    return len(found) > 1 and len({type(c) for c in found}) == 1 and any(True for _ in found[0].parameters())
+    found = [c for c in children.children() if any(True for _ in c.parameters())]
+    return len(found) > 1 and len({type(c) for c in found}) == 1

@@ -131,6 +131,8 @@ class Answers(TorchFunctionMode):
             self.counted.append(args[0])
             self.sees_rows = True
             return self._rows("count", args[0])
+        if func is torch.Tensor.__format__:
+            return _formatted(*args)
         if func in _HOOKS:
             raise Refusal("it puts a hook on a tensor, which a trace would lose")
         if func is torch.Tensor.__len__ and not isinstance(self.rows, int) and _has_rows(args[0].shape, self.rows):
@@ -271,6 +273,15 @@ def _has_mask(index: Any) -> bool:
 
 def _unknown(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) and tensor.constant is None
+
+
+def _formatted(tensor: Tensor, spec: str) -> str:
+    """f"expert_{e}" of an expert's number; any other text has data in it."""
+    known = tensor.constant if isinstance(tensor, FakeTensor) else None
+    if known is None or tensor.dim():
+        raise Refusal("Python makes a text of a tensor")
+    with _disable_current_modes():
+        return format(known.item(), spec)
 
 
 def _has_rows(result: Any, rows: Any) -> bool:

@@ -214,7 +214,11 @@ def _from_topk(node: torch.fx.Node) -> bool:
     """Whether a value of Dynamo's graph is the indices of a topk, which are distinct in a row."""
     same = ("to", "long", "int", "detach", "clone", "contiguous")
     while node.op == "call_method" and node.target in same and isinstance(node.args[0], torch.fx.Node):
+        if _changed_in_place(node):
+            return False
         node = node.args[0]
+    if _changed_in_place(node):
+        return False
     source = node.args[0] if node.args else None
     if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem:
         return False
@@ -222,6 +226,30 @@ def _from_topk(node: torch.fx.Node) -> bool:
     dim, ids = source.kwargs.get("dim", source.args[2] if len(source.args) > 2 else -1), node.meta.get("example_value")
     in_rows = dim == -1 or (isinstance(ids, Tensor) and dim == ids.dim() - 1)
     return bool(node.args[1] == 1 and topk and in_rows)
+
+
+def _changed_in_place(node: torch.fx.Node) -> bool:
+    """Whether anything before this call wrote to the value's memory, under whatever name."""
+    fake = node.meta.get("example_value")
+    if not isinstance(fake, Tensor):
+        return True
+    return fake._version != 0 if not fake.is_inference() else _written(node, fake)
+
+
+def _written(node: torch.fx.Node, fake: Tensor) -> bool:
+    """The same of a tensor of inference mode, which counts no versions: by what the graph does."""
+    storage = fake.untyped_storage()._cdata
+    for n in node.graph.nodes:
+        name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
+        inplace = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or "out" in n.kwargs
+        for a in (*n.args[:1], n.kwargs.get("out")):
+            other = a.meta.get("example_value") if inplace and isinstance(a, torch.fx.Node) else None
+            if isinstance(other, Tensor) and other.untyped_storage()._cdata == storage:
+                return True
+    return False
+
+
+_IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i")) | {"setitem", "__setitem__"}
 
 
 @contextlib.contextmanager

@@ -18,14 +18,15 @@ Refuses    whatever the interpreter (moe_compile/detect) cannot prove, with the 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect import counts, dense, rows, selection, sorted_rows, sums
+from moe_compile.detect import counts, dense, every, pairs, rows, selection, sorted_rows, sums
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
 from moe_compile.detect.values import Region
-from moe_compile.region import Body, Leaf, experts
+from moe_compile.region import Body, Expr, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
 
 aten = torch.ops.aten
@@ -33,7 +34,9 @@ aten = torch.ops.aten
 
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
-    tables = (counts.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, sums.RULES, rows.RULES)
+    tables = (
+        counts.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES, sums.RULES, rows.RULES,
+    )  # fmt: skip
     ops = {op for table in tables for op in table}
     found = {op: tuple(rule for table in tables for rule in table.get(op, ())) for op in ops}
     return _WithSlices({op: (*found[op], rows.on_slices) for op in ops})
@@ -79,25 +82,14 @@ class DetectExperts(RewritePass[Found]):
     def rewrite(self, graph: Graph, found: Found) -> None:
         region, site = found.region, found.site
         assert region is not None
-        body = Body(region.families)
-        module = body.build(region.body)
-        owner = graph.owning_module
-        name = next(n for i in range(len(graph.nodes)) if not hasattr(owner, n := f"experts_body_{i}"))
-        setattr(owner, name, module)
         with graph.inserting_before(site):
             ids = _ids(graph, region, site)
-            args = (
-                ids,
-                [leaf.node for leaf in body.inputs["token"]],
-                [_pairs(graph, leaf, ids, region, site) for leaf in body.inputs["pair"]],
-                [region.families.get(leaf, leaf.node) for leaf in body.inputs["param"]],
-                [leaf.node for leaf in body.inputs["shared"]],
-                graph.get_attr(name),
-                region.num_experts,
-                region.num_classes,
-            )
+            node = _experts(graph, region, site, ids, region.body, 0, region.num_experts, region.num_classes)
+            if region.tail is not None:
+                last, body = region.tail
+                rest = _experts(graph, region, site, ids, body, region.num_experts, last, None)
+                node = emit(graph, aten.add.Tensor, node, rest, like=site, val=site.meta["val"])
             start = region.total.start
-            node = emit(graph, experts, *args, like=site, val=site.meta["val"])
             if start.kind == "known":
                 node = emit(graph, aten.add.Tensor, start.node, node, like=site, val=site.meta["val"])
         site.replace_all_uses_with(node)
@@ -112,6 +104,40 @@ class DetectExperts(RewritePass[Found]):
             _drop_idle_grad_modes(gm.graph)
             gm.recompile()
         return report
+
+
+def _experts(
+    graph: Graph, region: Region, site: Node, ids: Node, root: Expr, first: int, last: int, num_classes: int | None
+) -> Node:
+    """The experts `first` to `last`, without the latter."""
+    body = Body(region.families)
+    module = body.build(root)
+    owner = graph.owning_module
+    name = next(n for i in range(len(graph.nodes)) if not hasattr(owner, n := f"experts_body_{i}"))
+    setattr(owner, name, module)
+    pairs = [_pairs(graph, leaf, ids, region, site) for leaf in body.inputs["pair"]]
+    if first:
+        ids = emit(graph, aten.sub.Tensor, emit(graph, aten.to.dtype, ids, torch.int64, like=site), first, like=site)
+    args = (
+        ids,
+        [leaf.node for leaf in body.inputs["token"]],
+        pairs,
+        [_params(graph, leaf, region, site) for leaf in body.inputs["param"]],
+        [leaf.node for leaf in body.inputs["shared"]],
+        graph.get_attr(name),
+        last - first,
+        num_classes,
+    )
+    return emit(graph, experts, *args, like=site, val=site.meta["val"])
+
+
+def _params(graph: Graph, leaf: Leaf, region: Region, site: Node) -> Any:
+    """The leaf's value for every expert: a stack, or as many nodes."""
+    if leaf in region.families:
+        return region.families[leaf]
+    if leaf.node.meta["val"].shape[0] == region.num_experts:
+        return leaf.node
+    return emit(graph, aten.slice.Tensor, leaf.node, 0, 0, region.num_experts, like=site)
 
 
 def _drop_idle_grad_modes(graph: Graph) -> None:

@@ -68,6 +68,8 @@ def _write(graph: Graph, node: Node) -> Node:
 
         if num_classes is not None:
             ids = call(moe_ep.check_ids.default, ids, num_classes)
+        if not params:
+            return _without_weights(graph, node, ids)
         first = tokens[0] if tokens else pairs[0]
         assert isinstance(first, Node)
         flat_first = _flat(call, first, 2)
@@ -111,6 +113,39 @@ def _write(graph: Graph, node: Node) -> Node:
             out = call(aten.reshape.default, out, [-1, *shape])
         dtype = value(node).dtype
         return out if value(out).dtype == dtype else call(aten.to.dtype, out, dtype)
+
+
+def _without_weights(graph: Graph, node: Node, ids: Node) -> Node:
+    """Experts that hold nothing, as those that pass tokens on: the body on every pair, zero where it is not chosen.
+
+    There are no groups to gather rows for; row-wise ops and a sum are one pass over the tokens when compiled.
+    """
+    _, tokens, pairs, _, shared, body_attr, num_experts, _ = node.args
+    body = getattr(graph.owning_module, str(body_attr.target))  # type: ignore[union-attr]
+    top_k = value(ids).shape[1]
+
+    def call(target, *args):  # type: ignore[no-untyped-def]
+        return emit(graph, target, *args, like=node)
+
+    env = Batcher(graph, node, ids, lambda: ids)
+    inputs = iter(body.graph.find_nodes(op="placeholder"))
+    for x in tokens:  # type: ignore[union-attr]
+        sizes = value(x).shape[1:]  # type: ignore[arg-type]
+        grid = call(aten.expand.default, call(aten.unsqueeze.default, x, 1), [-1, top_k, *[-1] * len(sizes)])
+        env.env[next(inputs)] = Batched("row", call(aten.reshape.default, grid, [-1, *sizes]))
+    for w in pairs:  # type: ignore[union-attr]
+        env.env[next(inputs)] = Batched("row", call(aten.reshape.default, w, [-1, *value(w).shape[2:]]))  # type: ignore[arg-type]
+    for s in shared:  # type: ignore[union-attr]
+        env.env[next(inputs)] = Batched("shared", s)  # type: ignore[arg-type]
+    y = env.run(body.graph)
+    y = call(aten.reshape.default, y, [-1, top_k, *value(y).shape[1:]])
+    dtype = value(node).dtype
+    chosen = call(aten.logical_and.default, call(aten.ge.Scalar, ids, 0), call(aten.lt.Scalar, ids, num_experts))
+    chosen = call(aten.reshape.default, chosen, [-1, top_k, *[1] * (value(y).dim() - 2)])
+    y = call(aten.where.ScalarOther, chosen, y, 0)
+    wide = torch.promote_types(dtype, torch.float32)
+    total = call(aten.sum.dim_IntList, y if value(y).dtype == wide else call(aten.to.dtype, y, wide), [1])
+    return total if wide == dtype else call(aten.to.dtype, total, dtype)
 
 
 def _flat(call, node: Node, rank: int) -> Node:  # type: ignore[no-untyped-def]

@@ -4,10 +4,12 @@ import copy
 import operator
 import pickle
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
@@ -22,6 +24,7 @@ from tests.tiny import (
     K,
     Net,
     Separate,
+    T,
     check_same,
     close,
     compiled,
@@ -964,3 +967,48 @@ def test_only_a_topk_along_the_rows_gives_distinct_ids(dim: int, distinct: bool)
     ids = graph.call_function(operator.getitem, (graph.call_function(torch.topk, (scores, 2), {"dim": dim}), 1))
     ids.meta["example_value"] = torch.zeros(3, 2, dtype=torch.int64)
     assert dynamo_hook._from_topk(ids) is distinct
+
+
+class LastOfTwo(Experts):
+    """Keeps one of two equal tokens, and so needs ids that are distinct."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            t, k = torch.where(ids == e)
+            gate, up = F.linear(x[t], self.w13[e]).chunk(2, -1)
+            out[t] = out[t] + F.linear(F.silu(gate) * up, self.w2[e]) * weights[t, k, None]
+        return out
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
+    "in place": lambda ids: ids.clamp_(max=1),
+    "through a view": lambda ids: ids.view(-1).clamp_(max=1),
+    "by assignment": lambda ids: ids.__setitem__(slice(None), 0),
+    "by out": lambda ids: torch.clamp(ids, max=1, out=ids),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", IN_PLACE)
+def test_ids_of_a_topk_that_were_changed_are_not_distinct(how: str, mode: Any) -> None:
+    class Changed(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            weights, ids = torch.topk(self.router(x).softmax(-1), self.top_k)
+            IN_PLACE[how](ids)
+            return self.experts(x, ids, weights)
+
+    model = Changed(LastOfTwo())
+    reference, x = original(model), torch.randn(T, D)
+    with mode(), regions() as found:
+        assert torch.equal(compiled(model)(x), reference(x))
+    assert [r.matched for r in found] == [False]
+    assert found[0].reason is not None and "not shown to be distinct" in found[0].reason
+
+
+def test_ids_of_a_topk_are_distinct() -> None:
+    model = Block(LastOfTwo())
+    reference = original(model)
+    with regions() as found:
+        check_same(compiled(model), reference, model, reference, torch.randn(T, D))
+    matched(found, 1)

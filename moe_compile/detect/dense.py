@@ -11,7 +11,7 @@ What is multiplied by zero is not computed any more: an infinity or NaN there do
 """
 
 import collections
-import sys
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,12 +20,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of, op_of, storages
+from moe_compile.detect.rows import whole_slice
 from moe_compile.detect.selection import INTEGERS, equal_sizes, not_distinct, same_size
 from moe_compile.detect.values import (
     Buffer,
     DenseSum,
     DenseTerm,
     DenseWeight,
+    Infinite,
     MaskedWeights,
     Plain,
     Rows,
@@ -46,9 +48,10 @@ aten = torch.ops.aten
 
 
 def scatter(call: Call) -> Value | None:
-    """zeros(T, E).scatter(1, ids, weights): zero but for the chosen experts."""
+    """zeros(T, E).scatter(1, ids, weights): zero, or minus infinity, but for the chosen experts."""
     start, dim, ids, source = (call.arg(i) for i in range(4))
-    if not (isinstance(start, Buffer) and start.kind == "zero" and isinstance(ids, Plain)) or len(call.args) != 4:
+    zero, fill = isinstance(start, Buffer) and start.kind == "zero", -math.inf if isinstance(start, Infinite) else 0.0
+    if not (zero or (fill and "add" not in call.op)) or not isinstance(ids, Plain) or len(call.args) != 4:
         return None
     val, index = call.val(), call.val(ids.node)
     if call.kwargs or index.dim() != 2 or val.dim() != 2 or dim not in (1, -1) or index.dtype not in INTEGERS:
@@ -57,12 +60,12 @@ def scatter(call: Call) -> Value | None:
         return None
     if not isinstance(val.shape[1], int) or not equal_sizes(call.run, val.shape[:1], index.shape[:1]):
         return None
-    return Spread(call.node, ids.node, (0, "e"))
+    return Spread(call.node, ids.node, (0, "e"), fill)
 
 
 def keeps_zeros(call: Call) -> Value | None:
     """A table times something, over something, or in another dtype: still zero where it was."""
-    found = [(i, v) for i, v in enumerate(call.args[:2]) if isinstance(v, Spread)]
+    found = [(i, v) for i, v in enumerate(call.args[:2]) if isinstance(v, Spread) and v.fill == 0]
     if len(found) != 1 or not isinstance(call.val(), Tensor) or call.op.endswith("_"):
         return None
     (i, table), other = found[0], call.arg(1 - found[0][0])
@@ -90,16 +93,17 @@ def shape(call: Call) -> Value | None:
     rank, dims = len(value.dims), value.dims
     if call.op == "unsqueeze" and isinstance(dim := call.number(1), int):
         dim %= rank + 1
-        return Spread(value.node, value.ids, (*dims[:dim], "one", *dims[dim:]))
+        return Spread(value.node, value.ids, (*dims[:dim], "one", *dims[dim:]), value.fill)
     if call.op in ("t", "transpose", "permute") and rank == 2:
         swapped = call.op != "permute" or list(call.arg(1)) == [1, 0]
-        return Spread(value.node, value.ids, dims[::-1] if swapped else dims)
+        return Spread(value.node, value.ids, dims[::-1] if swapped else dims, value.fill)
+    if value.fill != 0:
+        return None
     if call.op == "select" and isinstance(dim := call.number(1), int) and dims[dim] == "e":
         e = call.number(2)
         return weight_of(call, value, e) if isinstance(e, int) and dims in ((0, "e"), ("e", 0)) else None
     if call.op == "slice" and call.number(1, "dim", 0) % rank == 0:  # [:]
-        whole = call.number(2) in (None, 0) and call.number(3) in (None, sys.maxsize) and len(call.args) < 5
-        return value if whole else None
+        return value if whole_slice(call) else None
     if call.op == "slice" and dims == (0, "e") and call.number(1) in (1, -1):
         e, stop = call.number(2), call.number(3)
         one = type(e) is int and e >= 0 and stop == e + 1 and call.number(4, "step", 1) == 1
@@ -115,7 +119,7 @@ def weight_of(call: Call, table: Spread, expert: int) -> DenseWeight:
 def split(call: Call) -> Value | None:
     """table.unbind(1)."""
     value = call.arg(0)
-    if not isinstance(value, Spread) or value.dims not in ((0, "e"), ("e", 0)):
+    if not isinstance(value, Spread) or value.fill != 0 or value.dims not in ((0, "e"), ("e", 0)):
         return None
     if value.dims[call.number(1, "dim", 0)] != "e":
         return None
@@ -185,7 +189,7 @@ def weigh_stack(call: Call) -> Value | None:
         many, table = call.arg(i), call.arg(1 - i)
         if isinstance(many, Stacked) and isinstance(table, Spread) and many.table is None:
             wanted = (0, "e", "one") if many.dim == 1 else ("e", 0, "one")
-            fits = table.dims == wanted and len(many.nodes) == call.val(table.node).shape[1]
+            fits = table.dims == wanted and table.fill == 0 and len(many.nodes) == call.val(table.node).shape[1]
             return Stacked(many.nodes, many.dim, table, call.node) if fits else None
     return None
 
@@ -212,7 +216,11 @@ def einsum(call: Call) -> Value | None:
     for i in (0, 1):
         table, many = operands[i], operands[1 - i]
         if not (
-            isinstance(table, Spread) and isinstance(many, Stacked) and many.table is None and len(table.dims) == 2
+            isinstance(table, Spread)
+            and isinstance(many, Stacked)
+            and many.table is None
+            and len(table.dims) == 2
+            and table.fill == 0
         ):
             continue
         a, b = terms[i], terms[1 - i]
@@ -239,7 +247,7 @@ def gather(run: Interpreter, node: Node, total: DenseSum) -> Sum | Unknown:
         return Unknown("the experts of a dense sum are weighed by different ids")
     if any(t.weight.role == "column" for t in total.terms) and (repeated := not_distinct(run, ids)):
         return Unknown(f"a token that chose an expert twice has one entry in the table of weights: {repeated}")
-    needed = [_ancestors(t.value) for t in total.terms]
+    needed = [ancestors(t.value) for t in total.terms]
     times = collections.Counter(n for mine in needed for n in mine)
     inside = [{n for n in mine if times[n] == 1} for mine in needed]
     span = {n for own in inside for n in own}
@@ -312,7 +320,7 @@ class _Rows:
         return value
 
 
-def _ancestors(node: Node) -> set[Node]:
+def ancestors(node: Node) -> set[Node]:
     found: set[Node] = set()
     stack = [node]
     while stack:

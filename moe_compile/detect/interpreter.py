@@ -192,7 +192,7 @@ class Interpreter:
                     return self._no_grad_check(node, result)
             if not any(isinstance(v, Sum | DenseSum | Dense | Filled) for v in values):
                 break
-        if folded := self._fold(node, call):
+        if folded := self.fold(node, call):
             return folded
         if all(v.plain for v in values):
             return Plain(node)
@@ -228,7 +228,7 @@ class Interpreter:
             return Unknown(f"{name_of(node)} runs in an autocast region of its own")
         return value
 
-    def _fold(self, node: Node, call: Call) -> Value | None:
+    def fold(self, node: Node, call: Call) -> Constant | None:
         """A call on constants alone is a constant."""
         inputs = [v for v in tree_leaves([call.args, call.kwargs]) if isinstance(v, Value | torch.SymInt)]
         val = node.meta.get("val")

@@ -4,6 +4,7 @@ One line of a table says it for one ATen op.  An op without a line is a refusal 
 """
 
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -177,6 +178,8 @@ def along(call: Call) -> Value | None:
     rank += op == "unsqueeze"
     if dims is None or dims == []:
         return Unknown(f"{op} reduces over all rows")
+    if op == "slice" and dims % rank == 0 and whole_slice(call):
+        return call.arg(0)
     if any(d % rank == 0 for d in (dims if isinstance(dims, list) else [dims])):
         return Unknown(f"{op} along dimension 0 lets rows depend on each other")
     args = operands(call, selection)
@@ -188,6 +191,11 @@ def along(call: Call) -> Value | None:
     if bad := unknown(args) or _kwargs_unknown(call):
         return bad
     return _spread(call, selection, call.run.expr(call, call.node.target, args, call.kwargs))
+
+
+def whole_slice(call: Call) -> bool:
+    """x[:]"""
+    return call.number(2) in (None, 0) and call.number(3) in (None, sys.maxsize) and call.number(4, "step", 1) == 1
 
 
 def _spread(call: Call, selection: Selection, expr: Expr) -> Value:
@@ -322,17 +330,22 @@ def batched_matmul(call: Call) -> Value | None:
     run, (a, b), val = call.run, args, call.val()
     if not all(isinstance(v, Rows) for v in call.args):
         return Unknown("bmm of rows with a value that has none")
-    if a.level == "param" and b.level == "row" and _unsqueezed(b, (2, -1)):
-        product = run.expr(call, aten.linear.default, [b.args[0], a], val=val.select(2, 0))
+    if a.level == "param" and b.level == "row" and (x := _squeezed(call, b, 2)) is not None:
+        product = run.expr(call, aten.linear.default, [x, a], val=val.select(2, 0))
         return result(call, selection, run.expr(call, aten.unsqueeze.default, [product, 2]))
-    if b.level == "param" and a.level == "row" and _unsqueezed(a, (1, -2)):
-        product = run.expr(call, aten.matmul.default, [a.args[0], b], val=val.select(1, 0))
+    if b.level == "param" and a.level == "row" and (x := _squeezed(call, a, 1)) is not None:
+        product = run.expr(call, aten.matmul.default, [x, b], val=val.select(1, 0))
         return result(call, selection, run.expr(call, aten.unsqueeze.default, [product, 1]))
     return Unknown("bmm of two row-wise values")
 
 
-def _unsqueezed(expr: Expr, dims: tuple[int, ...]) -> bool:
-    return expr.target is aten.unsqueeze.default and expr.args[1] in dims
+def _squeezed(call: Call, expr: Expr, dim: int) -> Expr | None:
+    """The value [R, D] behind one of [R, 1, D] or [R, D, 1]."""
+    if expr.val.dim() != 3 or not _is_one(expr.val.shape[dim]):
+        return None
+    if expr.target is aten.unsqueeze.default and expr.args[1] in (dim, dim - 3):
+        return expr.args[0]  # type: ignore[no-any-return]
+    return call.run.table.call(aten.select.int, (expr, dim, 0), {}, expr.val.select(dim, 0))
 
 
 def dropout(call: Call) -> Value | None:

@@ -167,6 +167,10 @@ def squeeze(call: Call) -> Value | None:
         dims = [call.number(1)] if len(call.args) > 1 and call.number(1) is not None else []
         dims = dims[0] if dims and isinstance(dims[0], list) else dims
         drop = {d % len(value.dims) for d in dims}
+        sizes = call.val(call.node.args[0]).shape
+        drop = {d for d in drop if not (isinstance(sizes[d], int) and sizes[d] != 1)}  # nothing happens to those
+        if dims and not drop:
+            return value
         if drop and all(value.dims[d] == "one" for d in drop):
             return _with(value, dims=tuple(n for i, n in enumerate(value.dims) if i not in drop))
     if isinstance(value, Index) and isinstance(value.dim, tuple) and len(value.dim) == 1:

@@ -162,7 +162,7 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
         if isinstance(gathered, Unknown):
             return gathered
         total = gathered
-    first = total.terms[0].selection
+    first, tail = total.terms[0].selection, None
     if any(
         (t.selection.ids, t.selection.classes, t.selection.per) != (first.ids, first.classes, first.per)
         for t in total.terms
@@ -179,17 +179,23 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
         if sorted(experts) != list(range(len(experts))):
             return Unknown(f"the loop visits experts {_short(experts)}, not each of 0..{len(experts) - 1} once")
         bodies = [t.expr for t in sorted(total.terms, key=lambda t: t.selection.expert or 0)]
+        bodies, tail = without_tail(bodies)
         merged = unify(bodies)
         if isinstance(merged, Unknown):
             return merged
         body, families = bodies[0], merged
+        experts = experts[: len(bodies)]
         if first.per == "token" and (repeated := not_distinct(run, first.ids)):
             return Unknown(f"a token that chose an expert twice counts once: {repeated}")
     leaves = _leaves(body)
+    if tail is not None:
+        leaves = list({id(leaf): leaf for leaf in [*leaves, *_leaves(tail[1])]}.values())
+        if tail[1].val.dtype != body.val.dtype or tail[1].val.shape[1:] != body.val.shape[1:]:
+            return Unknown(f"expert {len(experts or [])} differs from expert 0 in its result's dtype or shape")
     stacks = {leaf.node: leaf.node.meta["val"].shape[0] for leaf in leaves if leaf.role == "slice"}
     number = len(experts) if experts is not None else next(iter(stacks.values()), 0)
     for stack, size in stacks.items():
-        if size != number:
+        if size != number and not (tail and size > number):
             return Unknown(f"{number} experts are used, {stack.name} holds {size}")
     if not number or not (stacks or families):
         return Unknown("no weight belongs to an expert")
@@ -213,7 +219,7 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
         return Unknown(f"the sum is {shapes[0]}, its terms are {shapes[1]}, the expert ids are {shapes[2]}")
     if experts is not None:
         classes = first.classes if run.facts.classes is None else run.facts.classes
-        return Region(total, first.ids, number, classes, "number", body, families)
+        return Region(total, first.ids, number, classes, "number", body, families, tail)
     reads = how_weights_are_read(run, first.ids, number, body)
     if isinstance(reads, Unknown):
         return reads
@@ -282,6 +288,15 @@ def unmarked(run: Interpreter, root: Expr) -> Expr:
         return made[id(arg)]
 
     return rebuilt(root) if _marks(root) else root
+
+
+def without_tail(bodies: list[Expr]) -> tuple[list[Expr], tuple[int, Expr] | None]:
+    """The experts before the last ones that are all one function without weights, as of tokens passed on; and these."""
+    last = bodies[-1]
+    first = next(i for i, body in enumerate(bodies) if all(b is last for b in bodies[i:]))
+    if not first or not all(leaf.role in BY_TOKEN for leaf in _leaves(last)):
+        return bodies, None
+    return bodies[:first], (len(bodies), last)
 
 
 def unify(bodies: list[Expr]) -> "dict[Expr, list[Node]] | Unknown":

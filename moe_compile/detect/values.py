@@ -297,11 +297,20 @@ class Dense(Value):
 
 @dataclass(frozen=True)
 class Spread(Dense):
-    """A table [T, E] (its dimensions in the order `dims`) that is zero but at (t, ids[t, k])."""
+    """A table [T, E] (its dimensions in the order `dims`, "et" for both in one) that is zero but at (t, ids[t, k]).
+
+    fill: what it is there, if not zero: minus infinity.
+    """
 
     node: Node
     ids: Node
     dims: tuple[Dim, ...]
+    fill: float = 0.0
+
+
+@dataclass(frozen=True)
+class Infinite(Dense):
+    """A tensor of minus infinity."""
 
 
 @dataclass(frozen=True)
@@ -342,6 +351,41 @@ class Stacked(Dense):
     dim: int
     table: Spread | None = None
     node: Node | None = None
+
+
+@dataclass(frozen=True)
+class Every(Dense):
+    """What every expert makes of every token, [num, T, ...], or [num * T, ...] if `flat`; `expr`: of a row.
+
+    ids: it is zero for the experts that a token did not choose by them; None if that is not shown.
+    """
+
+    expr: Expr
+    num: int
+    flat: bool
+    ids: Node | None = None
+
+
+@dataclass(frozen=True)
+class Chosen(Dense):
+    """Of the results `nodes` of all experts on all tokens those of `ids`, [T, K, D]; `node`: times `weights` [T, K]."""
+
+    nodes: tuple[Node, ...]
+    ids: Node
+    weights: Node | None = None
+    node: Node | None = None
+
+
+@dataclass(frozen=True)
+class Positions(Dense):
+    """0, 1, ... ("all"), as a "column" [T, 1], as a "grid" [T, K] of like columns; "pairs": each number K times."""
+
+    shape: str
+    top_k: int = 1
+    known: "Constant | None" = None
+
+    def otherwise(self, node: Node) -> Value:
+        return self.known or Plain(node)
 
 
 @dataclass(frozen=True)
@@ -392,4 +436,5 @@ class Region(Value):
     reads: Any  # how ids choose weights: "number"; "index", from the end if negative; limits (low, high)
     body: Expr
     families: dict[Expr, list[Node]] = field(repr=False)
+    tail: tuple[int, Expr] | None = None  # ids in [num_experts, tail[0]) run tail[1], which holds nothing of an expert
     plain = True

@@ -113,12 +113,6 @@ class TensorHook(Listed):
         return y
 
 
-@mutant("expert 3 differs from expert 0: token x where that has aten.linear")
-class BranchOnIndex(Listed):
-    def run(self, e: int, x: Tensor) -> Tensor:
-        return self.experts[e](x) if e < 3 else x
-
-
 @mutant("expert 1 differs from expert 0: aten.linear where that has token x")
 class BranchOnNumber(Listed):
     def __init__(self) -> None:

@@ -139,7 +139,7 @@ class NoGradInside(Listed):
         return self.experts[e](x) + y
 
 
-@mutant("nothing is summed over experts")
+@mutant("rows are selected by and_1, which is not shown to say which ids are those of an expert")
 class SecondChoiceOnly(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)

@@ -281,7 +281,7 @@ class VisitsTwice(Listed):
         return out
 
 
-@mutant("nothing is summed over experts")
+@mutant("rows are selected by eq, which is not shown to say which ids are those of an expert")
 class FloatIds(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return super().forward(x, ids.float() * 0.75, weights)

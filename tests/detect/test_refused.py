@@ -14,8 +14,11 @@ from tests.detect import (  # noqa: F401
     mutants_counts,
     mutants_decisions,
     mutants_dense,
+    mutants_every,
     mutants_families,
+    mutants_forms,
     mutants_outside,
+    mutants_pairs,
     mutants_rows,
     mutants_sorted,
 )

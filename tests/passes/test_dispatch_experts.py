@@ -103,3 +103,44 @@ DispatchExperts: 1 applied, 0 refused
 DispatchExperts: 0 applied, 1 refused
   - experts: no rule for aten.lerp.Tensor on rows and expert weights""",
         )
+
+    def test_experts_without_weights_are_not_grouped(self):
+        class Idle(Stacked):
+            def loop(self, x, ids, weights):
+                out = torch.zeros_like(x)
+                for e in range(3):
+                    t, k = torch.where(ids == e)
+                    y = torch.relu(x[t] @ self.up[0].T) @ self.down[0].T if not e else torch.relu(x[t])
+                    out.index_add_(0, t, y * weights[t, k, None])
+                return out
+
+        module, (x, _, weights) = Idle(3), inputs()
+        args = x, torch.tensor([[0, 1], [2, 1], [2, 7], [-1, 0], [1, 0]]), weights
+        gm, _ = detected(module, Idle.loop, *args)
+        report = DispatchExperts()(gm)
+        self.assertExpectedInline(
+            str(report),
+            """\
+DispatchExperts: 2 applied, 0 refused
+  + experts
+  + experts_1""",
+        )
+        written = graph_text(gm.graph)
+        assert written.count("moe_ep.dispatch(") == 1
+        self.assertExpectedInline(
+            "\n".join(written.splitlines()[-12:]),
+            """\
+reshape_default_2: f32[10, 1] = aten.reshape(unsqueeze, [-1, 1])
+relu_default_1: f32[10, 4] = aten.relu(reshape_default_1)
+mul_tensor_1: f32[10, 4] = aten.mul(relu_default_1, reshape_default_2)
+reshape_default_3: f32[5, 2, 4] = aten.reshape(mul_tensor_1, [-1, 2, 4])
+ge_scalar: b8[5, 2] = aten.ge.Scalar(sub_tensor, 0)
+lt_scalar: b8[5, 2] = aten.lt.Scalar(sub_tensor, 2)
+logical_and_default: b8[5, 2] = aten.logical_and(ge_scalar, lt_scalar)
+reshape_default_4: b8[5, 2, 1] = aten.reshape(logical_and_default, [-1, 2, 1])
+where_scalar_other: f32[5, 2, 4] = aten.where.ScalarOther(reshape_default_4, reshape_default_3, 0)
+sum_dim_int_list: f32[5, 4] = aten.sum.dim_IntList(where_scalar_other, [1])
+add_tensor: f32[5, 4] = aten.add(combine_default, sum_dim_int_list)
+return [add_tensor]""",
+        )
+        self.parity(gm, module, Idle.loop, args)
