@@ -11,6 +11,7 @@ from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not
 from moe_compile.detect.values import (
     Buffer,
     DenseSum,
+    Each,
     PairGrid,
     Plain,
     Region,
@@ -175,13 +176,16 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
         body, families = total.terms[0].expr, {}
         experts = None
     else:
-        experts = [t.selection.expert for t in total.terms if t.selection.expert is not None]
+        terms = sorted(total.terms, key=lambda t: _numbers(t)[0])
+        experts = [e for t in total.terms for e in _numbers(t)]
         if sorted(experts) != list(range(len(experts))):
             return Unknown(f"the loop visits experts {_short(experts)}, not each of 0..{len(experts) - 1} once")
-        bodies = [t.expr for t in sorted(total.terms, key=lambda t: t.selection.expert or 0)]
+        bodies = [t.expr for t in terms]
         merged = unify(bodies)
         if isinstance(merged, Unknown):
             return merged
+        if merged and len(bodies) < len(experts):
+            return Unknown("experts that are visited together share a weight that others do not")
         body, families = bodies[0], merged
         if first.per == "token" and (repeated := not_distinct(run, first.ids)):
             return Unknown(f"a token that chose an expert twice counts once: {repeated}")
@@ -219,6 +223,13 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
         return reads
     masked = bool(_marks(body))
     return Region(total, first.ids, number, None if masked else number, reads, unmarked(run, body), families)
+
+
+def _numbers(term: Rows) -> tuple[int, ...]:
+    """The experts of a term."""
+    expert = term.selection.expert
+    assert expert is not None
+    return expert.numbers if isinstance(expert, Each) else (expert,)
 
 
 def how_weights_are_read(run: Interpreter, ids: Node, number: int, body: Expr) -> Any:

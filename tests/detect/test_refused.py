@@ -15,6 +15,7 @@ from tests.detect import (  # noqa: F401
     mutants_decisions,
     mutants_dense,
     mutants_families,
+    mutants_index,
     mutants_outside,
     mutants_rows,
     mutants_sorted,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moe_compile.errors import Refusal
-from tests.detect import idioms_counts, idioms_dense, idioms_sorted, mutants_families  # noqa: F401  their idioms
+from tests.detect import idioms_counts, idioms_dense, idioms_sorted, mutants_families, mutants_index  # noqa: F401  their idioms
 from tests.detect.idioms import EXPERTS
 from tests.detect.loops import (
     IDIOMS,
