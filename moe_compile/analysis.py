@@ -1,8 +1,10 @@
 """From a function to a proven region graph: capture it, detect its experts, discharge the trace's obligations."""
 
+import contextlib
 import functools
+import logging
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +14,15 @@ from torch.fx import GraphModule
 
 from moe_compile import worlds
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
-from moe_compile.cost import computing
+from moe_compile.cost import computes
 from moe_compile.detect.interpreter import Facts, Interpreter
 from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Region
 from moe_compile.errors import Refusal
+from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.python_state import Functions, check_effects, check_loops, reachable, unchanged
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,29 +62,83 @@ def _prove(
     distinct: Sequence[int],
     functions: Functions,
 ) -> Analysis:
+    """At first with one visit of a loop for many experts, if it has one."""
+    try:
+        return _proven(fn, module, args, kwargs, distinct, functions, functions)
+    except OneByOne as why:
+        log.debug("%s is traced expert by expert: %s", fn.__qualname__, why)
+    return _proven(fn, module, args, kwargs, distinct, functions, None)
+
+
+def _proven(
+    fn: types.FunctionType,
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    distinct: Sequence[int],
+    functions: Functions,
+    visit: Functions | None,
+) -> Analysis:
     from moe_compile.graph_text import graph_text
 
-    main, asked = _trace(fn, module, args, kwargs, distinct, truth=True)
-    before, launches = graph_text(main.gm.graph), len(computing(main.gm.graph))
-    detect, reason = _detect(main, distinct)
+    trace = functools.partial(_trace, fn, module, args, kwargs, distinct)
+    main, asked = trace(truth=True, visit=visit)
+    with _for_many(main):
+        before, launches = graph_text(main.gm.graph), _launches(main)
+        detect, reason = _detect(main, distinct)
     nonempty = True
     if reason is not None and main.answered:
         nonempty = False  # "if count == 0: continue" asks the other way round
-        main, asked = _trace(fn, module, args, kwargs, distinct, truth=False)
-        before, launches = graph_text(main.gm.graph), len(computing(main.gm.graph))
+        main, asked = trace(truth=False, visit=visit)
+        before, launches = graph_text(main.gm.graph), _launches(main)
         detect, second = _detect(main, distinct)
         reason = reason if second is not None else None
-    if reason is not None:
-        raise Refusal(reason)
-    region = _only_region(detect)
-    _check_answers(main, detect.run, region)
-    if asked is not None:
-        check_loops(functions, main.locals.only_offsets)
-        again = functools.partial(
-            capture, fn, module, args, kwargs, truth=nonempty, classes=main.classes,
-            rows=SYMBOLIC if main.sees_rows else EXAMPLE, selections=main.selections,
-        )  # fmt: skip
-        worlds.check(asked, main, distinct, again)
+    with _for_many(main):
+        if reason is not None:
+            raise Refusal(reason)
+        region = _only_region(detect)
+        _check_answers(main, detect.run, region)
+        if asked is not None:
+            few = worlds.sample(main.visits) if main.visits else None
+            apart, seen = trace(truth=nonempty, visited=few) if few is not None else (main, asked)
+            assert seen is not None
+            check_loops(functions, apart.locals.only_offsets)
+            if few is not None:
+                worlds.check_sample(asked, seen, few)
+            again = functools.partial(
+                capture, fn, module, args, kwargs, truth=nonempty, classes=apart.classes, visited=few,
+                rows=SYMBOLIC if apart.sees_rows else EXAMPLE, selections=apart.selections,
+            )  # fmt: skip
+            worlds.check(seen, apart, distinct, again, few)
+        _nothing_left(main)
+    form = "dense" if detect.run is not None and detect.run.inside else _form(region, before)
+    return Analysis(main.gm, main, functions, before, launches, form)
+
+
+@contextlib.contextmanager
+def _for_many(main: Capture) -> Iterator[None]:
+    """Where a visit stands for many experts, a refusal sends it back to be traced expert by expert."""
+    try:
+        yield
+    except Refusal as refusal:
+        if main.visits:
+            raise OneByOne(str(refusal)) from refusal
+        raise
+
+
+def _launches(main: Capture) -> int:
+    """How many operations the original runs: those of a visit once for each of its experts."""
+    times, found = 1, 0
+    starts = {visit.begin: len(visit.numbers) for visit in main.visits} | {visit.end: 1 for visit in main.visits}
+    for node in main.gm.graph.nodes:
+        times = starts.get(node, times)
+        made_up = str(node.target).startswith(("moe_ep_capture.visit", "aten.sym_size"))
+        found += times * (computes(node) and not made_up)
+    return found
+
+
+def _nothing_left(main: Capture) -> None:
+    """Refuse if something else than the region needs what the trace made up; drop it otherwise."""
     left = [n for n in main.gm.graph.nodes if "moe_ep_capture" in str(n.target)]
     if left:
         user = next((u for u in left[0].users), left[0])
@@ -90,8 +149,6 @@ def _prove(
             raise Refusal("the number of an expert's rows is used outside of the loop too")
         main.gm.graph.erase_node(length)
     main.gm.recompile()
-    form = "dense" if detect.run is not None and detect.run.inside else _form(region, before)
-    return Analysis(main.gm, main, functions, before, launches, form)
 
 
 def _trace(
@@ -101,17 +158,20 @@ def _trace(
     kwargs: dict[str, Any],
     distinct: Sequence[int],
     truth: bool,
+    visited: Sequence[int] | None = None,
+    visit: Functions | None = None,
 ) -> tuple[Capture, worlds.Survey | None]:
     """The function with some rows for every expert; with a symbol for their number if it looks at it.
 
-    And a survey of its graph as it was, if it decides on data.
+    And a survey of its graph as it was, if it decides on data.  `visited`, `visit`: as in `capture`.
     """
-    found = capture(fn, module, args, kwargs, truth=truth, may_fail=True)
+    trace = functools.partial(capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit)
+    found = trace(may_fail=visited is None)
     last = found.fails_at  # `worlds.check` shows that it always fails there
     if last is not None:
-        found = capture(fn, module, args, kwargs, truth=truth, classes=last)
+        found = trace(classes=last)
     if found.sees_rows:
-        found = capture(fn, module, args, kwargs, truth=truth, rows=SYMBOLIC, selections=found.selections, classes=last)
+        found = trace(rows=SYMBOLIC, selections=found.selections, classes=last)
     asks = found.answered or found.sees_rows or found.iterated or found.decided
     return found, worlds.survey(found, distinct) if asks else None
 
@@ -120,7 +180,9 @@ def _detect(found: Capture, distinct: Sequence[int]) -> tuple[DetectExperts, str
     """Run detection on the captured graph; the reason if it proves no region, or not all."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
     ids = frozenset(inputs[i] for i in distinct)
-    facts = Facts(ids, found.constants, torch.is_grad_enabled(), may_guard=True, classes=found.classes)
+    facts = Facts(
+        ids, found.constants, torch.is_grad_enabled(), may_guard=True, classes=found.classes, visits=found.each()
+    )
     detect = DetectExperts(facts)
     report = detect(found.gm)
     if report.refused:

@@ -30,11 +30,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from moe_compile.detect.values import Each
 from moe_compile.errors import Refusal
 from moe_compile.fakes import Fakes
 from moe_compile.host_reads import HostReads, Locals
-from moe_compile.python_state import watch
+from moe_compile.python_state import Functions, watch
 from moe_compile.region import EXAMPLE_ROWS
+from moe_compile.visits import MOST, OFFSET, OneByOne, Visit, Visits, check_guards
 
 _lib = torch.library.Library("moe_ep_capture", "DEF")
 _lib.define("nonzero(Tensor mask, SymInt rows) -> Tensor")
@@ -45,6 +47,7 @@ torch.library.register_fake(
 EXAMPLE = EXAMPLE_ROWS
 SYMBOLIC = -1
 ROWS = "rows"  # the last placeholders: vectors as long as the selections
+VISIT = "visit"  # and those as long as the index of a visit, plus `OFFSET`
 
 
 @dataclass
@@ -75,6 +78,12 @@ class Capture:
     fails_at: int | None = None
     guards: Callable[[], list[Any]] = list
     constants: dict[str, Tensor] = field(default_factory=dict)
+    visits: list[Visit] = field(default_factory=list)  # iterations that stand for many; their inputs are the last ones
+
+    def each(self) -> dict[Node, Each]:
+        """The experts behind the inputs that hold the indices of visits."""
+        inputs = self.gm.graph.find_nodes(op="placeholder")[-MOST:]
+        return {n: Each(tuple(v.numbers)) for n, v in zip(inputs, self.visits, strict=False)}
 
 
 class Answers(TorchFunctionMode):
@@ -84,10 +93,16 @@ class Answers(TorchFunctionMode):
     """
 
     def __init__(
-        self, rows: Any, truth: bool, script: Mapping[Hashable, Any] | None = None, classes: int | None = None
+        self,
+        rows: Any,
+        truth: bool,
+        script: Mapping[Hashable, Any] | None = None,
+        classes: int | None = None,
+        visited: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.rows, self.truth, self.script, self.classes = rows, truth, script, classes
+        self.rows, self.truth, self.script, self.classes, self.visited = rows, truth, script, classes, visited
+        self.visits: Visits | None = None
         self.last_class: int | None = None  # of those that a loop over chosen experts would visit
         self.asked: dict[tuple[str, Any], Tensor] = {}
         self._place: dict[Hashable, int] = {}  # selections, in the order in which they were first made
@@ -104,6 +119,19 @@ class Answers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.visits is not None:
+            self.visits.check_call(func, args, kwargs)
+        result = self._answered(func, args, kwargs)
+        if self.visits is not None:
+            self.visits.follow(func, args, result)
+        return result
+
+    def _answered(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func in _LOOKS:
+            raise Refusal(f"Python looks at where a tensor lies, or makes text of it ({func.__name__})")
+        if self.visits is not None and func is torch.Tensor.__getitem__ and self.visits.has_index(args[1]):
+            selected, rest = self.visits.select(*args)
+            return selected[rest] if rest else selected
         if func is torch.where and len(args) == 1 and not kwargs:
             return self._nonzero(args[0]).unbind(1)
         if func in (torch.Tensor.nonzero, torch.nonzero):
@@ -121,6 +149,8 @@ class Answers(TorchFunctionMode):
         if func is torch.Tensor.tolist and (found := self._source(args)):
             return _Visited(t.tolist() for t in self._all_indices(args[0], found))
         if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero) and _unknown(args[0]):
+            if self.visits is not None and (about := self.visits.truth(args[0])) is not None:
+                return about
             self.answered.append(args[0])
             return self._answer("truth", args[0], self.truth)
         if (reply := self.host.reply(func, args, kwargs)) is not NotImplemented:
@@ -128,11 +158,15 @@ class Answers(TorchFunctionMode):
         if func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__) and _unknown(args[0]):
             if args[0].dtype.is_floating_point:
                 raise Refusal("Python reads a number that depends on the data")
+            if self.visits is not None and self.visits.truth(args[0]) is not None:
+                raise self.visits.fail("an index becomes a number")
             self.counted.append(args[0])
             self.sees_rows = True
             return self._rows("count", args[0])
         if func is torch.Tensor.__format__:
             return _formatted(*args)
+        if func is torch.Tensor.requires_grad_:
+            raise Refusal("it changes whether a tensor needs a gradient")
         if func in _HOOKS:
             raise Refusal("it puts a hook on a tensor, which a trace would lose")
         if func is torch.Tensor.__len__ and not isinstance(self.rows, int) and _has_rows(args[0].shape, self.rows):
@@ -172,12 +206,16 @@ class Answers(TorchFunctionMode):
         along = args[1] if len(args) > 1 else 0
         return self._chosen.get(id(args[0])) if along == 0 else None
 
-    def _all_indices(self, table: Tensor, source: tuple[Tensor, Tensor]) -> list[Tensor]:
+    def _all_indices(self, table: Tensor, source: tuple[Tensor, Tensor]) -> Any:
         mask = source[1]
         if mask.dim() != 1 or not isinstance(mask.shape[0], int):
             raise Refusal("a Python loop runs over chosen rows, not over experts")
         self.iterated.append(table)
-        visited = self._answer("each", mask, range(mask.shape[0])[: self.classes])
+        if self.visits is not None:
+            self.asked.setdefault(self._question("each", mask), mask)
+            return self.visits.over(mask, table, range(mask.shape[0]))
+        every = range(mask.shape[0])[: self.classes] if self.visited is None else self.visited
+        visited = self._answer("each", mask, every)
         self.last_class = mask.shape[0] - 1
         return _Visited(torch.tensor([i] if table.dim() > 1 else i) for i in visited)
 
@@ -247,6 +285,17 @@ _SIZES = {
     torch.Tensor.__len__,
     torch.numel,
 }
+_LOOKS = {
+    torch.Tensor.__repr__,
+    torch.Tensor.__format__,
+    torch.Tensor.data_ptr,
+    torch.Tensor.storage_offset,
+    torch.Tensor.untyped_storage,
+    torch.Tensor.storage,
+    torch.Tensor.is_set_to,
+    torch.Tensor._base.__get__,  # type: ignore[union-attr]
+    torch.Tensor._version.__get__,  # type: ignore[attr-defined]
+}
 _SAME_LIST = {
     torch.Tensor.squeeze,
     torch.squeeze,
@@ -308,14 +357,17 @@ def capture(
     script: Mapping[Hashable, Any] | None = None,
     classes: int | None = None,
     may_fail: bool = False,
+    visited: Sequence[int] | None = None,
+    visit: Functions | None = None,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
     be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
     anything from 2 on and decide nothing, for that many `selections`; `truth`: the answer to every question;
     `classes`: how many classes a loop over chosen experts visits, if not all; `may_fail`: an IndexError after such a
-    loop began is noted, not a refusal.
+    loop began is noted, not a refusal; `visited`: the experts that such a loop visits; `visit`: all functions that can
+    run, if one visit may stand for many experts (visits.py).
 
-    Raises `Refusal` with the reason if the function cannot be run out of band.
+    Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
     check_module(module)
     world = Fakes()
@@ -326,10 +378,15 @@ def capture(
     unique: dict[int, Tensor] = {}
     state_fakes = [unique.setdefault(id(t), world.fake(t, None)) for t in state.values()]
     lengths = [world.vector(f"{ROWS}_{i}", EXAMPLE) for i in range(selections if rows == SYMBOLIC else 0)]
-    answers = Answers(rows, truth, script, classes)
+    indices = [world.vector(f"{VISIT}_{i}", OFFSET) for i in range(MOST if visit is not None else 0)]
+    answers = Answers(rows, truth, script, classes, visited)
     seen: dict[str, Any] = {}
 
-    def run_on_fakes(inputs: list[Tensor], state_values: list[Tensor], lengths: list[Tensor]) -> Any:
+    def run_on_fakes(
+        inputs: list[Tensor], state_values: list[Tensor], lengths: list[Tensor], indices: list[Tensor]
+    ) -> Any:
+        if visit is not None:
+            answers.visits = Visits(visit, module, [t.shape[0] for t in indices])
         answers.rows = [t.shape[0] for t in lengths] if rows == SYMBOLIC else rows
         leaves = list(fake_args)
         for i, t in zip(tensors, inputs, strict=True):
@@ -345,24 +402,30 @@ def capture(
         flat, seen["spec"] = tree_flatten(result)
         if not all(isinstance(t, Tensor) or t is None for t in flat):
             raise Refusal(f"it returns {type(next(t for t in flat if not isinstance(t, Tensor))).__name__}")
-        groups = flat, answers.iterated, answers.answered, answers.counted, answers.host.decided, answers.empty
-        seen["sizes"] = list(map(len, groups))
+        visits = answers.visits.check() if answers.visits is not None else []
+        groups = [flat, answers.iterated, answers.answered, answers.counted, answers.host.decided, answers.empty]
+        groups.append([t for v in visits for t in (v.begin, v.end)])
+        seen["sizes"], seen["visits"] = list(map(len, groups)), visits
         return [*itertools.chain(*groups), *answers.asked.values()]
 
-    with watch(module), world.mode, _compiling(), _refusals():
+    with watch(module), world.mode, _compiling(), _refusals(answers):
         gm = make_fx(run_on_fakes, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
-            inputs, state_fakes, lengths
+            inputs, state_fakes, lengths, indices
         )
     gm.graph.set_codegen(torch.fx.graph.CodeGen())
     named = [*_argument_names(fn, args, kwargs, tensors), *state]
-    _name_inputs(gm, [*named, *(f"{ROWS}_{i}" for i in range(len(lengths)))])
+    named += [f"{ROWS}_{i}" for i in range(len(lengths))]
+    _name_inputs(gm, [*named, *(f"{VISIT}_{i}" for i in range(len(indices)))])
     out = gm.graph.output_node()
     results = list(out.args[0])  # type: ignore[arg-type]
     ends = list(itertools.accumulate(seen["sizes"]))
     out.args = (tuple(results[: ends[0]]),)
-    iterated, answered, counted, decided, empty = (results[i:j] for i, j in itertools.pairwise(ends))
+    iterated, answered, counted, decided, empty, markers = (results[i:j] for i, j in itertools.pairwise(ends))
+    visits = [Visit(v.numbers, *markers[2 * i : 2 * i + 2]) for i, v in enumerate(seen["visits"])]
     constants = {k: v for k, v in vars(gm).items() if k.startswith("_tensor_constant")} | dict(gm.named_buffers())
-    world.guards(lengths)  # a decision on the number of rows is a refusal, here
+    world.guards(lengths, indices)  # a decision on the number of rows is a refusal, here
+    if visits:
+        check_guards(visits, [t.shape[0] for t in indices], world.all_guards(), world.env.replacements)
     return Capture(
         gm,
         list(state),
@@ -376,11 +439,12 @@ def capture(
         questions=dict(zip(list(answers.asked), results[ends[-1] :], strict=True)),
         sees_rows=answers.sees_rows,
         selections=answers.selections,
-        lengths=len(lengths),
+        lengths=len(lengths) + len(indices),
         classes=classes,
         fails_at=seen.get("fails_at"),
-        guards=lambda: world.guards(lengths),
+        guards=lambda: world.guards(lengths, indices),
         constants=_literals(gm, constants),
+        visits=visits,
     )
 
 
@@ -435,8 +499,19 @@ def _compiling() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """What can go wrong in a run on fake tensors, as reasons."""
+def _refusals(answers: Answers) -> Iterator[None]:
+    """What can go wrong in a run on fake tensors, as reasons.  What went wrong in a visit need not be wrong in all."""
+    try:
+        with _reasons():
+            yield
+    except Refusal as refusal:
+        if answers.visits is not None and answers.visits.done:
+            raise OneByOne(str(refusal)) from refusal
+        raise
+
+
+@contextlib.contextmanager
+def _reasons() -> Iterator[None]:
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 

@@ -78,10 +78,10 @@ def product_flops(node: Node, form: str) -> tuple[float, float]:
 
 def computing(graph: Graph) -> list[str]:
     """The ops of a graph, in order, that compute something: neither views nor parts of a result."""
-    return [n.target._schema.name.removeprefix("aten::") for n in graph.nodes if _computes(n)]
+    return [n.target._schema.name.removeprefix("aten::") for n in graph.nodes if computes(n)]
 
 
-def _computes(node: Node) -> bool:
+def computes(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     returns = node.target._schema.returns

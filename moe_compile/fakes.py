@@ -44,13 +44,23 @@ class Fakes:
             fake = torch.empty_strided(size, stride, dtype=tensor.dtype, device=tensor.device)
         return fake.requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else fake
 
-    def guards(self, lengths: Sequence[Tensor]) -> list[Any]:
-        """What the trace assumed of the caller's sizes; a decision on the number of rows is a refusal."""
+    def all_guards(self) -> list[Any]:
+        """Every decision on a size so far."""
+        return [guard.expr for guard in self.env.guards]
+
+    def guards(self, lengths: Sequence[Tensor], apart: Sequence[Tensor] = ()) -> list[Any]:
+        """What the trace assumed of the caller's sizes; a decision on the number of rows is a refusal.
+
+        Decisions on the sizes of `apart` are somebody else's.
+        """
         # `_expr`: `expr` is a number once it was compared
         back = {ours.node._expr: theirs for theirs, ours in self._theirs.items()}
         rows = {t.shape[0].node._expr for t in lengths}  # type: ignore[attr-defined]
+        others = {t.shape[0].node._expr for t in apart}  # type: ignore[attr-defined]
         found = []
         for guard in self.env.guards:
+            if guard.expr.free_symbols & others:
+                continue
             if guard.expr.free_symbols & rows:
                 raise Refusal(f"it decides on the number of rows that an expert gets ({guard.expr})")
             found.append(guard.expr.xreplace(back))

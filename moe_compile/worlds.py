@@ -21,12 +21,14 @@ from torch.fx.node import map_arg
 
 from moe_compile.capture import SYMBOLIC, Capture
 from moe_compile.detect import dense
-from moe_compile.detect.interpreter import Facts, Interpreter
+from moe_compile.detect.interpreter import Facts, Interpreter, is_random
 from moe_compile.detect.selection import choose
 from moe_compile.detect.values import (
     Constant,
     DenseSum,
+    Each,
     Emptiness,
+    Expert,
     Filled,
     Hits,
     Index,
@@ -43,6 +45,7 @@ from moe_compile.detect.values import (
 from moe_compile.errors import Refusal
 from moe_compile.passes.detect_experts import rules
 from moe_compile.region import Expr, Leaf
+from moe_compile.visits import Visit, check_visits
 
 World = frozenset[int]
 FEW = 3  # experts at either end that have rows in a world, where there are many
@@ -54,26 +57,36 @@ class Survey:
 
     sums: int = 0
     start: str = ""
-    around: list[str] = field(default_factory=list)  # outputs and lasting changes, with one name for the sum
+    around: list[str] = field(default_factory=list)  # outputs, lasting changes, random numbers; one name for the sum
     without: list[str] = field(default_factory=list)  # the same with the start in the place of the sum
     terms: dict[int, str] = field(default_factory=dict)  # by expert
     ids: set[str] = field(default_factory=set)
-    questions: dict[Hashable, tuple[str, int]] = field(default_factory=dict)  # kind and expert
+    questions: dict[Hashable, tuple[str, Expert]] = field(default_factory=dict)  # kind and expert
     unclear: str | None = None  # a question that is not shown to be about experts
     num_classes: int = 0
     covered: bool = False  # some expert has rows: there are pairs, and ids of no expert are an error
     local: bool = True  # between two additions, Python asks about the expert of the second only
 
 
-def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Callable[..., Capture]) -> None:
-    """Refuse a function that does anything else in another world.  `again(script=..., rows=...)` captures it there."""
+def check(
+    expected: Survey,
+    main: Capture,
+    distinct: Sequence[int],
+    again: Callable[..., Capture],
+    experts: Sequence[int] | None = None,
+) -> None:
+    """Refuse a function that does anything else in another world.  `again(script=..., rows=...)` captures it there.
+
+    `experts`: those that have rows in any of them, if not all.
+    """
     if expected.sums != 1 or len(expected.ids) != 1:
         raise Refusal("what Python decides on is not shown to be about one sum over experts")
     if expected.unclear is not None:
         raise Refusal(f"Python asks about {expected.unclear}, not shown to say which experts were chosen")
     number = expected.num_classes if main.classes is None else main.classes
     few = FEW if expected.local else number
-    for world in worlds(number, few):
+    experts = range(number) if experts is None else experts
+    for world in worlds(experts, few):
         if expected.covered and not world:
             continue
         found = survey(again(script=_script(expected, world)), distinct)
@@ -82,9 +95,25 @@ def check(expected: Survey, main: Capture, distinct: Sequence[int], again: Calla
         _check_failure(expected, main, distinct, again, few)
     if main.sees_rows:
         found = survey(again(rows=1), distinct)
-        _compare(expected, found, frozenset(range(number)), "an expert has one row")
+        _compare(expected, found, frozenset(experts), "an expert has one row")
     if not expected.local:
         raise Refusal("Python asks about an expert elsewhere than before its rows are added: others may see the answer")
+
+
+def check_sample(together: Survey, apart: Survey, experts: Sequence[int]) -> None:
+    """Refuse a function that does anything else when these experts alone are visited, one after the other."""
+    if together.unclear is not None:
+        raise Refusal(f"Python asks about {together.unclear}, not shown to say which experts were chosen")
+    if (together.sums, together.ids) != (apart.sums, apart.ids):
+        raise Refusal("the sum differs when its experts are visited one by one")
+    _compare(together, apart, frozenset(experts), "its experts are visited one by one")
+
+
+def sample(visits: Sequence[Visit]) -> list[int]:
+    """Experts to visit one by one: the first and the last ones, of all and of each class that was visited at once."""
+    numbers = sorted(n for visit in visits for n in visit.numbers)
+    ends = [n for visit in visits for n in (min(visit.numbers), max(visit.numbers))]
+    return sorted({*numbers[:FEW], *numbers[-FEW:], *ends})
 
 
 def _check_failure(
@@ -104,19 +133,18 @@ def _check_failure(
     if seen.unclear is not None:
         raise Refusal(f"Python asks about {seen.unclear}, not shown to say which experts were chosen")
     fails(rows=1)
-    for world in worlds(last, few):
+    for world in worlds(range(last), few):
         fails(rows=SYMBOLIC, script=_script(seen, world | {last}))
 
 
-def worlds(num_experts: int, few: int) -> Iterator[World]:
+def worlds(experts: Sequence[int], few: int) -> Iterator[World]:
     """Sets of experts that have rows: none, and for any two experts one with the first and without the second.
 
     Only the `few` first and last experts have rows in any of them.  That is enough where every question stands beside
     the addition that it guards (`Survey.local`) and iterations tell each other nothing (`check_loops`): then this is
     the second look, and a world has to cost little.
     """
-    experts = list(range(num_experts))
-    if num_experts > 2 * few:
+    if len(experts) > 2 * few:
         experts = [*experts[:few], *experts[-few:]]
     yield frozenset()
     width = next(w for w in itertools.count(1) if math.comb(w, w // 2) >= len(experts))
@@ -159,6 +187,7 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
         found.constants,
         torch.is_grad_enabled(),
         may_guard=True,
+        visits=found.each(),
         empty=found.empty,
     )
     run = Interpreter(found.gm.graph, rules(), facts)
@@ -174,6 +203,7 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
         return Plain(node)
 
     run.run(record)
+    check_visits(found.gm.graph, run.values | dict(totals), found.visits)
     result, spell = Survey(sums=len(totals), ids=set(ids or ())), _Speller(found)
     for site, total in totals:
         own = total.start.node is site  # zeros that the sum itself starts from
@@ -183,15 +213,17 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
             if e is None or chosen.ids is None:
                 continue
             result.ids.add(spell.node(chosen.ids))
-            said = f"{result.terms.get(e, '')} {chosen.classes} {chosen.per} {term.dim} {spell.expr(term.expr)}"
-            result.terms[e] = said
+            before = result.terms.get(_numbers(e)[0], "")
+            said = f"{before} {chosen.classes} {chosen.per} {term.dim} {spell.expr(term.expr)}"
+            for number in _numbers(e):
+                result.terms[number] = said
     result.num_classes = max(result.terms, default=-1) + 1
     all_terms = [term.selection for _, total in totals for term in total.terms]
     result.covered = bool(all_terms) and all(
         s.order is not None and s.classes == result.num_classes and s.ids is not None
         and statically_known_true(s.ids.meta["val"].numel() > 0) for s in all_terms
     )  # fmt: skip
-    about: dict[Node, set[int]] = {}
+    about: dict[Node, set[Expert]] = {}
     for (kind, key), node in found.questions.items():
         meaning = _meaning(kind, run.values[node])
         if meaning is None or spell.node(meaning[2]) not in result.ids:
@@ -200,7 +232,7 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
         result.questions[kind, key] = meaning[:2]
         if meaning[0] not in ("each", "list"):
             about.setdefault(node, set()).add(meaning[1])
-        result.num_classes = max(result.num_classes, meaning[1] + 1)
+        result.num_classes = max(result.num_classes, *(n + 1 for n in _numbers(meaning[1])))
     additions = {n: v for n, v in run.values.items() if isinstance(v, Sum)} | dict(totals)
     beside = {n: v.terms[-1].selection.expert for n, v in additions.items()}
     if len(beside) == 1 < len(result.terms):  # rows that were sliced, and joined before they were added
@@ -211,7 +243,7 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
         n for n, v in run.values.items() if isinstance(v, Constant | Rows | PairGrid | Pieces | Filled | Sum | SumRead)
     }
     inner |= {n for n, _ in totals}
-    ends += [n for n in found.gm.graph.nodes if n not in inner and _changes(n)]
+    ends += [n for n in found.gm.graph.nodes if (n not in inner and _changes(n)) or is_random(n)]
     for into, name in ((result.around, None), (result.without, result.start)):
         around = _Speller(found, {site: name or "the sum" for site, _ in totals})
         into += [around.node(n) for n in ends]
@@ -224,8 +256,12 @@ def sliced(value: Value) -> Selection | None:
     return chosen if chosen is not None and chosen.expert is not None and chosen.order is not None else None
 
 
-def _local(graph: Graph, about: dict[Node, set[int]], additions: Mapping[Node, int | None]) -> bool:
-    asked: set[int] = set()
+def _numbers(expert: Expert) -> tuple[int, ...]:
+    return expert.numbers if isinstance(expert, Each) else (expert,)
+
+
+def _local(graph: Graph, about: dict[Node, set[Expert]], additions: Mapping[Node, Expert | None]) -> bool:
+    asked: set[Any] = set()
     for node in graph.nodes:
         asked |= about.get(node, set())
         if node in additions:
@@ -240,7 +276,7 @@ def _changes(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _meaning(kind: str, value: Value) -> tuple[str, int, Node] | None:
+def _meaning(kind: str, value: Value) -> tuple[str, Expert, Node] | None:
     """(what is asked, of which expert, of which ids); for a list of experts, its last possible member."""
     hits = choose(value) if kind == "each" else value
     if isinstance(hits, Hits):

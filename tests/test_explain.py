@@ -78,7 +78,7 @@ module     location   form   experts  top-k  result
 3.experts  file.py:3  dense  4        2      rewritten
 0.experts and 1 more:
   an expert runs linear, silu, mul, linear, mul
-  strategy grouped; estimated forward: 18.4 kFLOP, 2 launches instead of 49
+  strategy grouped; estimated forward: 18.4 kFLOP, 2 launches instead of 41
 2.experts:
   would help: experts that read their input, not the sum so far
 3.experts:
@@ -97,7 +97,7 @@ def test_what_a_rewrite_saves() -> None:
         assert loop.gain is not None and dense.gain is not None
         assert loop.gain.flops_before == loop.gain.flops_after == dense.gain.flops_after == T * K * per_row
         assert dense.gain.flops_before == T * number * per_row
-        assert loop.gain.launches_before > 10 * number and dense.gain.launches_before > 4 * number
+        assert loop.gain.launches_before > 9 * number and dense.gain.launches_before > 4 * number
         assert loop.gain.launches_after < 10 and dense.gain.launches_after < 15
         assert loop.strategy == dense.strategy == "grouped"
         assert loop.body == ("linear", "silu", "mul", "linear", "mul")

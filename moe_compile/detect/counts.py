@@ -205,7 +205,7 @@ def sum_of(run: Interpreter, value: Any, i: int = 0) -> RowSum | None:
         if i >= _length(value):
             return None
         value = _entry(_as_list(value), i)
-    if isinstance(value, Emptiness) and value.kind == "count":
+    if isinstance(value, Emptiness) and value.kind == "count" and isinstance(value.expert, int):
         return RowSum(_unflattened(run, value.ids), {value.expert: 1}, value.num, value.closed)
     return value if isinstance(value, RowSum) else None
 
@@ -348,15 +348,14 @@ def join(call: Call) -> Value | None:
 
 
 def joined(call: Call, parts: Sequence[Rows]) -> Value:
-    first, experts = parts[0].selection, [p.selection.expert for p in parts]
-    if first.ids is None or first.order in (None, "flat") or None in experts:
+    first, experts = parts[0].selection, [e for p in parts if isinstance(e := p.selection.expert, int)]
+    if first.ids is None or first.order in (None, "flat") or len(experts) < len(parts):
         return Unknown(f"{name_of(call.node)} joins rows that were not sliced from sorted ones")
     alike = one_expert(first.ids, 0, first.classes or 0, first.order)
     if any(replace(p.selection, expert=0) != alike for p in parts):
         return Unknown(f"{name_of(call.node)} joins rows that were sorted or counted in different ways")
     nobody = {e for ids, e in call.run.empty if ids is first.ids}
-    seen = [e for e in (*experts, *nobody) if e is not None]
-    number = max(seen) + 1 if first.classes == ANY else first.classes
+    number = max((*experts, *nobody)) + 1 if first.classes == ANY else first.classes
     if number is None or experts != [e for e in range(number) if e not in nobody or e in experts]:
         return Unknown(f"{name_of(call.node)} joins the rows of experts {experts}, of {number}")
     if not same_size(call.val().shape[0], call.val(first.ids).numel()):
@@ -380,8 +379,12 @@ def fill(call: Call) -> Value | None:
         return Unknown(f"{name_of(call.node)} sets the rows of one expert where another's lie")
     if call.val().dtype != new.expr.val.dtype or tuple(call.val().shape[1:]) != tuple(new.expr.val.shape[1:]):
         return Unknown(f"{name_of(call.node)} changes the dtype or width of the rows that it sets")
-    rows = tuple(sorted((*done, new), key=lambda r: r.selection.expert or 0))
+    rows = tuple(sorted((*done, new), key=lambda r: _number(r.selection)))
     return Filled(rows, lambda: joined(call, rows))
+
+
+def _number(chosen: Selection) -> int:
+    return chosen.expert if isinstance(chosen.expert, int) else 0  # which `joined` refuses
 
 
 def by_pair(call: Call) -> Value | None:

@@ -82,6 +82,8 @@ def shape(call: Call) -> Value | None:
     """table.t(), table.unsqueeze(-1), table[:, e], table[:, e, None]."""
     value = call.arg(0)
     if isinstance(value, MaskedWeights) and value.summed and call.op in ("unsqueeze", "view", "reshape"):
+        if not isinstance(value.expert, int):
+            return None  # all experts would be one node
         if all(s == 1 for s in call.val().shape[1:]) and same_size(call.val().shape[0], call.val(value.ids).shape[0]):
             return DenseWeight(value.ids, value.expert, value.classes, "pair", value.weights)
         return None

@@ -7,7 +7,7 @@ Grad mode: values computed under an explicit `no_grad` may say who is chosen, no
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from moe_compile.detect.values import (
     Constant,
     Dense,
     DenseSum,
+    Each,
     Filled,
     FlatIds,
     Index,
@@ -35,12 +36,14 @@ from moe_compile.detect.values import (
     SumRead,
     Unknown,
     Value,
+    Visit,
 )
 from moe_compile.region import Expr, Table
 
 Rule = Callable[["Call"], Value | None]
 LIBRARIES = ("aten", "moe_ep_capture")  # whose ops the rules know by name alone
 ACCUMULATES = ("index_add", "index_add_", "index_put", "index_put_")
+VISIT_OFFSET = 2  # a size is never taken for 0 or 1
 SMALL = 4096  # elements of a constant that is still folded
 
 
@@ -54,6 +57,7 @@ class Facts:
     may_guard: bool = False  # sizes that are equal in the example may be assumed to be: the caller guards it
     classes: int | None = None  # ids outside [0, classes) are shown to be an error
     empty: frozenset[Node] = frozenset()  # numbers of rows that are zero here
+    visits: Mapping[Node, Each] = field(default_factory=dict)  # inputs whose length is an index, plus VISIT_OFFSET
 
 
 @dataclass
@@ -144,7 +148,8 @@ class Interpreter:
 
     def _meaning(self, node: Node) -> Value:
         if node.op == "placeholder":
-            return self._made(node, Plain(node))
+            each = self.facts.visits.get(node)
+            return self._made(node, Plain(node) if each is None else Visit(each, VISIT_OFFSET))
         if node.op == "get_attr":
             literal = (self.facts.constants or {}).get(str(node.target))
             return self._made(node, Plain(node) if literal is None else Constant(literal))
@@ -397,6 +402,13 @@ def _joined(node: Node, parts: list[tuple[int, Value]], number: int) -> Value:
 def goes_with_its_region(value: Value) -> bool:
     """Whether a change in place that gave this value is for the region alone, and erased with it."""
     return not value.plain or isinstance(value, Permutation | Constant | FlatIds)
+
+
+def is_random(node: Node) -> bool:
+    """Whether a node draws random numbers."""
+    if op_of(node) == "dropout" and (node.args[1] == 0 or node.args[2] is False):
+        return False
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def rows_of(value: Any) -> bool:

@@ -12,7 +12,9 @@ from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.values import (
     Column,
     Constant,
+    Each,
     Emptiness,
+    Expert,
     FlatIds,
     Hits,
     Index,
@@ -26,6 +28,7 @@ from moe_compile.detect.values import (
     TokenOf,
     Unknown,
     Value,
+    Visit,
 )
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -63,7 +66,11 @@ def equal(call: Call) -> Value | None:
     left = flat_as_ids(call) if isinstance(left, FlatIds) else left
     if isinstance(left, Member | Emptiness):
         return _compare(left, {0: "none", 1: "mask"}.get(number)) if type(number) in (int, bool) else None
-    if (ids := ids_node(left)) is None or isinstance(number, bool) or not isinstance(number, int):
+    if isinstance(left, Visit):
+        left, right = right, left
+    if isinstance(right, Visit):
+        number = number_in(right)
+    if (ids := ids_node(left)) is None or isinstance(number, bool) or not isinstance(number, Expert):
         return None
     return Member(ids, tuple(range(call.val(ids).dim())), number, None)
 
@@ -93,6 +100,8 @@ def _compare(value: Member | Emptiness, wanted: str | None) -> Value | None:
 def cast(call: Call) -> Value | None:
     """A change of dtype keeps a mask a mask."""
     value = call.arg(0)
+    if isinstance(value, Visit):
+        return visit(call) if call.val().dtype == torch.int64 else None
     if not isinstance(value, Member | Emptiness):
         return None
     to_bool = isinstance(call.val(), Tensor) and call.val().dtype == torch.bool
@@ -128,17 +137,22 @@ def reorder(call: Call) -> Value | None:
 def take(call: Call) -> Value | None:
     """mask[e], table[:, e], weights[e], rows of a nonzero table."""
     value, dim, index = call.arg(0), call.number(1, "dim", 0), call.number(2)
+    if isinstance(value, Visit):
+        return value if dim == index == 0 and call.val().dim() == 0 else None
+    if isinstance(call.arg(2), Visit):
+        index = number_in(call.arg(2), call.val(call.node.args[0]).shape[dim])
     if isinstance(value, Index) and isinstance(value.dim, tuple) and dim in (1, -1) and isinstance(index, int):
         return Index(value.selection, value.dim[index])
-    if not isinstance(index, int):
+    if not isinstance(index, Expert):
         return None
+    inside = isinstance(index, Each) or index >= 0
     if isinstance(value, Member):
         name = value.dims[dim]
-        if name == "e" and index >= 0:
+        if name == "e" and inside:
             rest = tuple(d for i, d in enumerate(value.dims) if i != dim % len(value.dims))
             return _with(value, dims=rest, expert=index)
         return None
-    if isinstance(value, Plain) and index >= 0:
+    if isinstance(value, Plain) and inside:
         val = call.val(value.node)
         if isinstance(val, Tensor) and val.dim() == 2 and dim in (1, -1) and val.is_floating_point():
             return Column(value.node, index)
@@ -150,10 +164,18 @@ def take(call: Call) -> Value | None:
 def index_mask(call: Call) -> Value | None:
     """mask[e] with the expert's number in a tensor: [1, ...] or without the first dimension."""
     value, indices = call.arg(0), call.arg(1)
-    if not (len(indices) == 1 and isinstance(indices[0], Constant) and indices[0].number.numel() == 1):
+    if len(indices) != 1:
         return None
-    number = int(indices[0].number.item())
-    lead: tuple[Any, ...] = ("one",) * indices[0].number.dim()
+    if isinstance(indices[0], Visit):
+        number: Any = number_in(indices[0], call.val(call.node.args[0]).shape[0])
+    elif isinstance(indices[0], Constant) and indices[0].number.numel() == 1:
+        number = int(indices[0].number.item())
+    else:
+        return None
+    if number is None:
+        return None
+    position: Any = call.node.args[1]
+    lead: tuple[Any, ...] = ("one",) * call.val(position[0]).dim()
     if isinstance(value, Member) and value.dims[0] == "e" and len(lead) <= 1:
         return _with(value, dims=(*lead, *value.dims[1:]), expert=number)
     if isinstance(value, Plain) and not lead and isinstance(call.val(value.node).shape[0], int):
@@ -161,8 +183,28 @@ def index_mask(call: Call) -> Value | None:
     return None
 
 
+def number_in(visit: Visit, size: Any = None) -> Each | None:
+    """The experts of a visit, if all of them are in a dimension of that size."""
+    fits = size is None or (isinstance(size, int) and max(visit.each.numbers) < size)
+    return visit.each if fits and visit.offset == 0 else None
+
+
+def visit(call: Call) -> Value | None:
+    """The index of a visit: as a size, as a number, as a tensor."""
+    value = call.arg(1) if call.op == "visit" else call.arg(0)
+    if not isinstance(value, Visit):
+        return None
+    if call.op == "python::sub":
+        return Visit(value.each, value.offset - call.args[1]) if isinstance(call.args[1], int) else None
+    if call.op in ("visit", "visited", "sym_size"):
+        return value
+    return value if call.val().numel() == 1 and call.val().dtype == torch.int64 else None
+
+
 def squeeze(call: Call) -> Value | None:
     value = call.arg(0)
+    if isinstance(value, Visit):
+        return visit(call)
     if isinstance(value, Member):
         dims = [call.number(1)] if len(call.args) > 1 and call.number(1) is not None else []
         dims = dims[0] if dims and isinstance(dims[0], list) else dims
@@ -413,6 +455,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         op: (positive,)
         for op in ("gt", "greater", "ne", "not_equal", "ge", "greater_equal", "lt", "less", "le", "less_equal")
     },
+    **{op: (visit,) for op in ("visit", "visited", "sym_size", "python::sub", "detach")},
     **{op: (cast,) for op in ("to", "_to_copy", "bool", "long", "int", "contiguous", "clone")},
     **{op: (negate,) for op in ("logical_not", "bitwise_not")},
     **{op: (reorder,) for op in ("permute", "transpose", "t")},

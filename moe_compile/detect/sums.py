@@ -11,6 +11,7 @@ from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not
 from moe_compile.detect.values import (
     Buffer,
     DenseSum,
+    Each,
     PairGrid,
     Plain,
     Region,
@@ -162,7 +163,8 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
         if isinstance(gathered, Unknown):
             return gathered
         total = gathered
-    first, tail = total.terms[0].selection, None
+    first = total.terms[0].selection
+    tail: tuple[int, Expr] | None = None
     if any(
         (t.selection.ids, t.selection.classes, t.selection.per) != (first.ids, first.classes, first.per)
         for t in total.terms
@@ -175,16 +177,21 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
         body, families = total.terms[0].expr, {}
         experts = None
     else:
-        experts = [t.selection.expert for t in total.terms if t.selection.expert is not None]
+        terms = sorted(total.terms, key=lambda t: _numbers(t)[0])
+        experts = [e for t in total.terms for e in _numbers(t)]
         if sorted(experts) != list(range(len(experts))):
             return Unknown(f"the loop visits experts {_short(experts)}, not each of 0..{len(experts) - 1} once")
-        bodies = [t.expr for t in sorted(total.terms, key=lambda t: t.selection.expert or 0)]
-        bodies, tail = without_tail(bodies)
+        bodies, last = without_tail([t.expr for t in terms])
+        if last is not None:
+            tail, experts = (len(experts), last), [e for t in terms[: len(bodies)] for e in _numbers(t)]
+            if sorted(experts) != list(range(len(experts))):
+                return Unknown(f"experts without weights stand among others, which are {_short(experts)}")
         merged = unify(bodies)
         if isinstance(merged, Unknown):
             return merged
+        if merged and len(bodies) < len(experts):
+            return Unknown("experts that are visited together share a weight that others do not")
         body, families = bodies[0], merged
-        experts = experts[: len(bodies)]
         if first.per == "token" and (repeated := not_distinct(run, first.ids)):
             return Unknown(f"a token that chose an expert twice counts once: {repeated}")
     leaves = _leaves(body)
@@ -225,6 +232,13 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
         return reads
     masked = bool(_marks(body))
     return Region(total, first.ids, number, None if masked else number, reads, unmarked(run, body), families)
+
+
+def _numbers(term: Rows) -> tuple[int, ...]:
+    """The experts of a term."""
+    expert = term.selection.expert
+    assert expert is not None
+    return expert.numbers if isinstance(expert, Each) else (expert,)
 
 
 def how_weights_are_read(run: Interpreter, ids: Node, number: int, body: Expr) -> Any:
@@ -290,13 +304,13 @@ def unmarked(run: Interpreter, root: Expr) -> Expr:
     return rebuilt(root) if _marks(root) else root
 
 
-def without_tail(bodies: list[Expr]) -> tuple[list[Expr], tuple[int, Expr] | None]:
+def without_tail(bodies: list[Expr]) -> tuple[list[Expr], Expr | None]:
     """The experts before the last ones that are all one function without weights, as of tokens passed on; and these."""
     last = bodies[-1]
     first = next(i for i, body in enumerate(bodies) if all(b is last for b in bodies[i:]))
     if not first or not all(leaf.role in BY_TOKEN for leaf in _leaves(last)):
         return bodies, None
-    return bodies[:first], (len(bodies), last)
+    return bodies[:first], last
 
 
 def unify(bodies: list[Expr]) -> "dict[Expr, list[Node]] | Unknown":

@@ -35,6 +35,24 @@ class Unknown(Value):
     reason: str
 
 
+@dataclass(frozen=True, eq=False)
+class Each:
+    """One expert after the other, in the place of an expert's number: each of `numbers`, by the visit of a loop."""
+
+    numbers: tuple[int, ...]
+
+
+Expert = int | Each
+
+
+@dataclass(frozen=True)
+class Visit(Value):
+    """The index of a visit, plus `offset`."""
+
+    each: Each
+    offset: int = 0
+
+
 # -- who is chosen --------------------------------------------------------------------------
 
 
@@ -44,7 +62,7 @@ class Member(Value):
 
     ids: Node
     dims: tuple[Dim, ...]
-    expert: int | None  # None: "e" is among dims, or was summed over
+    expert: Expert | None  # None: "e" is among dims, or was summed over
     classes: int | None  # ids outside [0, classes) raise an error (one_hot); None: they are ignored
     kind: str = "mask"
     plain = True
@@ -63,7 +81,7 @@ class Selection:
     """The rows of one expert: pairs (t, k) with id == expert, or tokens ("any" k); or all pairs at once."""
 
     ids: Node | None  # None: any ids with `top_k` columns (`Repeated`)
-    expert: int | None  # None: all experts together
+    expert: Expert | None  # None: all experts together
     classes: int | None
     per: str = "pair"  # "pair" | "token"
     order: Any = None  # all experts together: "flat", or the node of the sorting permutation
@@ -98,7 +116,7 @@ class Emptiness(Value):
     """Whether (`empty`) or whether not anybody chose the expert; `count` is the number itself."""
 
     ids: Node
-    expert: int
+    expert: Expert
     kind: str  # "any", "none", "count"
     num: int | None = None  # experts that were counted together
     closed: bool = False  # an id of none of them is an error
@@ -112,7 +130,7 @@ class Emptiness(Value):
 class Slice(Value):
     """stack[index], or something computed from such slices alone: `expr` holds for expert `index`."""
 
-    index: int
+    index: Expert
     expr: Expr
     plain = True
 
@@ -122,7 +140,7 @@ class Column(Value):
     """table[:, expert] of a [T, E] table of routing weights."""
 
     table: Node
-    expert: int
+    expert: Expert
     plain = True
 
 
@@ -132,7 +150,7 @@ class MaskedWeights(Value):
 
     weights: Node
     ids: Node
-    expert: int
+    expert: Expert
     classes: int | None
     summed: bool = False
     plain = True

@@ -17,6 +17,7 @@ from tests.detect import (  # noqa: F401
     mutants_every,
     mutants_families,
     mutants_forms,
+    mutants_index,
     mutants_outside,
     mutants_pairs,
     mutants_rows,

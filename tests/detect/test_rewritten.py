@@ -16,6 +16,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_pairs,
     idioms_sorted,
     mutants_families,
+    mutants_index,
 )
 from tests.detect.idioms import EXPERTS
 from tests.detect.loops import (
