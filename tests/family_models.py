@@ -33,11 +33,33 @@ OWN: dict[str, dict[str, Any]] = {  # what no name says; None: the family's own
         d_model=32, n_heads=2, n_layers=2, max_seq_len=64, attn_config=dict(clip_qkv=8.0, kv_n_heads=2),
         ffn_config=dict(ffn_hidden_size=24, moe_num_experts=8, moe_top_k=2),
     ),
+    "deepseek_ocr2": dict(mlp_layer_types=["dense", "sparse"]),
+    "dots3_note": dict(
+        per_layer_config={"01": dict(num_attention_heads=2, num_key_value_heads=2)}, layer_types=["indexed_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "sparse"],
+    ),
+    "ernie4_5_vl_moe": dict(
+        rope_parameters=dict(rope_theta=5e5, rope_type="default", mrope_section=[3, 3, 2]), num_attention_heads=2,
+        mlp_layer_types=["dense", "sparse"],
+    ),
+    "glm4v_moe": dict(
+        rope_parameters=dict(rope_theta=1e4, rope_type="default", partial_rotary_factor=0.5, mrope_section=[1, 1, 2])
+    ),
+    "glm5_next": dict(
+        index_kpool=2, qk_rope_head_dim=0, head_dim=0, linear_head_dim=16, linear_num_heads=2,
+        mlp_layer_types=["dense", "sparse"], layer_types=["linear_attention", "indexed_attention"],
+    ),
     "granitemoehybrid": dict(mamba_n_heads=2, mamba_d_head=32, layers_block_type=["mamba", "attention"], head_dim=None),
     "jamba": dict(
         expert_layer_period=1, expert_layer_offset=0, attn_layer_period=2, attn_layer_offset=0, use_mamba_kernels=False
     ),
     "jetmoe": dict(kv_channels=16, num_attention_heads=None),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "mimo_v2_flash": dict(
+        per_layer_config={"01": dict(num_key_value_heads=2)}, layer_types=["full_attention", "sliding_attention"],
+        mlp_layer_types=["dense", "sparse"],
+    ),
+    "zaya": dict(num_experts_per_tok=1),
     "longcat_flash": dict(num_layers=2, ffn_hidden_size=48, expert_ffn_hidden_size=24, zero_expert_num=2),
 }  # fmt: skip
 LARGEST = 6_000_000  # parameters
@@ -76,7 +98,10 @@ def experts(model: nn.Module) -> int:
 def _model(family: str, implementation: str | None, change: dict[str, int | None]) -> nn.Module:
     import transformers
 
-    cls = _text_config(type(transformers.AutoConfig.for_model(family)))
+    try:
+        cls = _text_config(type(transformers.AutoConfig.for_model(family)))
+    except ValueError:  # the whole has another name
+        cls = type(transformers.AutoConfig.for_model(f"{family}_text"))
     default = cls()
     aliases = getattr(default, "attribute_map", {})
     known = {*dir(default), *aliases}
