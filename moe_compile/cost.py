@@ -58,7 +58,8 @@ class Gain:
         flops = f"{short(self.flops_after)}FLOP"
         if self.flops_before != self.flops_after:
             flops += f" instead of {short(self.flops_before)}FLOP"
-        return f"{flops}, {self.launches_after} launch{'es' * (self.launches_after != 1)} instead of {self.launches_before}"
+        launches = "launch" if self.launches_after == 1 else "launches"
+        return f"{flops}, {self.launches_after} {launches} instead of {self.launches_before}"
 
 
 def product_flops(node: Node, form: str) -> tuple[float, float]:

@@ -41,4 +41,6 @@ def test_model(family: str, form: str) -> None:
         torch._dynamo.reset()
         with regions() as found:
             check(compiled(model, "eager"), model, ids)
-    assert sum(r.matched for r in found) == experts(model), [(r.location, r.reason) for r in found if not r.matched]
+    # After a graph break Dynamo meets a layer again, so there may be more reports than layers.
+    assert all(r.matched for r in found), [(r.location, r.reason) for r in found if not r.matched]
+    assert len(found) >= experts(model)
