@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 TRITON ?= triton>=3.7,<3.8
 NUMPY  ?= numpy
 
-.PHONY: setup demo test check bench gpu cross-compile coverage-table clean
+.PHONY: setup demo test check bench gpu cross-compile coverage test-4x clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,14 @@ bench: setup         ## step times and first calls beside the peers, on this mac
 
 cross-compile: setup ## every kernel and setting for sm_80, sm_90, sm_100 and gfx942, without a GPU
 	$(BIN)/python -m benchmarks.cross_compile
+
+coverage: setup      ## docs/coverage.md: run the experts of every family of the installed transformers
+	$(BIN)/python -m tests.coverage_table
+
+test-4x: setup       ## whole models of transformers 4.57, installed beside the first in $(VENV)/transformers-4
+	$(BIN)/pip install -q --no-deps --target $(VENV)/transformers-4 transformers==4.57.6 "huggingface_hub<1.0" \
+	    "tokenizers>=0.22,<=0.23.0" requests urllib3 charset_normalizer idna certifi
+	PYTHONPATH=$(VENV)/transformers-4:. $(BIN)/python -m pytest tests/test_families_4x.py $(ARGS)
 
 gpu:                 ## on a machine with CUDA and its own torch, from a plain checkout: tests, then benchmarks
 	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels -q

@@ -146,6 +146,8 @@ class Answers(TorchFunctionMode):
             return self._all_indices(args[0], found)
         if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and _has_rows(args[0].shape, self.rows):
             raise Refusal("a Python loop runs over the rows of an expert")
+        if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and _longer(args, kwargs):
+            raise Refusal(f"a Python loop runs over {max(args[0].shape)} rows or numbers")
         if func is torch.Tensor.tolist and (found := self._source(args)):
             return _Visited(t.tolist() for t in self._all_indices(args[0], found))
         if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero) and _unknown(args[0]):
@@ -176,6 +178,10 @@ class Answers(TorchFunctionMode):
             self.sees_rows |= _has_rows(result, self.rows)
             return result
         result = func(*args, **kwargs)
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], slice) and id(args[0]) in self._chosen:
+            if args[1] != slice(None):
+                raise Refusal("Python takes a part of the list of chosen experts")
+            self._chosen[id(result)] = (result, self._chosen[id(args[0])][1])
         if func in _SAME_LIST and id(args[0]) in self._chosen and isinstance(result, Tensor):
             self._chosen[id(result)] = (result, self._chosen[id(args[0])][1])
         return result
@@ -274,6 +280,8 @@ class _Visited(list):  # type: ignore[type-arg]
         raise Refusal("Python counts the experts that were chosen")
 
 
+LONGEST = 4096  # iterations of a loop: more are not over experts, and would take minutes to trace
+
 _HOOKS = {torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook}
 _SIZES = {
     torch.Tensor.stride,
@@ -331,6 +339,12 @@ def _formatted(tensor: Tensor, spec: str) -> str:
         raise Refusal("Python makes a text of a tensor")
     with _disable_current_modes():
         return format(known.item(), spec)
+
+
+def _longer(args: Any, kwargs: Any) -> bool:
+    """Whether a tensor that is taken apart gives more than `LONGEST` parts."""
+    dim, shape = args[1] if len(args) > 1 else kwargs.get("dim", 0), args[0].shape
+    return bool(shape) and isinstance(shape[dim], int) and shape[dim] > LONGEST
 
 
 def _has_rows(result: Any, rows: Any) -> bool:

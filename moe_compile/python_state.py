@@ -194,7 +194,7 @@ def _check_loop(
     _flow(loop.body, {n.id for n in ast.walk(loop.target) if isinstance(n, ast.Name)}, stored, carried)
     after: set[str] = set()
     last = max(getattr(n, "end_lineno", 0) or 0 for n in inside)
-    for n in ast.walk(tree):
+    for n in set(ast.walk(tree)) - _other_branches(tree, loop):
         if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.lineno > last and n.id in stored:
             after.add(n.id)
     carried |= after
@@ -212,6 +212,17 @@ def _check_loop(
             raise Refusal(f"{f.__qualname__} calls {n.func.attr} in a loop that skips iterations")
         if isinstance(n, (ast.Break, ast.Return)):
             raise Refusal(f"{f.__qualname__} leaves a loop early, depending on data")
+
+
+def _other_branches(tree: ast.AST, loop: ast.For) -> set[ast.AST]:
+    """What cannot run after the loop: the `else` of an `if` around it, unless an outer loop comes back to it."""
+    repeated = {n for outer in ast.walk(tree) if isinstance(outer, ast.For) for n in ast.walk(outer)}
+    around = [n for n in ast.walk(tree) if isinstance(n, ast.If) and n not in repeated]
+    return {n for way in around if loop in _inside(way.body) for n in _inside(way.orelse)}
+
+
+def _inside(body: list[ast.stmt]) -> set[ast.AST]:
+    return {n for statement in body for n in ast.walk(statement)}
 
 
 def _made_as_tensors(tree: ast.AST) -> set[str]:

@@ -21,6 +21,11 @@ NOT_RUN = frozenset(
     "__init__ __new__ __repr__ __str__ __init_subclass__ __setattr__ __delattr__ __setstate__ __getstate__ __del__ "
     "__dir__ __reduce__ __reduce_ex__ __deepcopy__ __copy__ __class_getitem__ __set_name__".split()
 )
+WALKS = frozenset(  # ways to a child that do not name it
+    "children named_children modules named_modules _modules get_submodule apply attrgetter methodcaller getattr_static "
+    "__getattr__ __getattribute__ __dict__ vars dir functional_call parameters named_parameters".split()
+)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 MOST = 20_000
 ANY = "*"  # among the names: any attribute
 TORCH_OWN = ("_is_full_backward_hook", "_is_hf_initialized")
@@ -29,19 +34,26 @@ TORCH_OWN = ("_is_full_backward_hook", "_is_hf_initialized")
 def reads(fn: types.FunctionType, module: nn.Module) -> tuple[Read, ...]:
     """All that `fn(module, ...)` could read.  Raises `Refusal` if something of it cannot be guarded."""
     names: set[str] = set()
+    held: set[int] = set()
     while True:  # what is found by a name mentions names: to a fixed point
-        walk = _Walk(fn, module, frozenset(names))
+        walk, known = _Walk(fn, module, frozenset(names), frozenset(held)), len(held)
         walk.run()
-        if walk.mentioned <= names:
+        held |= walk.holds
+        if walk.mentioned <= names and len(held) == known:
             return tuple(walk.found.values())
         names |= walk.mentioned
 
 
 class _Walk:
-    """One walk; `names` are the attribute names that earlier walks saw mentioned.  Fills `found` and `mentioned`."""
+    """One walk; `names` are the attribute names that earlier walks saw mentioned, `held` the children that they met
+    elsewhere than under their own names.  Fills `found`, `mentioned` and `holds`.
+    """
 
-    def __init__(self, fn: types.FunctionType, module: nn.Module, names: frozenset[str]) -> None:
-        self.fn, self.module, self.names = fn, module, names
+    def __init__(
+        self, fn: types.FunctionType, module: nn.Module, names: frozenset[str], held: frozenset[int] = frozenset()
+    ) -> None:
+        self.fn, self.module, self.names, self.held = fn, module, names, held
+        self.holds: set[int] = set()
         self.mentioned: set[str] = set()
         self.found: dict[Path, Read] = {}
         self._open: set[int] = set()  # what is being visited, against cycles
@@ -50,8 +62,11 @@ class _Walk:
 
     def run(self) -> None:
         self._function((("fn", ""),), self.fn)
+        reached = {""}
         for name, child in self.module.named_modules():
-            self._module((("module", name),), child)
+            if name and self._reaches(name, child, reached):
+                reached.add(name)
+            self._module((("module", name),), child, name in reached)
         for name in sorted(self.strings):
             if not hasattr(self.module, name):
                 self._add((("module", ""), ("attr", name)), "absent", None)
@@ -63,7 +78,17 @@ class _Walk:
 
     # -- modules of the model ---------------------------------------------------------------
 
-    def _module(self, path: Path, module: nn.Module) -> None:
+    def _reaches(self, name: str, child: nn.Module, reached: set[str]) -> bool:
+        """Whether code can get at a child: it mentions its name, walks over all children, or has it from elsewhere."""
+        parent, _, last = name.rpartition(".")
+        if id(child) in self.held or self.names & WALKS or ANY in self.names:
+            return True
+        if parent not in reached:
+            return False
+        owner = self.module.get_submodule(parent)
+        return last in self.names or isinstance(owner, CONTAINERS) or is_torch(type(owner).__module__)
+
+    def _module(self, path: Path, module: nn.Module, reached: bool) -> None:
         own = is_torch(type(module).__module__)
         for group in (module._parameters, module._buffers, module._modules):
             for name, value in group.items():
@@ -77,9 +102,12 @@ class _Walk:
             if isinstance(value, SIMPLE):
                 if not (own and name.startswith("_")) and name not in TORCH_OWN:
                     self._add((*path, ("attr", name)), "equals", value)
+            elif not reached:
+                continue
             elif name in self.names or (own and not name.startswith("_") and callable(value)):
                 self._value((*path, ("attr", name)), value)
-        self._class(path, module, {"forward", "__call__"} if module is not self.module else set())
+        if reached:
+            self._class(path, module, {"forward", "__call__"} if module is not self.module else set())
 
     def _class(self, path: Path, instance: Any, wanted: set[str]) -> None:
         """What the instance finds in its classes: methods that can run, and values."""
@@ -140,6 +168,8 @@ class _Walk:
         if names & {"getattr", "hasattr"}:  # also what is not there is read, and by names that code makes up
             self.strings |= _strings(fn.__code__)
             self.mentioned.add(ANY)
+        if any(step.opname == "MATCH_CLASS" for step in dis.get_instructions(fn.__code__)):
+            self.mentioned.add(ANY)  # a pattern's names are in a constant
         if names & {"__dict__", "vars"}:
             raise Refusal(f"{fn.__qualname__} reads the attributes of an object as a dict")
         for imported in _imports(fn):
@@ -167,6 +197,7 @@ class _Walk:
 
     def _value(self, path: Path, value: Any) -> None:
         if isinstance(value, nn.Module) and any(value is m for m in self.module.modules()):
+            self.holds.add(id(value))
             self._add(path, "is", value) if path[0][0] != "module" else None
             return
         if id(value) in self._open or path in self.found:

@@ -595,6 +595,116 @@ def test_what_cannot_be_guarded_is_refused() -> None:
         assert "thing" in (found[0].reason or "")
 
 
+class Scale(nn.Module):
+    """Reads a value of an object that is no module."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(self.settings.scale)
+
+
+class Behind(nn.Module):
+    """Has a sibling by way of their parent, which is no child of it."""
+
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.up = [parent]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up[0].helper(x)
+
+
+class ByName(Experts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.helper = Scale(types.SimpleNamespace(scale=2.0))
+        self.one = (self.helper,)
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self.helper(x)
+
+
+class ByChildren(ByName):
+    def gate(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+class ByOtherReference(ByName):
+    def gate(self, x: Tensor) -> Tensor:
+        return self.one[0](x)
+
+
+class ByPattern(ByName):
+    def gate(self, x: Tensor) -> Tensor:
+        match self:
+            case Experts(helper=found):
+                return found(x)
+        return x
+
+
+class ByContainer(ByName):
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(nn.Identity(), Scale(self.helper.settings))
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self.chain(x)
+
+
+class Listing(nn.ModuleList):
+    """A container of the user's own."""
+
+
+class ByOwnContainer(ByName):
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = Listing([Scale(self.helper.settings)])
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self.chain[0](x)
+
+
+class BySibling(ByName):
+    def __init__(self) -> None:
+        super().__init__()
+        self.behind = Behind(self)
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self.behind(x)
+
+
+@pytest.mark.parametrize(
+    "cls", [ByName, ByChildren, ByOtherReference, ByPattern, ByContainer, ByOwnContainer, BySibling]
+)
+def test_what_a_child_reads_however_it_is_reached(cls: type) -> None:
+    model, inputs = cls(), routed()
+    run = compiled(model)
+    for scale in (2.0, 3.0, 0.5):
+        model.helper.settings.scale = scale
+        assert close(run(*inputs), model.forward(*inputs))
+
+
+def test_children_that_are_not_reached_may_read_anything() -> None:
+    """A router beside the experts reads its config, an object that could not be guarded."""
+    import numpy
+
+    class Apart(Experts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.helper = Scale(types.SimpleNamespace(scale=numpy.array(1.5)))
+
+    for cls, matches in ((Apart, True), (type("Used", (Apart,), {"gate": ByName.gate}), False)):
+        model, inputs = cls(), routed()
+        with regions() as found:
+            assert close(compiled(model)(*inputs), model(*inputs))
+        assert [r.matched for r in found] == [matches], found[0].reason
+
+
 def test_randomness_and_clocks_are_refused() -> None:
     class Random(Experts):
         def gate(self, x: Tensor) -> Tensor:

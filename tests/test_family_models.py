@@ -34,9 +34,13 @@ def test_model(family: str, form: str) -> None:
     try:
         with regions() as found:
             check(compiled(model, "aot_eager"), model, ids)
-    except RuntimeError as error:
+    except RuntimeError:  # in the backward of another part, by AOTAutograd alone too: without it then
         torch._dynamo.reset()
         with pytest.raises(RuntimeError):
             check(torch.compile(model, backend="aot_eager"), model, ids)
-        pytest.skip(f"torch.compile by aot_eager fails too: {error}".splitlines()[0])
-    assert sum(r.matched for r in found) == experts(model), [(r.location, r.reason) for r in found if not r.matched]
+        torch._dynamo.reset()
+        with regions() as found:
+            check(compiled(model, "eager"), model, ids)
+    # After a graph break Dynamo meets a layer again, so there may be more reports than layers.
+    assert all(r.matched for r in found), [(r.location, r.reason) for r in found if not r.matched]
+    assert len(found) >= experts(model)

@@ -410,6 +410,16 @@ def index_vectors(indices: list[Any]) -> tuple[list[Any], Selection | Unknown | 
     return picked, next(iter(found), None)
 
 
+def whole(call: Call) -> Value | None:
+    """hits[:]: the list of chosen experts from its start to its end."""
+    value, bounds = call.arg(0), [call.number(i, name, d) for i, name, d in _BOUNDS]
+    return value if isinstance(value, Hits) and bounds in ([0, 0, _END, 1], [0, None, None, 1]) else None
+
+
+_END = 2**63 - 1
+_BOUNDS = ((1, "dim", 0), (2, "start", None), (3, "end", None), (4, "step", 1))
+
+
 def masked_weights(call: Call) -> Value | None:
     """weights * (ids == e), before its sum over k."""
     for mask, weights in ((call.arg(0), call.arg(1)), (call.arg(1), call.arg(0))):
@@ -460,6 +470,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **{op: (negate,) for op in ("logical_not", "bitwise_not")},
     **{op: (reorder,) for op in ("permute", "transpose", "t")},
     "select": (take,),
+    "slice": (whole,),
     **{op: (squeeze,) for op in ("squeeze", "view", "reshape", "flatten")},
     **{op: (reduce,) for op in ("sum", "any", "count_nonzero")},
     **{op: (nonzero,) for op in ("nonzero", "where", "nonzero_numpy")},

@@ -63,6 +63,44 @@ class ChosenOnly(Stacked):
 
 
 @idiom()
+class ChosenFromStartToEnd(Stacked):
+    """Weights by expert, a class for masked tokens, and a copy of the list: `chosen` is what a mutant changes."""
+
+    def chosen(self, hit: Tensor) -> Tensor:
+        return hit[:]
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        table = torch.zeros(x.shape[0], self.num_experts, dtype=x.dtype).scatter(1, ids, weights)
+        mask = F.one_hot(ids, self.num_experts + 1).permute(2, 1, 0)
+        for e in self.chosen(torch.greater(mask.sum((-1, -2)), 0).nonzero()):
+            e = e[0]
+            if e == self.num_experts:
+                continue
+            _, t = torch.where(mask[e])
+            out.index_add_(0, t, self.expert(e, x[t]) * table[t, e, None])
+        return out
+
+
+@idiom()
+class LoopOrNot(Stacked):
+    """The other branch uses names of the loop."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        if self.num_experts == E:
+            out = torch.zeros_like(x)
+            for e in range(E):
+                t, k = torch.where(ids == e)
+                if t.numel() > 0:
+                    y = self.expert(e, x[t])
+                    out.index_add_(0, t, y * weights[t, k, None])
+        else:
+            y = x * 2
+            out = y
+        return out
+
+
+@idiom()
 class ChosenAsNumbers(Stacked):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros_like(x)

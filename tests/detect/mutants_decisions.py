@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.detect.idioms import ChosenFromStartToEnd
 from tests.detect.loops import E, Listed, Stacked, mutant
 
 # -- mutants: decisions ---------------------------------------------------------------------
@@ -200,6 +201,56 @@ class ChosenOfOtherIds(Stacked):
             k, t = torch.where(mask[e[0]])
             out.index_add_(0, t, self.expert(e[0], x[t]) * weights[t, k, None])
         return out
+
+
+@mutant("Python takes a part of the list of chosen experts")
+class AllChosenButTheFirst(ChosenFromStartToEnd):
+    def chosen(self, hit: Tensor) -> Tensor:
+        return hit[1:]
+
+
+@mutant("Python takes a part of the list of chosen experts")
+class AllChosenButTheLast(ChosenFromStartToEnd):
+    def chosen(self, hit: Tensor) -> Tensor:
+        return hit[:-1]
+
+
+@mutant("Python takes a part of the list of chosen experts")
+class EverySecondChosen(ChosenFromStartToEnd):
+    def chosen(self, hit: Tensor) -> Tensor:
+        return hit[::2]
+
+
+@mutant("Python takes a part of the list of chosen experts")
+class TwoOfTheChosen(ChosenFromStartToEnd):
+    def chosen(self, hit: Tensor) -> Tensor:
+        return hit[:2]
+
+
+@mutant("ReadsInTheOtherBranchLater.forward carries seen from one iteration to the next and skips some")
+class ReadsInTheOtherBranchLater(Listed):
+    """An outer loop comes back to the `if` around the loop, by its other branch."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out, seen = torch.zeros_like(x), -1
+        for again in (False, True):
+            if not again:
+                for e, expert in enumerate(self.experts):
+                    t, k = torch.where(ids == e)
+                    if t.numel() > 0:
+                        seen = e
+                        out = out.index_add(0, t, expert(x[t]) * weights[t, k, None])
+            else:
+                out = out * (seen + 2)
+        return out
+
+
+@mutant("a Python loop runs over 4097 rows or numbers")
+class TooLong(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        for number in torch.zeros(4097):
+            x = x + number
+        return super().forward(x, ids, weights)
 
 
 @mutant("a Python loop runs over the rows of an expert")
