@@ -295,7 +295,6 @@ _SIZES = {
 }
 _LOOKS = {
     torch.Tensor.__repr__,
-    torch.Tensor.__format__,
     torch.Tensor.data_ptr,
     torch.Tensor.storage_offset,
     torch.Tensor.untyped_storage,

@@ -291,14 +291,14 @@ class CarriesRows(Chosen):
         return out
 
 
-@visited("mul_2 reads or changes what visits change")
-@mutant("ones is changed in place while the experts run")
+@visited("clone reads or changes what visits change")
+@mutant("CarriesInPlace.forward carries state from one iteration to the next and skips some")
 class CarriesInPlace(Chosen):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out, mask, hit = self.begin(x, ids)
         state = torch.ones(D)
         for e in hit:
-            self.contribute(out, mask, e[0], x, weights, state)
+            self.contribute(out, mask, e[0], x, weights, state.clone())
             state *= 0.5
         return out
 

@@ -69,8 +69,12 @@ def test_idiom_without_tokens(name: str) -> None:
         with pytest.raises(Refusal):
             StaticProof(module, args)
         return
-    run = Proof(module, args, case.distinct)
-    got, want = (outcome(call, module, args, not case.forward_only) for call in (run, module))
+    got = outcome(Proof(module, args, case.distinct), module, args, not case.forward_only)
+    try:
+        want = outcome(module, module, args, not case.forward_only)
+    except RuntimeError:  # the program itself takes no empty batch: it joins no pieces
+        assert got["output 0"] is not None and not got["output 0"].numel()
+        return
     assert not differences(got, want, 1e-5)
 
 
