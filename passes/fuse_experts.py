@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_compile.rewrite import RewritePass, emit, value
 
@@ -196,6 +197,7 @@ def _before_reshapes(node: Node) -> Node:
     source: Any = node
     while source.op == "call_function" and source.target in RESHAPES:
         source = source.args[0]
-        if value(source).shape == value(node).shape:
+        here, last = value(source).shape, value(node).shape
+        if len(here) == len(last) and all(statically_known_true(a == b) for a, b in zip(here, last, strict=True)):
             first = source
     return first
