@@ -434,7 +434,7 @@ class Suppressed(Simple):
 
 
 @visited("an index is used by __format__")
-@mutant("Python looks at where a tensor lies, or makes text of it (__format__)")
+@mutant("expert 2 differs from expert 0: 0.5 where that has 1.0")
 class Formatted(Simple):
     def scale(self, e: Tensor) -> Any:
         return 0.5 if f"{e}" == "2" else 1.0
