@@ -147,6 +147,7 @@ def mlp(
     groups = [w for w in (gate, up) if w]
     if native.why_not(x_TD, *gate, *up, *down) or any(native.layout(w) is None for w in (*groups, down)):
         return expert_mlp.reference(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated)
+    expert_mlp.check_widths(gate, up, down, gated)
     x_RD, offsets_E, order_R = ops.dispatch(x_TD, ids_TK, num_experts)
     R, G = x_RD.shape[0], sum(w[0].shape[-2] for w in groups)
     h_RG = unset(x_RD, R, G)

@@ -57,10 +57,19 @@ def reference(
 
     No weights mean ones.  A pair whose id is outside [0, num_experts) adds nothing.
     """
+    check_widths(gate, up, down, gated)
     x_RD, offsets_E, order_R = dispatch(x_TD, ids_TK, num_experts)
     h_RG = torch.cat([grouped_gemm_reference(x_RD, w, offsets_E) for w in (gate, up) if w], 1)
     y_RD = grouped_gemm_reference(_between(h_RG, activation, gated), down, offsets_E)
     return combine_reference(y_RD, weights_TK, order_R, offsets_E, ids_TK.shape[1]), h_RG, offsets_E, order_R
+
+
+def check_widths(gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor], gated: bool) -> None:
+    """Raise if the products before the activation are not as wide as the last weight is deep."""
+    widths = [w[0].shape[-2] for w in (gate, up) if w]
+    wanted = down[0].shape[-1] * (2 if gated and not gate else 1)
+    if (gate and not gated) or any(w != wanted for w in widths):
+        raise ValueError(f"products of widths {widths} before an activation, the last weight takes {down[0].shape[-1]}")
 
 
 def activate_backward(name: str, dy: Tensor, x: Tensor) -> Tensor:
@@ -136,6 +145,7 @@ expert_mlp_backward = custom_op("moe_ep::expert_mlp_backward", backward_referenc
 
 @expert_mlp.register_fake
 def _(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated):  # type: ignore[no-untyped-def]
+    check_widths(gate, up, down, gated)
     R = ids_TK.shape[0] * ids_TK.shape[1]
     T = ids_TK.shape[0] if weights_TK is None else weights_TK.shape[0]
     G = up[0].shape[-2] * (2 if gate else 1)

@@ -135,7 +135,7 @@ class _Matcher:
                 if source is other and (low, high) == (0, 1) and (first := self.gemm(source, offsets)) is not None:
                     return name, True, first[0], (), first[1]
                 gate, up = self.gemm(g, offsets), self.gemm(u, offsets)
-                if gate is not None and up is not None and gate[0] is up[0]:
+                if gate is not None and up is not None and gate[0] is up[0] and _width(gate[1]) == _width(up[1]):
                     return name, True, gate[0], gate[1], up[1]
             self.inside = known
         return None
@@ -168,6 +168,11 @@ class _Matcher:
             return None, -1
         self.inside |= {node, parts}
         return source, place
+
+
+def _width(weights: tuple[Node, ...]) -> int:
+    """How many numbers a product with these weights gives; a product of one would be spread over all of the other."""
+    return int(value(weights[0]).shape[-2])
 
 
 def _activation(node: Any) -> tuple[str, Any, tuple[Node, ...]] | None:

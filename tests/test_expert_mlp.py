@@ -248,3 +248,11 @@ def test_compiled() -> None:
         exact, *_ = expert_mlp.expert_mlp(x, ids, weights[:T], [], [up], [down], 5, "silu", True)
         assert_near([mine], [exact])
         assert_near(torch.autograd.grad(mine.sum(), [x, up, down]), torch.autograd.grad(exact.sum(), [x, up, down]))
+
+
+def test_widths_that_do_not_fit() -> None:
+    x, ids, weights = torch.randn(3, D), torch.zeros(3, 1, dtype=torch.int64), torch.rand(3, 1)
+    narrow, up, down = torch.randn(4, 1, D), torch.randn(4, F, D), torch.randn(4, D, F)
+    for gate, second in (([narrow], up), ([up], narrow), ([], up)):
+        with pytest.raises(ValueError, match="before an activation, the last weight takes 37"):
+            torch.ops.moe_ep.expert_mlp(x, ids, weights, gate, [second], [down], 4, "silu", True)

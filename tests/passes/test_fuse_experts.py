@@ -180,6 +180,12 @@ FuseExperts: 1 applied, 0 refused
             gate, up = linear(x * 2, self.other[e]), linear(x, self.other[e])
             return linear(silu(gate) * up, self.down[e])
 
+        def one_number_a_row(self, x, e):
+            return linear(silu(linear(x, self.other[e])) * linear(x, self.up[e, :1]), self.down[e])
+
+        def one_gate_a_row(self, x, e):
+            return linear(silu(linear(x, self.up[e, :1])) * linear(x, self.other[e]), self.down[e])
+
         def sigmoid_of_another(self, x, e):
             gate, up = linear(x, self.up[e]).chunk(2, -1)
             return linear(gate * torch.sigmoid(up), self.down[e])
@@ -188,7 +194,7 @@ FuseExperts: 1 applied, 0 refused
             return linear(torch.relu(linear(x, self.other[e])) ** 3, self.down[e])
 
         bodies = (up_first, not_halves, one_half_twice, clamped, bias, of_the_product, residual, used_twice,
-                  of_other_rows, sigmoid_of_another, cubed)  # fmt: skip
+                  of_other_rows, one_number_a_row, one_gate_a_row, sigmoid_of_another, cubed)  # fmt: skip
         for body in bodies:
             with self.subTest(body.__name__):
                 gm, report = self.fused(Gated(), loop_of(body))
