@@ -1,6 +1,7 @@
 """The ops on a CPU.
 
-Products in f32 are one call over all experts (kernels/grouped_gemm.cpp); in other dtypes one product after another.
+Products in f32 are one call over all experts (kernels/grouped_gemm.cpp), what stands between two of them another
+(kernels/gate.cpp); in other dtypes one product after another.
 
 A `combine` is an embedding bag: the bag of token t holds the K rows of its pairs, in the order of k, with the routing
 weights as per-sample weights.  Its gradients are bags too.  These kernels are vectorised, threaded over bags, sum in

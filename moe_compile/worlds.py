@@ -261,14 +261,10 @@ def _numbers(expert: Expert) -> tuple[int, ...]:
 
 
 def _local(graph: Graph, about: dict[Node, set[Expert]], additions: Mapping[Node, Expert | None]) -> bool:
-    """Whether each question is about the expert whose rows are added next.
-
-    One class that never adds any, as of ids past the experts, may be asked about anywhere: one answer counts nothing.
-    """
-    silent = set().union(*about.values()) - set(additions.values())
+    """Whether each question is about the expert whose rows are added next."""
     asked: set[Any] = set()
     for node in graph.nodes:
-        asked |= about.get(node, set()) - (silent if len(silent) == 1 else set())
+        asked |= about.get(node, set())
         if node in additions:
             if asked - {additions[node]}:
                 return False

@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.detect.idioms import ChosenFromStartToEnd
-from tests.detect.loops import E, Listed, Stacked, mutant
+from tests.detect.loops import E, Listed, Mlp, Stacked, mutant
 
 # -- mutants: decisions ---------------------------------------------------------------------
 
@@ -261,3 +261,39 @@ class LoopsOverRows(Listed):
             for t in torch.where(ids == e)[0]:
                 out[t] += expert(x[t])
         return out
+
+
+# -- one answer remembered for a later expert, of more experts than have rows in a quick look -----------------
+
+
+class EightExperts(Listed):
+    """Whether somebody has the id 8, which no expert has, changes what expert 4 adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Mlp() for _ in range(8))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        known = bool((ids == 8).any())
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            if self.skips(t):
+                continue
+            scale = 3.0 if not known and e == 4 else 1.0
+            out.index_add_(0, t, expert(x[t]) * weights[t, k, None] * scale)
+        return out
+
+    def skips(self, t: Tensor) -> bool:
+        return False
+
+
+@mutant("expert 4 adds something else when some experts have no rows")
+class RemembersTheLastClass(EightExperts):
+    pass
+
+
+@mutant("expert 4 adds something else when some experts have no rows")
+class RemembersAndSkips(EightExperts):
+    def skips(self, t: Tensor) -> bool:
+        return t.numel() == 0
