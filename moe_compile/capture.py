@@ -412,6 +412,9 @@ def capture(
             if not may_fail or answers.last_class is None:
                 raise
             seen["fails_at"], result = answers.last_class, ()
+        finally:
+            if answers.visits is not None:
+                answers.visits.calls.stop()
         flat, seen["spec"] = tree_flatten(result)
         if not all(isinstance(t, Tensor) or t is None for t in flat):
             raise Refusal(f"it returns {type(next(t for t in flat if not isinstance(t, Tensor))).__name__}")

@@ -19,14 +19,15 @@ from moe_compile.report import RegionReport, Report
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Which expert regions `torch.compile(model, backend="moe_ep")` rewrites for these inputs, and which not, and why.
 
-    Runs the model once, without gradients and without Inductor.  A model that is compiled already is looked
-    through.  Parameters, buffers and the random state are left as they were.
+    Runs the model once without Inductor, with or without gradients as the caller would (`torch.no_grad()` around this
+    call explains inference).  A model that is compiled already is looked through.  Parameters, buffers and the random
+    state are left as they were.
     """
     target = getattr(model, "_orig_mod", model)
     found: dynamo_hook.Collected = []
     token = dynamo_hook.collector.set(found)
     inplace = target.__dict__.pop("_compiled_call_impl", None) if isinstance(target, nn.Module) else None
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             # A backend object of its own, so that nothing compiled before answers instead.
             backend = functools.partial(moe_ep)

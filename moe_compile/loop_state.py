@@ -13,6 +13,7 @@ import itertools
 import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ LOOKS_BEHIND = frozenset(  # names that see, or change, what `shared` does not c
     "_getframe currentframe settrace setprofile cache_info cache_clear ctypes weakref __class__ type attrgetter "
     "methodcaller copy deepcopy pickle".split()
 )
+FUNCTIONS = frozenset("__closure__ cell_contents __globals__ __defaults__ __kwdefaults__ __code__".split())
 MODULE = frozenset((*vars(nn.Module()), "forward"))  # what torch itself reads of a module
 HIDDEN = frozenset(("__dict__", "__weakref__", "__doc__", "__annotations__"))
 ATOMS = (
@@ -45,32 +47,71 @@ TABLES = (dict, types.MappingProxyType)
 _CACHED = functools._lru_cache_wrapper
 
 
-def shared(frame: types.FrameType, head: int, functions: Functions, module: nn.Module) -> dict[Any, Any]:
-    """What the next iteration could tell from another: equal before and after an iteration that leaves no trace.
+@dataclass
+class State:
+    """What the next iteration could tell from another.
 
-    `frame` stands at the head of a `for` loop, the instruction at `head`.  Compare with `same`.
+    `wrappers`: functions around the one that runs the loop, which this leaves out: an iteration must not call them.
     """
+
+    live: dict[str, Any]  # local variables
+    seen: dict[int, tuple[Any, tuple[Any, ...]]]  # objects in reach, by id, with what each holds
+    modes: Any
+    wrappers: frozenset[types.CodeType]
+
+    def same(self, after: "State") -> bool:
+        """Whether two states hold the same objects in the same places."""
+        if list(self.live) != list(after.live) or any(self.live[k] is not after.live[k] for k in self.live):
+            return False
+        if self.modes != after.modes or len(self.seen) != len(after.seen):
+            return False
+        objects = [(k, held) for k, (item, held) in self.seen.items() if item is not self.live]
+        return all(k in after.seen and _equal(held, after.seen[k][1]) for k, held in objects)
+
+
+def shared(frame: types.FrameType, head: int, functions: Functions, module: nn.Module) -> State:
+    """The state of a frame that stands at the head of a `for` loop, the instruction at `head`."""
     dead = dead_locals(frame.f_code, head)
     live = {k: v for k, v in frame.f_locals.items() if k not in dead}
     names: frozenset[str] = frozenset()
     while True:  # what is found by a name mentions names: to a fixed point
-        walk = _Walk(names)
+        walk = _Walk(names, frame.f_code)
         for root in (live, module, *functions):
             walk.visit(root)
         if walk.mentioned <= names:
-            return {**walk.seen, "modes": _modes(), "names": (tuple(live), live)}
+            return State(live, walk.seen, _modes(), frozenset(walk.wrappers))
         names |= walk.mentioned
 
 
-def same(before: dict[Any, Any], after: dict[Any, Any]) -> bool:
-    """Whether two states hold the same objects in the same places."""
-    (names, live), (names_after, live_after) = before["names"], after["names"]
-    if names != names_after or any(live[k] is not live_after[k] for k in names):
-        return False
-    keys = [k for k in before if k not in ("names", "modes")]
-    if before["modes"] != after["modes"] or len(before) != len(after):
-        return False
-    return all(k in after and _equal(before[k][1], after[k][1]) for k in keys if before[k][0] is not live)
+class Calls:
+    """Notes whether one of some functions is called, from `begin` to `end`, in this thread."""
+
+    def __init__(self) -> None:
+        self.found: str | None = None
+        self._looking = False
+
+    def begin(self, codes: frozenset[types.CodeType]) -> None:
+        if codes and sys.getprofile() is not None:
+            raise OneByOne("a profiler is at work")
+
+        def note(frame: types.FrameType, event: str, _: Any) -> None:
+            if event == "call" and frame.f_code in codes:
+                self.found = frame.f_code.co_qualname
+
+        if codes:
+            self._looking = True
+            sys.setprofile(note)
+
+    def end(self) -> None:
+        self.stop()
+        if self.found is not None:
+            raise OneByOne(f"an iteration calls {self.found}")
+
+    def stop(self) -> None:
+        """Look no longer, whatever became of the iteration."""
+        if self._looking:
+            sys.setprofile(None)
+            self._looking = False
 
 
 def _equal(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
@@ -87,8 +128,9 @@ def _modes() -> Any:
 class _Walk:
     """Everything that can be reached, each object once, with what it holds."""
 
-    def __init__(self, names: frozenset[str]) -> None:
-        self.names, self.mentioned = names, set[str]()
+    def __init__(self, names: frozenset[str], running: types.CodeType) -> None:
+        self.names, self.running, self.mentioned = names, running, set[str]()
+        self.wrappers: set[types.CodeType] = set()
         self.seen: dict[int, tuple[Any, tuple[Any, ...]]] = {}
 
     def visit(self, root: Any) -> None:
@@ -156,9 +198,16 @@ class _Walk:
                     held.append(getattr(item, name))
         return tuple(held)
 
+    def _is_around(self, f: types.FunctionType) -> bool:
+        """Whether a function is a decorator's, around the one that runs the loop."""
+        return f.__code__ is not self.running and getattr(inspect.unwrap(f), "__code__", None) is self.running
+
     def _function(self, f: types.FunctionType) -> tuple[Any, ...]:
         if _library(f.__module__ or ""):
             return ()
+        if self._is_around(f) and not FUNCTIONS & self.names:
+            self.wrappers.add(f.__code__)
+            return tuple(vars(f).values())
         _check_code(f.__code__)
         self.mentioned |= code_names(f.__code__)
         cells = [c.cell_contents for c in f.__closure__ or () if _filled(c)]

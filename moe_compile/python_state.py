@@ -24,16 +24,24 @@ Functions = tuple[types.FunctionType, ...]
 
 
 def reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
-    """The Python functions outside torch that `fn(module, ...)` can run, found by name: more than it does run."""
+    """The Python functions outside torch that `fn(module, ...)` can run, found by name: more than it does run.
+
+    Decorators' functions are among them, but for those around `fn` itself, which run before it.
+    """
     classes = {c for m in module.modules() for c in type(m).__mro__ if not is_torch(c.__module__)}
     found: dict[int, types.FunctionType] = {}
     names: set[str] = {"forward", "__call__"}
     todo: list[Any] = [fn]
     while todo:
-        f = inspect.unwrap(todo.pop()) if callable(todo[-1]) else todo.pop()
+        f = todo.pop()
         if isinstance(f, types.MethodType):
             f = f.__func__
+        inner = inspect.unwrap(f) if callable(f) else f
+        if inner is not f:
+            todo.append(inner if inner is fn else f.__wrapped__)  # type: ignore[attr-defined]
         if not isinstance(f, types.FunctionType) or id(f) in found or is_torch(f.__module__ or ""):
+            continue
+        if inner is fn and f is not fn:
             continue
         found[id(f)] = f
         new = code_names(f.__code__) - names
@@ -174,7 +182,7 @@ def check_loops(functions: Functions, only_offsets: Callable[[types.CodeType, st
     """
     for f in functions:
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(f)))
+            tree = ast.parse(textwrap.dedent(inspect.getsource(f.__code__)))
         except (OSError, TypeError, SyntaxError) as error:
             raise Refusal(f"the source of {f.__qualname__}, which decides on data, is not available") from error
         for loop in ast.walk(tree):

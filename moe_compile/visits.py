@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_compile.detect.interpreter import VISIT_OFFSET, is_random, storages
 from moe_compile.detect.values import Sum, SumRead, Value
-from moe_compile.loop_state import OneByOne, loop_head, same, shared
+from moe_compile.loop_state import Calls, OneByOne, State, loop_head, shared
 from moe_compile.python_state import Functions
 
 MOST = 3  # classes of experts that are visited together
@@ -56,6 +56,7 @@ class Visits:
         self.failed: OneByOne | None = None
         self._indices: dict[int, tuple[Tensor, Any]] = {}  # tensors that are an index, and the index as a number
         self._open: Visit | None = None
+        self.calls = Calls()
 
     def fail(self, why: str) -> OneByOne:
         self.failed = OneByOne(why)
@@ -152,7 +153,7 @@ class _Loop:
     def __init__(self, visits: Visits, hits: Tensor, scalar: bool, numbers: list[int], head: int) -> None:
         self.visits, self.hits, self.scalar, self.head = visits, hits, scalar, head
         visits._later = numbers
-        self.before: dict[Any, Any] | None = None
+        self.before: State | None = None
 
     def __iter__(self) -> "_Loop":
         return self
@@ -160,17 +161,20 @@ class _Loop:
     def __next__(self) -> Tensor:
         visits, frame = self.visits, sys._getframe(1)
         try:
+            if self.before is not None:
+                visits.calls.end()
             now = shared(frame, self.head, visits.functions, visits.module)
+            if self.before is not None:
+                if not self.before.same(now):
+                    raise OneByOne("an iteration leaves something for the next")
+                visits.end()
+            self.before = now
+            numbers, visits._later = visits._later, []
+            if not numbers:
+                raise StopIteration
+            visits.calls.begin(now.wrappers)
         except OneByOne as why:
             raise visits.fail(str(why)) from None
-        if self.before is not None:
-            if not same(self.before, now):
-                raise visits.fail("an iteration leaves something for the next")
-            visits.end()
-        self.before = now
-        numbers, visits._later = visits._later, []
-        if not numbers:
-            raise StopIteration
         return visits.begin(self.hits, self.scalar, numbers)
 
 

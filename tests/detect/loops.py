@@ -4,6 +4,7 @@
 with T tokens of width D, K experts per token out of E.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -154,6 +155,11 @@ def any_length(args: tuple[Tensor, ...]) -> list[Tensor]:
     ]
 
 
+def forward_of(module: nn.Module) -> Any:
+    """The function that is captured: a module's forward, without its decorators."""
+    return inspect.unwrap(type(module).forward)
+
+
 class Proof:
     """A module's forward, proven and rewritten, to be called like the module."""
 
@@ -165,7 +171,7 @@ class Proof:
         edit: Callable[[GraphModule], None] | None = None,
     ) -> None:
         self.module = module
-        found = analyse(type(module).forward, module, any_length(args), {}, distinct=(1,) if distinct else ())
+        found = analyse(forward_of(module), module, any_length(args), {}, distinct=(1,) if distinct else ())
         if edit is not None:
             edit(found.gm)
         self.detected = found.gm.graph.find_nodes(op="call_function", target=region.experts)

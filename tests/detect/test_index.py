@@ -10,8 +10,8 @@ from moe_compile.capture import capture
 from moe_compile.errors import Refusal
 from moe_compile.loop_state import dead_locals
 from moe_compile.python_state import reachable
-from tests.detect import loops, mutants_index
-from tests.detect.loops import IDIOMS, MUTANTS, arguments
+from tests.detect import loops, mutants_index, mutants_wrappers  # noqa: F401
+from tests.detect.loops import IDIOMS, MUTANTS, arguments, forward_of
 from tests.detect.mutants_index import ONE_BY_ONE
 from tests.detect.test_refused import text
 from tests.tiny import Experts, routed
@@ -24,7 +24,7 @@ def test_visits(name: str, caplog: pytest.LogCaptureFixture) -> None:
     module = case.make()
     with caplog.at_level(logging.DEBUG, "moe_compile.analysis"):
         try:
-            analyse(type(module).forward, module, list(arguments(case)), {}, distinct=(1,))
+            analyse(forward_of(module), module, list(arguments(case)), {}, distinct=(1,))
         except Refusal:
             assert name in MUTANTS
     said = [text(r.getMessage().partition(": ")[2]) for r in caplog.records if "expert by expert" in r.getMessage()]

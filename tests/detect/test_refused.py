@@ -22,8 +22,9 @@ from tests.detect import (  # noqa: F401
     mutants_pairs,
     mutants_rows,
     mutants_sorted,
+    mutants_wrappers,
 )
-from tests.detect.loops import MUTANTS, arguments, differences, outcome
+from tests.detect.loops import MUTANTS, arguments, differences, forward_of, outcome
 from tests.detect.mutants_iterations import SEEN
 from tests.tiny import compiled, regions
 
@@ -34,7 +35,7 @@ def test_reason(name: str) -> None:
     torch.manual_seed(0)
     module = case.make()
     with pytest.raises(Refusal) as refusal:
-        analyse(type(module).forward, module, list(arguments(case)), {}, distinct=(1,) if case.distinct else ())
+        analyse(forward_of(module), module, list(arguments(case)), {}, distinct=(1,) if case.distinct else ())
     assert text(str(refusal.value)) == case.reason
 
 
