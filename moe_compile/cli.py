@@ -1,5 +1,6 @@
 """The `moe-compile` command."""
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -7,7 +8,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import typer
+PACKAGES = ("typer", "rich", "transformers", "matplotlib")  # of the extra `demo`
+if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
+    sys.exit(f"moe-compile: this command needs {', '.join(missing)}: pip install 'moe-compile[demo]'")
+
+import typer  # noqa: E402
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Tools of moe_compile.")
 
