@@ -13,6 +13,7 @@ Each number is from a fresh process, after one proof of another kind (imports, f
 
 import dataclasses
 import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -131,16 +132,27 @@ def prove(form: str, num_experts: int, clock: Clock | None = None) -> None:
     """Prove a module of the form, of which nothing is known yet."""
     from moe_compile import kinds
     from tests.detect.loops import any_length
-    from tests.tiny import Experts, Separate, routed
+    from tests.tiny import Separate, routed
 
-    forms: dict[str, Callable[..., Any]] = {"chosen": Experts, "range": _ranged, "modules": Separate}
+    forms: dict[str, Callable[..., Any]] = {"chosen": _mixtral, "range": _ranged, "modules": Separate}
     module = forms[form](num_experts=num_experts)
     args = any_length(routed(num_experts=num_experts))
     kinds.forget()
     with (clock or Clock()).running():
-        kind = kinds.kind_of(type(module).forward, module, args, {}, (1,), frozenset())
+        kind = kinds.kind_of(inspect.unwrap(type(module).forward), module, args, {}, (1,), frozenset())
     if isinstance(kind, kinds.Declined):
         raise RuntimeError(kind.reason)
+
+
+def _mixtral(num_experts: int) -> Any:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    from tests.tiny import D
+
+    config = MixtralConfig(hidden_size=D, intermediate_size=2 * D, num_local_experts=num_experts)
+    config._experts_implementation = "eager"
+    return MixtralExperts(config)
 
 
 def _ranged(num_experts: int) -> Any:
