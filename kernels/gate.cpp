@@ -1,4 +1,5 @@
-// What stands between the two products of an expert, on a CPU in f32: a = act(g) * u, and its gradients.
+// What stands between the two products of an expert, on a CPU: a = act(g) * u, and its gradients; and
+// the weighted sum behind them.  Computed in f32, each number rounded once.
 //
 // Row by row; every number comes from its own row alone, sums run in a fixed order.  vectors.h goes before this text.
 
@@ -7,7 +8,7 @@ enum Activation { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED };
 // e^x: 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2, p of degree 6 (Cephes' expf).  Within 2 ulp; inf and NaN as ever.
 static inline vec exponential(vec x) {
   constexpr float LOG2E = 1.44269504f, LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f, ROUND = 12582912.f;
-  typedef int32_t bits __attribute__((vector_size(4 * V)));
+  typedef int32_t ints __attribute__((vector_size(4 * V)));
   x = x > 88.8f ? vec{} + 88.8f : x;
   x = x < -87.3f ? vec{} - 87.3f : x;
   const vec n = (x * LOG2E + ROUND) - ROUND;
@@ -18,7 +19,7 @@ static inline vec exponential(vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  const bits power = (__builtin_convertvector(n, bits) + 127) << 23;
+  const ints power = (__builtin_convertvector(n, ints) + 127) << 23;
   return p * (vec)power;
 }
 
@@ -58,20 +59,13 @@ static inline Activated activate(int how, vec g) {
   }
 }
 
-static inline vec load(const float* p, int64_t count) {
-  if (count >= V) return load(p);
-  vec x{};
-  std::memcpy(&x, p, count * sizeof(float));
-  return x;
-}
-static inline void store(float* p, vec x, int64_t count) { std::memcpy(p, &x, least(count, V) * sizeof(float)); }
-
 // a [rows, f] = act(g) * u.  Rows of g are f of ldh numbers of h; those of u lie `up` behind them; no u if `up` is 0.
-extern "C" void gate(int how, const float* h, int64_t ldh, int64_t up, float* a, int64_t rows, int64_t f, int threads) {
+extern "C" void gate(int how, const number* h, int64_t ldh, int64_t up, number* a, int64_t rows, int64_t f,
+                     int threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < rows; r++)
     for (int64_t j = 0; j < f; j += V) {
-      const float* at = h + r * ldh + j;
+      const number* at = h + r * ldh + j;
       const vec value = activate(how, load(at, f - j)).value;
       store(a + r * f + j, up ? value * load(at + up, f - j) : value, f - j);
     }
@@ -79,8 +73,8 @@ extern "C" void gate(int how, const float* h, int64_t ldh, int64_t up, float* a,
 
 // Of sum over r of w[r] * dot(da[r], act(g[r]) * u[r]) with `da` as given: dh, and dw [rows]; also a = w * act(g) * u.
 // w may be null: ones, and then dw is null too.
-extern "C" void gate_backward(int how, const float* h, int64_t ldh, int64_t up, const float* da, const float* w,
-                              float* dh, float* a, float* dw, int64_t rows, int64_t f, int threads) {
+extern "C" void gate_backward(int how, const number* h, int64_t ldh, int64_t up, const number* da, const float* w,
+                              number* dh, number* a, float* dw, int64_t rows, int64_t f, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < rows; r++) {
     const float weight = w ? w[r] : 1.f;
@@ -101,4 +95,17 @@ extern "C" void gate_backward(int how, const float* h, int64_t ldh, int64_t up, 
       dw[r] = sum;
     }
   }
+}
+
+// out [tokens, d]: sum over k of w[t, k] * y[position[t, k]], in the order of k; rows from `kept` on are nobody's.
+extern "C" void combine(const number* y, int64_t d, const float* w, const int32_t* position, int64_t kept, float* out,
+                        int64_t tokens, int64_t top_k, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t j = 0; j < d; j += V) {
+      vec sum{};
+      for (int64_t i = t * top_k; i < (t + 1) * top_k; i++)
+        if (position[i] < kept) sum += w[i] * load(y + position[i] * d + j, d - j);
+      store(out + t * d + j, sum, d - j);
+    }
 }

@@ -1,4 +1,4 @@
-// Products of a ragged batch on a CPU in f32: the rows of each expert with its own weight.
+// Products of a ragged batch on a CPU: the rows of each expert with its own weight.
 //
 // The inner loop adds outer products, a column of A times a row of B, to a tile of the result in registers.  Rows of B
 // are read where they lie if they are contiguous, as in both gradients.  Where B is stored transposed (weights as
@@ -6,18 +6,47 @@
 // the weights takes as long as using them: so each is read once, front to back, and fetched while the panel before it
 // is being multiplied.
 //
+// Numbers narrower than f32 are laid out as words in any case: as floats, or, where the machine multiplies pairs of bf16
+// (AVX512_BF16), as pairs of neighbours along k.  Sums are f32 from the first k to the last, and rounded once.
+//
 // Every number of the result is one sum in the order of k: the same bits for any number of threads, and whatever the
-// other rows are.  vectors.h goes before this text.
+// other rows are.  With pairs it is the order 1 0 3 2 ..., each product added with one rounding as ever, and denormal
+// numbers count as zero: so machines with and without AVX512_BF16 differ in the last bit of a sum.
+// vectors.h goes before this text.
 
 constexpr int M = 6;
 constexpr int PANEL = 64;         // columns laid out at a time: a multiple of V * N
 constexpr int64_t LONGEST = 1024; // depth of a panel: it stays in the second cache
 constexpr int LINE = 64;          // bytes
+constexpr int64_t STRIP = 1024;   // columns of narrow numbers laid out at a time
+
+// -- words ----------------------------------------------------------------------------------
+
+#if defined(BFLOAT16) && defined(__AVX512BF16__)
+constexpr int STEP = 2;  // numbers in a word
+typedef uint32_t word;
+typedef bits words;
+static inline words load_words(const number* p) { return read<words>(p); }
+static inline words from_rows(const number* p, int64_t ld) {  // pairs of two rows' numbers
+  return __builtin_convertvector(read<halves>(p), bits) | __builtin_convertvector(read<halves>(p + ld), bits) << 16;
+}
+static inline vec multiply_add(vec sum, words a, words b) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  return sum;
+}
+#else
+constexpr int STEP = 1;
+typedef float word;
+typedef vec words;
+static inline words load_words(const number* p) { return load(p); }
+static inline words from_rows(const number* p, int64_t) { return load(p); }
+static inline vec multiply_add(vec sum, words a, words b) { return sum + a * b; }
+#endif
 
 // -- laying out -----------------------------------------------------------------------------
 
 template <int... I>
-static inline vec pick(vec a, vec b) {  // elements I of the two, counted through
+static inline words pick(words a, words b) {  // elements I of the two, counted through
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, I...);
 #else
@@ -27,8 +56,8 @@ static inline vec pick(vec a, vec b) {  // elements I of the two, counted throug
 }
 
 // In each quarter of the registers, transpose the 4 x 4 numbers of a, b, c, d.
-static inline void transpose(vec& a, vec& b, vec& c, vec& d) {
-  vec p, q, r, s;
+static inline void transpose(words& a, words& b, words& c, words& d) {
+  words p, q, r, s;
   if constexpr (V == 16) {
     p = pick<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(a, b);
     q = pick<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(a, b);
@@ -59,24 +88,59 @@ static inline void transpose(vec& a, vec& b, vec& c, vec& d) {
   }
 }
 
-// to[k][j] = from[j][k] for `columns` values of j and `depth` values of k
-static void lay_out(int64_t columns, int64_t depth, const float* from, int64_t ld, float* to) {
+// One word of at most `count` numbers; `ld` between them.
+static inline word last_word(const number* p, int64_t count, int64_t ld) {
+  number all[STEP * V] = {};
+  for (int64_t i = 0; i < least(STEP, count); i++) all[i] = p[i * ld];
+  return load_words(all)[0];
+}
+
+// to[k][j] = the word of from[j][STEP * k ...] for `columns` values of j and `depth` numbers of each
+static void lay_out(int64_t columns, int64_t depth, const number* from, int64_t ld, word* to) {
   int64_t k = 0;
-  for (; k + V <= depth; k += V) {
+  for (; (k + V) * STEP <= depth; k += V) {
     int64_t j = 0;
     for (; j + 4 <= columns; j += 4) {
-      const float* p = from + j * ld + k;
-      vec row[4] = {load(p), load(p + ld), load(p + 2 * ld), load(p + 3 * ld)};
+      const number* p = from + j * ld + k * STEP;
+      words row[4] = {load_words(p), load_words(p + ld), load_words(p + 2 * ld), load_words(p + 3 * ld)};
       transpose(row[0], row[1], row[2], row[3]);
       for (int i = 0; i < 4; i++)
         for (int q = 0; q < V / 4; q++)
           std::memcpy(to + (k + 4 * q + i) * PANEL + j, (const char*)&row[i] + 16 * q, 16);
     }
-    for (; j < columns; j++)
-      for (int i = 0; i < V; i++) to[(k + i) * PANEL + j] = from[j * ld + k + i];
+    for (; j < columns; j++) {
+      const words row = load_words(from + j * ld + k * STEP);
+      for (int i = 0; i < V; i++) to[(k + i) * PANEL + j] = row[i];
+    }
   }
-  for (; k < depth; k++)
-    for (int64_t j = 0; j < columns; j++) to[k * PANEL + j] = from[j * ld + k];
+  for (; k * STEP < depth; k++)
+    for (int64_t j = 0; j < columns; j++)
+      to[k * PANEL + j] = last_word(from + j * ld + k * STEP, depth - k * STEP, 1);
+}
+
+// to[k][j] = the word of from[STEP * k ...][j], the other way round
+static void lay_out_rows(int64_t columns, int64_t depth, const number* from, int64_t ld, word* to, int64_t ldto) {
+  for (int64_t at = 0; at < depth; at += STEP, from += STEP * ld, to += ldto) {
+    int64_t j = 0;
+    if (at + STEP <= depth)
+      for (; j + V <= columns; j += V) {
+        const words x = from_rows(from + j, ld);
+        std::memcpy(to + j, &x, sizeof x);
+      }
+    for (; j < columns; j++) to[j] = last_word(from + j, depth - at, ld);
+  }
+}
+
+// to[i][k] = the word of from[i][STEP * k ...]
+static void copy_words(int64_t rows, int64_t depth, const number* from, int64_t ld, word* to) {
+  for (int64_t i = 0; i < rows; i++, from += ld) {
+    int64_t at = 0;
+    for (; at + STEP * V <= depth; at += STEP * V, to += V) {
+      const words x = load_words(from + at);
+      std::memcpy(to, &x, sizeof x);
+    }
+    for (; at < depth; at += STEP) *to++ = last_word(from + at, depth - at, 1);
+  }
 }
 
 // -- one expert -----------------------------------------------------------------------------
@@ -86,106 +150,169 @@ struct Ahead {
   const char *at, *stop;
 };
 
-// a[i, k] lies at p + i * row + k * column
+// The word a[i, k] lies at p + i * row + k * column; row and column in bytes.
 struct Matrix {
-  const float* p;
+  const char* p;
   int64_t row, column;
 };
 
-enum Store { SET, ADD, STREAM };
+// Where a result goes, and its sums until they are whole: the same place where numbers are floats.
+struct Result {
+  number* p;
+  int64_t ld;
+  float* sums;
+  int64_t ldsums;
+};
+
+enum From { ZERO, SUMS, RESULT };  // what a product is added to
+enum To { KEEP, STORE, STREAM };   // as a sum to be continued, or as numbers
 
 // c [R, C * V] = (c +) sum over k of outer(a[:, k], b[k, :])
 template <int R, int C>
-static void tile(int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, Store how, Ahead& ahead) {
-  if (how != STREAM)
+static void tile(int64_t k, Matrix a, const word* b, int64_t ldb, Result c, From from, To to, Ahead& ahead) {
+  if (to == STORE)
     for (int i = 0; i < R; i++)  // for writing
-      for (int j = 0; j < C * V; j += LINE / 4) __builtin_prefetch(c + i * ldc + j, 1);
+      for (int j = 0; j < C * V; j += LINE / int(sizeof(number))) __builtin_prefetch(c.p + i * c.ld + j, 1);
   const char* next = ahead.at;
   const int64_t line = ahead.at < ahead.stop ? LINE : 0;
   ahead.at += line * k;
   vec sum[R][C] = {};
-  if (how == ADD)
+  if (from == SUMS)
     for (int i = 0; i < R; i++)
-      for (int j = 0; j < C; j++) sum[i][j] = load(c + i * ldc + j * V);
+      for (int j = 0; j < C; j++) sum[i][j] = load(c.sums + i * c.ldsums + j * V);
+  else if (from == RESULT)
+    for (int i = 0; i < R; i++)
+      for (int j = 0; j < C; j++) sum[i][j] = load(c.p + i * c.ld + j * V);
   for (int64_t at = 0; at < k; at++) {
     __builtin_prefetch(next, 0, 2);
     next += line;
-    vec y[C];
-    for (int j = 0; j < C; j++) y[j] = load(b + at * ldb + j * V);
+    words y[C];
+    for (int j = 0; j < C; j++) y[j] = read<words>(b + at * ldb + j * V);
     for (int i = 0; i < R; i++) {
-      vec x = vec{} + a.p[i * a.row + at * a.column];
-      for (int j = 0; j < C; j++) sum[i][j] += x * y[j];
+      const words x = words{} + read<word>(a.p + i * a.row + at * a.column);
+      for (int j = 0; j < C; j++) sum[i][j] = multiply_add(sum[i][j], x, y[j]);
     }
   }
-  if (how == STREAM) {
+  if (to == KEEP) {
     for (int i = 0; i < R; i++)
-      for (int j = 0; j < C; j++) stream(c + i * ldc + j * V, sum[i][j]);
+      for (int j = 0; j < C; j++) store(c.sums + i * c.ldsums + j * V, sum[i][j]);
+  } else if (to == STREAM) {
+    for (int i = 0; i < R; i++)
+      for (int j = 0; j < C; j++) stream(c.p + i * c.ld + j * V, sum[i][j]);
   } else {
     for (int i = 0; i < R; i++)
-      for (int j = 0; j < C; j++) store(c + i * ldc + j * V, sum[i][j]);
+      for (int j = 0; j < C; j++) store(c.p + i * c.ld + j * V, sum[i][j]);
   }
 }
 
 template <int C>
-static void tile_of(int64_t m, int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc, Store how,
+static void tile_of(int64_t m, int64_t k, Matrix a, const word* b, int64_t ldb, Result c, From from, To to,
                     Ahead& ahead) {
   static_assert(M == 6);
   switch (m) {
-    case 1: return tile<1, C>(k, a, b, ldb, c, ldc, how, ahead);
-    case 2: return tile<2, C>(k, a, b, ldb, c, ldc, how, ahead);
-    case 3: return tile<3, C>(k, a, b, ldb, c, ldc, how, ahead);
-    case 4: return tile<4, C>(k, a, b, ldb, c, ldc, how, ahead);
-    case 5: return tile<5, C>(k, a, b, ldb, c, ldc, how, ahead);
-    default: return tile<6, C>(k, a, b, ldb, c, ldc, how, ahead);
+    case 1: return tile<1, C>(k, a, b, ldb, c, from, to, ahead);
+    case 2: return tile<2, C>(k, a, b, ldb, c, from, to, ahead);
+    case 3: return tile<3, C>(k, a, b, ldb, c, from, to, ahead);
+    case 4: return tile<4, C>(k, a, b, ldb, c, from, to, ahead);
+    case 5: return tile<5, C>(k, a, b, ldb, c, from, to, ahead);
+    default: return tile<6, C>(k, a, b, ldb, c, from, to, ahead);
   }
 }
 
 // m rows, the last n < V columns
-static void rest(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                 Store how) {
+static void rest(int64_t m, int64_t n, int64_t k, Matrix a, const word* b, int64_t ldb, Result c, From from, To to) {
   for (int64_t i = 0; i < m; i++) {
-    float sum[V] = {};
-    if (how == ADD) std::memcpy(sum, c + i * ldc, n * sizeof(float));
-    for (int64_t at = 0; at < k; at++)
-      for (int64_t j = 0; j < n; j++) sum[j] += a.p[i * a.row + at * a.column] * b[at * ldb + j];
-    std::memcpy(c + i * ldc, sum, n * sizeof(float));
+    float* sums = c.sums + i * c.ldsums;
+    vec sum = from == SUMS ? load(sums, n) : from == RESULT ? load(c.p + i * c.ld, n) : vec{};
+    const char* x = a.p + i * a.row;
+    if constexpr (NARROW) {  // laid out as whole vectors
+      for (int64_t at = 0; at < k; at++)
+        sum = multiply_add(sum, words{} + read<word>(x + at * a.column), read<words>(b + at * ldb));
+    } else {
+      float each[V];
+      store(each, sum);
+      for (int64_t at = 0; at < k; at++)
+        for (int64_t j = 0; j < n; j++) each[j] += read<float>(x + at * a.column) * b[at * ldb + j];
+      sum = load(each);
+    }
+    to == KEEP ? store(sums, sum, n) : store(c.p + i * c.ld, sum, n);
   }
 }
 
-// C [m, n] = (C +) A [m, k] @ B [k, n]
-static void product(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                    Store how, Ahead ahead) {
-  for (int64_t i = 0; i < m; i += M, a.p += M * a.row, c += M * ldc) {
+// C [m, n] = (C +) A [m, k] @ B [k, n], k in words
+static void product(int64_t m, int64_t n, int64_t k, Matrix a, const word* b, int64_t ldb, Result c, From from, To to,
+                    Ahead ahead) {
+  for (int64_t i = 0; i < m; i += M, a.p += M * a.row, c.p += M * c.ld, c.sums += M * c.ldsums) {
     const int64_t rows = least(M, m - i);
     int64_t j = 0;
-    for (; j + N * V <= n; j += N * V) tile_of<N>(rows, k, a, b + j, ldb, c + j, ldc, how, ahead);
-    for (; j + V <= n; j += V) tile_of<1>(rows, k, a, b + j, ldb, c + j, ldc, how, ahead);
-    if (j < n) rest(rows, n - j, k, a, b + j, ldb, c + j, ldc, how);
+    const auto at = [&] { return Result{c.p + j, c.ld, c.sums + j, c.ldsums}; };
+    for (; j + N * V <= n; j += N * V) tile_of<N>(rows, k, a, b + j, ldb, at(), from, to, ahead);
+    for (; j + V <= n; j += V) tile_of<1>(rows, k, a, b + j, ldb, at(), from, to, ahead);
+    if (j < n) rest(rows, n - j, k, a, b + j, ldb, at(), from, to);
   }
 }
 
-// C [m, n] = A [m, k] @ B [k, n], by blocks of k that stay in a near cache
-static void product_plain(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int64_t ldb, float* c,
-                          int64_t ldc, int64_t block, Store first) {
-  for (int64_t at = 0; at == 0 || at < k; at += block) {
-    const float *here = b + at * ldb, *next = here + block * ldb;
-    product(m, n, least(block, k - at), {a.p + at * a.column, a.row, a.column}, here, ldb, c, ldc,
-            at ? ADD : first, {(const char*)next, (const char*)(next + block * ldb)});
+// A thread's own memory.
+struct Scratch {
+  std::vector<word> a, panel;
+  std::vector<float> sums;
+
+  // A result of m rows and n columns at p.
+  Result result(number* p, int64_t ld, int64_t m, int64_t n) {
+    if constexpr (NARROW) {
+      sums.resize(m * n);
+      return {p, ld, sums.data(), n};
+    } else {
+      return {p, ld, (float*)p, ld};
+    }
+  }
+};
+
+static int64_t words_of(int64_t numbers) { return (numbers + STEP - 1) / STEP; }
+
+// C [m, n] = (C +) A [m, k] @ B [k, n], by blocks of k that stay in a near cache
+static void product_plain(int64_t m, int64_t n, int64_t k, Matrix a, const number* b, int64_t ldb, number* c,
+                          int64_t ldc, int64_t block, From first, To last, Scratch& scratch) {
+  const int64_t strip = NARROW ? least(STRIP, n) : n;
+  const int64_t ldp = (strip + V - 1) / V * V;
+  if (NARROW) scratch.panel.resize(words_of(least(block, k)) * ldp);
+  for (int64_t j = 0; j == 0 || j < n; j += strip) {
+    const int64_t columns = least(strip, n - j);
+    const Result to = scratch.result(c + j, ldc, k > block ? m : 0, columns);
+    for (int64_t at = 0; at == 0 || at < k; at += block) {
+      const int64_t depth = least(block, k - at);
+      const number *here = b + at * ldb + j, *next = here + block * ldb, *stop = columns < n ? next : next + block * ldb;
+      const Matrix left{a.p + at / STEP * a.column, a.row, a.column};
+      const From from = at ? SUMS : first;
+      const To how = at + block < k ? KEEP : last;
+      const Ahead ahead{(const char*)next, (const char*)stop};
+      if constexpr (NARROW) {
+        lay_out_rows(columns, depth, here, ldb, scratch.panel.data(), ldp);
+        product(m, columns, words_of(depth), left, scratch.panel.data(), ldp, to, from, how, ahead);
+      } else {
+        product(m, columns, depth, left, (const word*)here, ldb, to, from, how, ahead);
+      }
+    }
   }
 }
 
-// C [m, n] = A [m, k] @ B [n, k].T
-static void product_transposed(int64_t m, int64_t n, int64_t k, Matrix a, const float* b, int64_t ldb, float* c,
-                               int64_t ldc, Store first, std::vector<float>& panel) {
-  panel.resize(least(LONGEST, k) * PANEL);
-  for (int64_t j = 0; j < n; j += PANEL)
-    for (int64_t at = 0; at == 0 || at < k; at += LONGEST) {
-      const int64_t columns = least(PANEL, n - j), depth = least(LONGEST, k - at);
-      const float* next = b + (j + PANEL) * ldb;
-      lay_out(columns, depth, b + j * ldb + at, ldb, panel.data());
-      product(m, columns, depth, {a.p + at, a.row, 1}, panel.data(), PANEL, c + j, ldc, at ? ADD : first,
+// C [m, n] = (C +) A [m, k] @ B [n, k].T
+static void product_transposed(int64_t m, int64_t n, int64_t k, Matrix a, const number* b, int64_t ldb, number* c,
+                               int64_t ldc, From first, Scratch& scratch) {
+  constexpr int64_t DEPTH = LONGEST * STEP;
+  scratch.panel.resize(least(LONGEST, words_of(k)) * PANEL);
+  for (int64_t j = 0; j < n; j += PANEL) {
+    const int64_t columns = least(PANEL, n - j);
+    const Result to = scratch.result(c + j, ldc, k > DEPTH ? m : 0, columns);
+    for (int64_t at = 0; at == 0 || at < k; at += DEPTH) {
+      const int64_t depth = least(DEPTH, k - at);
+      const number* next = b + (j + PANEL) * ldb;
+      lay_out(columns, depth, b + j * ldb + at, ldb, scratch.panel.data());
+      product(m, columns, words_of(depth), {a.p + at / STEP * a.column, a.row, a.column}, scratch.panel.data(), PANEL,
+              to, at ? SUMS : first, at + DEPTH < k ? KEEP : STORE,
               {(const char*)next, (const char*)(next + PANEL * ldb)});
     }
+  }
 }
 
 // -- all experts ----------------------------------------------------------------------------
@@ -199,9 +326,9 @@ template <typename F>
 static void run(const std::vector<Task>& tasks, int threads, F&& work) {
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> panel;
+    Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < int64_t(tasks.size()); i++) work(tasks[i], panel);
+    for (int64_t i = 0; i < int64_t(tasks.size()); i++) work(tasks[i], scratch);
     finish_streams();
   }
 }
@@ -209,11 +336,12 @@ static void run(const std::vector<Task>& tasks, int threads, F&& work) {
 // y [R, f] = x [R, d] @ w[e].T, or y += if `add`; ldx and ldy are the strides of their rows.
 // A weight is stored [f, d] with row stride ldw, or [d, f] if `transposed`.
 // Rows behind the last offset become zeros, or stay if `add`.
-extern "C" void grouped_gemm(const float* x, int64_t ldx, const float* const* w, int64_t ldw, int transposed,
-                             const int32_t* offsets, int64_t experts, float* y, int64_t ldy, int64_t rows, int64_t f,
+extern "C" void grouped_gemm(const number* x, int64_t ldx, const number* const* w, int64_t ldw, int transposed,
+                             const int32_t* offsets, int64_t experts, number* y, int64_t ldy, int64_t rows, int64_t f,
                              int64_t d, int add, int threads) {
   constexpr int64_t BLOCK = 40 * M;
-  const Store first = add ? ADD : SET;
+  const From first = add ? RESULT : ZERO;
+  const bool in_place = !NARROW || (STEP == 2 && d % 2 == 0);
   std::vector<Task> tasks;
   int64_t row = 0;
   for (int64_t e = 0; e < experts; e++)
@@ -227,35 +355,49 @@ extern "C" void grouped_gemm(const float* x, int64_t ldx, const float* const* w,
       for (int64_t j = 0; j < f; j += wide) finer.push_back({t.expert, t.row, t.rows, j, least(f, j + wide)});
     tasks.swap(finer);
   }
-  run(tasks, threads, [&](const Task& t, std::vector<float>& panel) {
-    const Matrix a{x + t.row * ldx, ldx, 1};
-    const float* b = w[t.expert];
-    float* c = y + t.row * ldy + t.start;
+  run(tasks, threads, [&](const Task& t, Scratch& scratch) {
+    Matrix a{(const char*)(x + t.row * ldx), ldx * int64_t(sizeof(number)), sizeof(word)};
+    if (!in_place) {
+      scratch.a.resize(t.rows * words_of(d));
+      copy_words(t.rows, d, x + t.row * ldx, ldx, scratch.a.data());
+      a = {(const char*)scratch.a.data(), words_of(d) * int64_t(sizeof(word)), sizeof(word)};
+    }
+    const number* b = w[t.expert];
+    number* c = y + t.row * ldy + t.start;
     if (transposed)
-      product_plain(t.rows, t.stop - t.start, d, a, b + t.start, ldw, c, ldy, 128, first);
+      product_plain(t.rows, t.stop - t.start, d, a, b + t.start, ldw, c, ldy, 128 * STEP, first, STORE, scratch);
     else
-      product_transposed(t.rows, t.stop - t.start, d, a, b + t.start * ldw, ldw, c, ldy, first, panel);
+      product_transposed(t.rows, t.stop - t.start, d, a, b + t.start * ldw, ldw, c, ldy, first, scratch);
   });
   if (!add)
-    for (; row < rows; row++) std::memset(y + row * ldy, 0, f * sizeof(float));
+    for (; row < rows; row++) std::memset(y + row * ldy, 0, f * sizeof(number));
 }
 
 // dw [E, f, d]: dw[e] = dy[rows of e].T @ x[rows of e]; zeros for an expert without rows.
 // ldy and ldx are the strides of rows.
-extern "C" void grouped_gemm_dw(const float* dy, int64_t ldy, const float* x, int64_t ldx, const int32_t* offsets,
-                                int64_t experts, float* dw, int64_t f, int64_t d, int threads) {
-  constexpr int64_t BLOCK = 10 * M, DEPTH = 256, LARGE = 8 << 20;
-  const bool aligned = d % V == 0 && reinterpret_cast<uintptr_t>(dw) % (V * sizeof(float)) == 0;
-  const bool large = experts * f * d * int64_t(sizeof(float)) >= LARGE;
+extern "C" void grouped_gemm_dw(const number* dy, int64_t ldy, const number* x, int64_t ldx, const int32_t* offsets,
+                                int64_t experts, number* dw, int64_t f, int64_t d, int threads) {
+  constexpr int64_t BLOCK = 10 * M, DEPTH = 256, LARGE = 8 << 20, SIZE = sizeof(number);
+  const bool aligned = d * SIZE % LINE == 0 && reinterpret_cast<uintptr_t>(dw) % LINE == 0;
+  const bool large = experts * f * d * SIZE >= LARGE;
   std::vector<Task> tasks;
   for (int64_t e = 0, row = 0; e < experts; row = offsets[e], e++)
     for (int64_t i = 0; i < f; i += BLOCK) tasks.push_back({e, row, offsets[e] - row, i, least(f, i + BLOCK)});
-  run(tasks, threads, [&](const Task& t, std::vector<float>&) {
-    float* c = dw + (t.expert * f + t.start) * d;
-    if (t.rows)
-      product_plain(t.stop - t.start, d, t.rows, {dy + t.row * ldy + t.start, 1, ldy}, x + t.row * ldx, ldx, c, d,
-                    DEPTH, aligned && large && t.rows <= DEPTH ? STREAM : SET);
-    else
-      std::memset(c, 0, (t.stop - t.start) * d * sizeof(float));
+  run(tasks, threads, [&](const Task& t, Scratch& scratch) {
+    number* c = dw + (t.expert * f + t.start) * d;
+    const number* left = dy + t.row * ldy + t.start;
+    const int64_t m = t.stop - t.start;
+    if (!t.rows) {
+      std::memset(c, 0, m * d * SIZE);
+      return;
+    }
+    Matrix a{(const char*)left, SIZE, ldy * SIZE};
+    if (NARROW) {
+      scratch.a.resize(words_of(t.rows) * m);
+      lay_out_rows(m, t.rows, left, ldy, scratch.a.data(), m);
+      a = {(const char*)scratch.a.data(), sizeof(word), m * int64_t(sizeof(word))};
+    }
+    product_plain(m, d, t.rows, a, x + t.row * ldx, ldx, c, d, DEPTH, ZERO,
+                  aligned && large && t.rows <= DEPTH ? STREAM : STORE, scratch);
   });
 }

@@ -1,5 +1,6 @@
-// Vectors as wide as the machine's registers, in GCC's and Clang's own terms.
-// native.py compiles this file, grouped_gemm.cpp and gate.cpp as one text.
+// Vectors as wide as the machine's registers, in GCC's and Clang's own terms, and the numbers that lie in memory.
+// native.py compiles this file, grouped_gemm.cpp and gate.cpp as one text for each type of number: f32, or what
+// BFLOAT16 or FLOAT16 say.  Sums are f32; a number is rounded once, to nearest even, when it is stored.
 
 // Few headers: reading them takes as long as compiling the rest.
 #include <cstdint>
@@ -17,12 +18,16 @@ constexpr int V = 4;
 constexpr int N = 4;
 #endif
 typedef float vec __attribute__((vector_size(4 * V)));
+typedef uint32_t bits __attribute__((vector_size(4 * V)));
+typedef uint16_t halves __attribute__((vector_size(2 * V)));
 
-static inline vec load(const float* p) {
-  vec x;
+template <typename X, typename P>
+static inline X read(const P* p) {
+  X x;
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+static inline vec load(const float* p) { return read<vec>(p); }
 static inline void store(float* p, vec x) { std::memcpy(p, &x, sizeof x); }
 
 // Past the caches, for what is not read again soon: memory is written without being read first.
@@ -43,4 +48,75 @@ static inline void finish_streams() {
 #endif
 }
 
+// -- the numbers ----------------------------------------------------------------------------
+
+#if defined(BFLOAT16) || defined(FLOAT16)
+constexpr bool NARROW = true;
+struct number {
+  uint16_t bits;
+};
+
+static inline vec widen(halves x) {
+#if defined(BFLOAT16)
+  return (vec)(__builtin_convertvector(x, bits) << 16);
+#elif defined(__AVX512F__) || defined(__F16C__)
+  vec y;
+  asm("vcvtph2ps %1, %0" : "=v"(y) : "v"(x));
+  return y;
+#else
+#error "no instructions for float16"
+#endif
+}
+
+static inline halves narrow(vec x) {
+#if defined(FLOAT16)
+  halves y;
+  asm("vcvtps2ph $0, %1, %0" : "=v"(y) : "v"(x));
+  return y;
+#elif defined(__AVX512BF16__)
+  halves y;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x));
+  return y;
+#else
+  const bits b = (bits)x, rounded = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : b >> 16 | 0x40, halves);
+#endif
+}
+
+static inline vec load(const number* p) { return widen(read<halves>(p)); }
+static inline void store(number* p, vec x) {
+  const halves y = narrow(x);
+  std::memcpy(p, &y, sizeof y);
+}
+static inline void stream(number* p, vec x) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(narrow(x), reinterpret_cast<halves*>(p));
+#elif defined(__AVX512F__)
+  typedef float half_vec __attribute__((vector_size(2 * V)));
+  __builtin_ia32_movntps256(reinterpret_cast<float*>(p), (half_vec)narrow(x));
+#else
+  store(p, x);
+#endif
+}
+#else
+constexpr bool NARROW = false;
+typedef float number;
+#endif
+
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// The first `count` numbers, others zero.
+template <typename P>
+static inline vec load(const P* p, int64_t count) {
+  if (count >= V) return load(p);
+  P all[V] = {};
+  std::memcpy(all, p, count * sizeof(P));
+  return load(all);
+}
+template <typename P>
+static inline void store(P* p, vec x, int64_t count) {
+  if (count >= V) return store(p, x);
+  P all[V];
+  store(all, x);
+  std::memcpy(p, all, count * sizeof(P));
+}

@@ -1,12 +1,13 @@
 """The ops on a CPU.
 
-Products in f32 are one call over all experts (kernels/grouped_gemm.cpp), what stands between two of them another
-(kernels/gate.cpp); in other dtypes one product after another.
+Products in f32, bf16 and f16 are one call over all experts (kernels/grouped_gemm.cpp), what stands between two of them
+another (kernels/gate.cpp); in other dtypes one product after another.  Sums are f32, rounded once.
 
 A `combine` is an embedding bag: the bag of token t holds the K rows of its pairs, in the order of k, with the routing
 weights as per-sample weights.  Its gradients are bags too.  These kernels are vectorised, threaded over bags, sum in
-f32 and in order, and need no compilation.  They take one dtype for rows and weights and leave no row out: other
-arguments go to the definitions in ops.py, which these forms equal up to one fused multiply-add.
+f32 and in order, and need no compilation.  They take one dtype for rows and weights and leave no row out: narrow rows
+with f32 weights, which is what most routers give, have a kernel, other arguments go to the definitions in ops.py.  All
+these forms equal those up to one fused multiply-add.
 """
 
 import ctypes
@@ -60,7 +61,7 @@ def _product(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor, y_RF: T
     transposed, ld = native.layout(weights)  # type: ignore[misc]
     (R, F), D, E = y_RF.shape, x_RD.shape[1], offsets_E.shape[0]
     addresses = (ctypes.c_void_p * E)(*native.addresses(weights))
-    native.library().grouped_gemm(  # type: ignore[union-attr]
+    native.library(x_RD.dtype).grouped_gemm(  # type: ignore[union-attr]
         x_RD.data_ptr(), x_RD.stride(0), addresses, ld, transposed, offsets_E.data_ptr(), E,
         y_RF.data_ptr(), y_RF.stride(0), R, F, D, add, torch.get_num_threads(),
     )  # fmt: skip
@@ -76,7 +77,7 @@ def _weight_gradient(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
     """As grouped_gemm_dw; both may be some columns of a wider tensor."""
     E, F, D = offsets_E.shape[0], dy_RF.shape[1], x_RD.shape[1]
     dw_EFD = unset(dy_RF, E, F, D)
-    native.library().grouped_gemm_dw(  # type: ignore[union-attr]
+    native.library(x_RD.dtype).grouped_gemm_dw(  # type: ignore[union-attr]
         dy_RF.data_ptr(), dy_RF.stride(0), x_RD.data_ptr(), x_RD.stride(0), offsets_E.data_ptr(), E,
         dw_EFD.data_ptr(), F, D, torch.get_num_threads(),
     )  # fmt: skip
@@ -85,7 +86,8 @@ def _weight_gradient(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
 
 # -- memory-bound ops -----------------------------------------------------------------------
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+NARROW = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *NARROW)
 
 
 def why_not(y_RD: Tensor, weights_TK: Tensor | None, offsets_E: Tensor) -> str | None:
@@ -100,11 +102,26 @@ def why_not(y_RD: Tensor, weights_TK: Tensor | None, offsets_E: Tensor) -> str |
 
 
 def combine(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
+    if weights_TK is not None and weights_TK.dtype == torch.float32 and y_RD.dtype in NARROW:
+        if native.why_not(y_RD) is None:
+            return _combine_wide(y_RD, weights_TK, order_R, offsets_E, top_k)
     if why_not(y_RD, weights_TK, offsets_E):
         return ops.combine_reference(y_RD, weights_TK, order_R, offsets_E, top_k)
     position_TK = _positions(order_R).view(-1, top_k)
     weights = None if weights_TK is None else weights_TK.contiguous()
     return torch.nn.functional.embedding_bag(position_TK, y_RD.contiguous(), mode="sum", per_sample_weights=weights)
+
+
+def _combine_wide(y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
+    """As `combine`, of narrow rows with f32 weights."""
+    y_RD, weights_TK, position_R = y_RD.contiguous(), weights_TK.contiguous(), _positions(order_R)
+    (T, _), D = weights_TK.shape, y_RD.shape[1]
+    out_TD = weights_TK.new_empty(T, D)
+    native.library(y_RD.dtype).combine(  # type: ignore[union-attr]
+        y_RD.data_ptr(), D, weights_TK.data_ptr(), position_R.data_ptr(), int(offsets_E[-1]), out_TD.data_ptr(), T,
+        top_k, torch.get_num_threads(),
+    )  # fmt: skip
+    return out_TD
 
 
 def combine_backward(
@@ -134,6 +151,18 @@ def _positions(order_R: Tensor) -> Tensor:
 # -- an expert's two products ---------------------------------------------------------------
 
 
+def why_not_mlp(
+    x_TD: Tensor, weights_TK: Tensor | None, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]
+) -> str | None:
+    """Return why the kernels cannot serve an `expert_mlp`, or None."""
+    dtypes = (x_TD.dtype, None if weights_TK is None else weights_TK.dtype)
+    if not expert_mlp.has_kernel(*dtypes):
+        return f"no fused kernel for {dtypes[0]} with routing weights {dtypes[1]}"
+    if any(native.layout(w) is None for w in (gate, up, down) if w):
+        return "weights that are contiguous neither as they are nor transposed"
+    return native.why_not(x_TD, *gate, *up, *down)
+
+
 def mlp(
     x_TD: Tensor,
     ids_TK: Tensor,
@@ -146,7 +175,7 @@ def mlp(
     gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups = [w for w in (gate, up) if w]
-    if native.why_not(x_TD, *gate, *up, *down) or any(native.layout(w) is None for w in (*groups, down)):
+    if why_not_mlp(x_TD, weights_TK, gate, up, down):
         return expert_mlp.reference(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated)
     expert_mlp.check_widths(gate, up, down, gated)
     x_RD, offsets_E, order_R = ops.dispatch(x_TD, ids_TK, num_experts)
@@ -156,7 +185,7 @@ def mlp(
         _product(x_RD, w, offsets_E, h)
     F = G // 2 if gated else G
     a_RF = unset(x_RD, R, F)
-    native.library().gate(  # type: ignore[union-attr]
+    native.library(x_TD.dtype).gate(  # type: ignore[union-attr]
         expert_mlp.ACTIVATIONS.index(activation), h_RG.data_ptr(), G, F if gated else 0, a_RF.data_ptr(), R, F,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -181,20 +210,22 @@ def mlp_backward(
     of_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     groups = [w for w in (gate, up) if w]
-    if native.why_not(dout_TD, x_TD, h_RG, *gate, *up, *down) or any(native.layout(w) is None for w in (*groups, down)):
+    if why_not_mlp(x_TD, weights_TK, gate, up, down):
         return expert_mlp.backward_reference(
             dout_TD, x_TD, h_RG, weights_TK, offsets_E, order_R, gate, up, down, activation, gated, of_x, of_params
         )
     (R, G), K = h_RG.shape, order_R.shape[0] // max(x_TD.shape[0], 1)
     F = G // 2 if gated else G
     token_R = order_R.div(max(K, 1), rounding_mode="floor")
-    dout_RD = dout_TD.index_select(0, token_R)
+    dout_RD = dout_TD.to(x_TD.dtype).index_select(0, token_R)
     da_RF, a_RF, dh_RG = unset(h_RG, R, F), unset(h_RG, R, F), unset(h_RG, R, G)
     _product(dout_RD, expert_mlp.transposed(down), offsets_E, da_RF)
-    weight_R, dweight_R, dx_TD, dgate, dup, ddown = (dout_TD.new_empty(0) for _ in range(6))
+    dx_TD, dgate, dup, ddown = (x_TD.new_empty(0) for _ in range(4))
+    weight_R = dweight_R = dout_TD.new_empty(0)
     if weights_TK is not None:
-        weight_R, dweight_R = weights_TK.reshape(-1).index_select(0, order_R), torch.empty_like(h_RG[:, 0])
-    native.library().gate_backward(  # type: ignore[union-attr]
+        weight_R = weights_TK.reshape(-1).index_select(0, order_R).float()
+        dweight_R = torch.empty_like(weight_R)
+    native.library(x_TD.dtype).gate_backward(  # type: ignore[union-attr]
         expert_mlp.ACTIVATIONS.index(activation), h_RG.contiguous().data_ptr(), G, F if gated else 0,
         da_RF.data_ptr(), _address(weight_R), dh_RG.data_ptr(), a_RF.data_ptr(), _address(dweight_R), R, F,
         torch.get_num_threads(),
@@ -212,7 +243,8 @@ def mlp_backward(
         ddown = _weight_gradient(dout_RD, a_RF, offsets_E)
     dweights_TK = dweight_R
     if weights_TK is not None:
-        dweights_TK = torch.empty_like(dweight_R).index_copy_(0, order_R.long(), dweight_R).view(weights_TK.shape)
+        dweights_TK = torch.empty_like(dweight_R).index_copy_(0, order_R.long(), dweight_R)
+        dweights_TK = dweights_TK.view(weights_TK.shape).to(weights_TK.dtype)
     return dx_TD, dweights_TK, dgate, dup, ddown
 
 

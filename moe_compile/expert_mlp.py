@@ -9,6 +9,9 @@ That needs the gradient of the routing weights from a dot product in F, not in D
 
     dot(dout[t], down[e] @ a) = dot(down[e].T @ dout[t], a)
 
+Types      One for tokens and experts.  The routing weights may be wider, and then the result is, as that of `combine`.
+Numerics   The definition rounds to that type each product, the activation, its product with `up`, and once the sum over k.
+           A kernel may leave roundings out, never add any: what it keeps for the backward are the rounded products.
 Letters    as in ops.py; G = 2F numbers before a gated activation, the gate's first, or F.
 Weights    each of `gate`, `up`, `down` is one stack or E matrices, as for `grouped_gemm`.  With a gate, an empty `gate`
            means that `up` holds both: [G, D], the gate's rows first.
@@ -31,6 +34,15 @@ from moe_compile.ops import (
 aten = torch.ops.aten
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
+
+
+def has_kernel(dtype: torch.dtype, of_weights: torch.dtype | None) -> bool:
+    """Whether a CPU has a kernel for these types of tokens and experts, and of routing weights.
+
+    None in f16: there the gradient behind the last product must be scaled by the routing weight before that product,
+    as the definition does, lest it overflow; the kernel scales it after.
+    """
+    return dtype in (torch.float32, torch.bfloat16) and of_weights in (None, dtype, torch.float32)
 
 
 def activate(name: str, x: Tensor) -> Tensor:
@@ -127,7 +139,7 @@ def backward_reference(
     dh_RG = _between_backward(da_RF, h_RG, activation, gated)
     groups = [w for w in (gate, up) if w]
     parts = list(zip(groups, dh_RG.chunk(len(groups), 1), strict=True))
-    dx_TD, dgate, dup, ddown = (dout_TD.new_empty(0) for _ in range(4))
+    dx_TD, dgate, dup, ddown = (x_TD.new_empty(0) for _ in range(4))
     if of_x:
         dx_RD = torch.stack([grouped_gemm_reference(dh, transposed(w), offsets_E) for w, dh in parts]).sum(0)
         dx_TD = combine_reference(dx_RD, None, order_R, offsets_E, K)
@@ -149,7 +161,8 @@ def _(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated):
     R = ids_TK.shape[0] * ids_TK.shape[1]
     T = ids_TK.shape[0] if weights_TK is None else weights_TK.shape[0]
     G = up[0].shape[-2] * (2 if gate else 1)
-    out_TD = x_TD.new_empty(T, down[0].shape[-2])
+    dtype = x_TD.dtype if weights_TK is None else torch.promote_types(x_TD.dtype, weights_TK.dtype)
+    out_TD = x_TD.new_empty(T, down[0].shape[-2], dtype=dtype)
     routing = (ids_TK.new_empty(n, dtype=torch.int32) for n in (num_experts, R))
     return out_TD, x_TD.new_empty(R, G), *routing
 
@@ -158,10 +171,10 @@ def _(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated):
 def _(dout_TD, x_TD, h_RG, weights_TK, offsets_E, order_R, gate, up, down, activation, gated, of_x, of_params):  # type: ignore[no-untyped-def]
     def stack(w: Sequence[Tensor]) -> Tensor:
         wanted = of_params and len(w)
-        return dout_TD.new_empty(offsets_E.shape[0], *w[0].shape[-2:]) if wanted else dout_TD.new_empty(0)
+        return x_TD.new_empty(offsets_E.shape[0], *w[0].shape[-2:]) if wanted else x_TD.new_empty(0)
 
-    dx_TD = x_TD.new_empty(x_TD.shape) if of_x else dout_TD.new_empty(0)
-    dweights_TK = dout_TD.new_empty(0 if weights_TK is None else weights_TK.shape)
+    dx_TD = x_TD.new_empty(x_TD.shape) if of_x else x_TD.new_empty(0)
+    dweights_TK = dout_TD.new_empty(0) if weights_TK is None else weights_TK.new_empty(weights_TK.shape)
     return dx_TD, dweights_TK, stack(gate), stack(up), stack(down)
 
 

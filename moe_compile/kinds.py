@@ -77,8 +77,8 @@ def kind_of(
             return known
     if len(_known) > 512:
         _known.clear()
-    if any(p.device.type == "cpu" and p.dtype == torch.float32 for p in module.parameters()):
-        native.prepare()  # a compiler runs while the proof does
+    for dtype in {p.dtype for p in module.parameters() if p.device.type == "cpu"} & native.NUMBERS.keys():
+        native.prepare(dtype)  # a compiler runs while the proof does
     started = time.perf_counter()
     kind = _prove(fn, module, args, kwargs, distinct, skip)
     took = 1e3 * (time.perf_counter() - started)

@@ -1,4 +1,7 @@
-"""The C++ kernels: compiled for this machine once, by Inductor's own compiler and cache, beside the first capture."""
+"""The C++ kernels: compiled for this machine once, by Inductor's own compiler and cache, beside the first capture.
+
+One library for each type of number, the same functions in each: nobody waits for a type that is not used.
+"""
 
 import ctypes
 import functools
@@ -12,6 +15,8 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 SOURCES = tuple(Path(__file__).parent / "kernels" / name for name in ("vectors.h", "grouped_gemm.cpp", "gate.cpp"))
+# what the text is told of the type (kernels/vectors.h)
+NUMBERS = {torch.float32: "", torch.bfloat16: "#define BFLOAT16\n", torch.float16: "#define FLOAT16\n"}
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "grouped_gemm": (
@@ -46,36 +51,38 @@ _ARGUMENTS = {
         _LONG,
         _INT,
     ),
+    "combine": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
 }
 
 
 @functools.cache
-def prepare() -> Callable[[], ctypes.CDLL]:
+def prepare(dtype: torch.dtype) -> Callable[[], ctypes.CDLL]:
     """Begin to compile, in the background.  The function returned waits for the library, or raises."""
     start = ThreadPoolExecutor(1, thread_name_prefix="moe_compile")
-    task = start.submit(_load)
+    task = start.submit(_load, dtype)
     start.shutdown(wait=False)
     return task.result
 
 
-def _load() -> ctypes.CDLL:
+def _load(dtype: torch.dtype) -> ctypes.CDLL:
     from torch._inductor.codecache import CppCodeCache
 
+    text = NUMBERS[dtype] + "\n".join(s.read_text() for s in SOURCES)
     # The order of a sum is the source's; one rounding for a product and its sum is what makes it fast.
-    return CppCodeCache.load("\n".join(s.read_text() for s in SOURCES), extra_flags=("-ffp-contract=fast",))
+    return CppCodeCache.load(text, extra_flags=("-ffp-contract=fast",))
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The kernels, or None on a machine that cannot compile them: said once, as a warning."""
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels for numbers of this type, or None on a machine that cannot compile them: said once, as a warning."""
     try:
         try:
-            loaded = prepare()()
+            loaded = prepare(dtype)()
         except OSError:  # Inductor's folder was another one when that began, and is gone
-            loaded = _load()
+            loaded = _load(dtype)
     except Exception as error:  # a compiler, a file system or a loader may fail in many ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        log.warning("no C++ kernels, experts run one product after another on the CPU: %s", reason)
+        log.warning("no C++ kernels, experts run one %s product after another on the CPU: %s", dtype, reason)
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)
@@ -85,9 +92,10 @@ def library() -> ctypes.CDLL | None:
 
 def why_not(*values: Tensor) -> str | None:
     """Return why these operands of a product cannot go to the kernels, or None."""
-    if any(v.dtype != torch.float32 for v in values):
-        return f"no C++ product of {' and '.join(sorted({str(v.dtype) for v in values}))}"
-    return None if library() is not None else "this machine has no C++ compiler"
+    dtypes = {v.dtype for v in values}
+    if len(dtypes) > 1 or not dtypes <= NUMBERS.keys():
+        return f"no C++ product of {' and '.join(sorted(map(str, dtypes)))}"
+    return None if library(values[0].dtype) is not None else "this machine has no C++ compiler"
 
 
 def layout(weights: Sequence[Tensor]) -> tuple[bool, int] | None:
