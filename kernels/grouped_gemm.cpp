@@ -27,8 +27,12 @@ constexpr int STEP = 2;  // numbers in a word
 typedef uint32_t word;
 typedef bits words;
 static inline words load_words(const number* p) { return read<words>(p); }
-static inline words from_rows(const number* p, int64_t ld) {  // pairs of two rows' numbers
-  return __builtin_convertvector(read<halves>(p), bits) | __builtin_convertvector(read<halves>(p + ld), bits) << 16;
+static inline words load_words(const number* p, int64_t count) { return read<words>(p, count); }
+// Pairs of two rows' numbers; no second row: zeros.
+static inline words pair_up(const number* p, const number* q, int64_t count) {
+  const halves low = count >= V ? read<halves>(p) : read<halves>(p, count);
+  const halves high = !q ? halves{} : count >= V ? read<halves>(q) : read<halves>(q, count);
+  return __builtin_convertvector(low, bits) | __builtin_convertvector(high, bits) << 16;
 }
 static inline vec multiply_add(vec sum, words a, words b) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
@@ -39,7 +43,8 @@ constexpr int STEP = 1;
 typedef float word;
 typedef vec words;
 static inline words load_words(const number* p) { return load(p); }
-static inline words from_rows(const number* p, int64_t) { return load(p); }
+static inline words load_words(const number* p, int64_t count) { return load(p, count); }
+static inline words pair_up(const number* p, const number*, int64_t count) { return load(p, count); }
 static inline vec multiply_add(vec sum, words a, words b) { return sum + a * b; }
 #endif
 
@@ -88,12 +93,8 @@ static inline void transpose(words& a, words& b, words& c, words& d) {
   }
 }
 
-// One word of at most `count` numbers; `ld` between them.
-static inline word last_word(const number* p, int64_t count, int64_t ld) {
-  number all[STEP * V] = {};
-  for (int64_t i = 0; i < least(STEP, count); i++) all[i] = p[i * ld];
-  return load_words(all)[0];
-}
+static int64_t words_of(int64_t numbers) { return (numbers + STEP - 1) / STEP; }
+static int64_t in_vectors(int64_t columns) { return (columns + V - 1) / V * V; }
 
 // to[k][j] = the word of from[j][STEP * k ...] for `columns` values of j and `depth` numbers of each
 static void lay_out(int64_t columns, int64_t depth, const number* from, int64_t ld, word* to) {
@@ -113,34 +114,30 @@ static void lay_out(int64_t columns, int64_t depth, const number* from, int64_t 
       for (int i = 0; i < V; i++) to[(k + i) * PANEL + j] = row[i];
     }
   }
-  for (; k * STEP < depth; k++)
-    for (int64_t j = 0; j < columns; j++)
-      to[k * PANEL + j] = last_word(from + j * ld + k * STEP, depth - k * STEP, 1);
+  for (int64_t j = 0, left = depth - k * STEP; left > 0 && j < columns; j++) {
+    const words row = load_words(from + j * ld + k * STEP, left);
+    for (int i = 0; i * STEP < left; i++) to[(k + i) * PANEL + j] = row[i];
+  }
 }
 
-// to[k][j] = the word of from[STEP * k ...][j], the other way round
+// to[k][j] = the word of from[STEP * k ...][j], the other way round; in whole vectors
 static void lay_out_rows(int64_t columns, int64_t depth, const number* from, int64_t ld, word* to, int64_t ldto) {
-  for (int64_t at = 0; at < depth; at += STEP, from += STEP * ld, to += ldto) {
-    int64_t j = 0;
-    if (at + STEP <= depth)
-      for (; j + V <= columns; j += V) {
-        const words x = from_rows(from + j, ld);
-        std::memcpy(to + j, &x, sizeof x);
-      }
-    for (; j < columns; j++) to[j] = last_word(from + j, depth - at, ld);
-  }
+  for (int64_t at = 0; at < depth; at += STEP, from += STEP * ld, to += ldto)
+    for (int64_t j = 0; j < columns; j += V) {
+      const words x = pair_up(from + j, at + 1 < depth ? from + ld + j : nullptr, columns - j);
+      std::memcpy(to + j, &x, sizeof x);
+    }
 }
 
 // to[i][k] = the word of from[i][STEP * k ...]
 static void copy_words(int64_t rows, int64_t depth, const number* from, int64_t ld, word* to) {
-  for (int64_t i = 0; i < rows; i++, from += ld) {
-    int64_t at = 0;
-    for (; at + STEP * V <= depth; at += STEP * V, to += V) {
-      const words x = load_words(from + at);
-      std::memcpy(to, &x, sizeof x);
+  for (int64_t i = 0; i < rows; i++, from += ld)
+    for (int64_t at = 0; at < depth; at += STEP * V) {
+      const int64_t count = least(STEP * V, depth - at), size = words_of(count);
+      const words x = count == STEP * V ? load_words(from + at) : load_words(from + at, count);
+      std::memcpy(to, &x, size * sizeof(word));
+      to += size;
     }
-    for (; at < depth; at += STEP) *to++ = last_word(from + at, depth - at, 1);
-  }
 }
 
 // -- one expert -----------------------------------------------------------------------------
@@ -268,13 +265,11 @@ struct Scratch {
   }
 };
 
-static int64_t words_of(int64_t numbers) { return (numbers + STEP - 1) / STEP; }
-
 // C [m, n] = (C +) A [m, k] @ B [k, n], by blocks of k that stay in a near cache
 static void product_plain(int64_t m, int64_t n, int64_t k, Matrix a, const number* b, int64_t ldb, number* c,
                           int64_t ldc, int64_t block, From first, To last, Scratch& scratch) {
   const int64_t strip = NARROW ? least(STRIP, n) : n;
-  const int64_t ldp = (strip + V - 1) / V * V;
+  const int64_t ldp = in_vectors(strip);
   if (NARROW) scratch.panel.resize(words_of(least(block, k)) * ldp);
   for (int64_t j = 0; j == 0 || j < n; j += strip) {
     const int64_t columns = least(strip, n - j);
@@ -393,9 +388,10 @@ extern "C" void grouped_gemm_dw(const number* dy, int64_t ldy, const number* x, 
     }
     Matrix a{(const char*)left, SIZE, ldy * SIZE};
     if (NARROW) {
-      scratch.a.resize(words_of(t.rows) * m);
-      lay_out_rows(m, t.rows, left, ldy, scratch.a.data(), m);
-      a = {(const char*)scratch.a.data(), sizeof(word), m * int64_t(sizeof(word))};
+      const int64_t lda = in_vectors(m);
+      scratch.a.resize(words_of(t.rows) * lda);
+      lay_out_rows(m, t.rows, left, ldy, scratch.a.data(), lda);
+      a = {(const char*)scratch.a.data(), sizeof(word), lda * int64_t(sizeof(word))};
     }
     product_plain(m, d, t.rows, a, x + t.row * ldx, ldx, c, d, DEPTH, ZERO,
                   aligned && large && t.rows <= DEPTH ? STREAM : STORE, scratch);

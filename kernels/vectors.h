@@ -105,18 +105,21 @@ typedef float number;
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The first `count` numbers, others zero.
-template <typename P>
-static inline vec load(const P* p, int64_t count) {
-  if (count >= V) return load(p);
-  P all[V] = {};
-  std::memcpy(all, p, count * sizeof(P));
-  return load(all);
+// The first `count` of a vector's numbers, others zero.
+template <typename X, typename P>
+static inline X read(const P* p, int64_t count) {
+  X x{};
+  std::memcpy(&x, p, least(count, sizeof x / sizeof(P)) * sizeof(P));
+  return x;
 }
-template <typename P>
-static inline void store(P* p, vec x, int64_t count) {
-  if (count >= V) return store(p, x);
-  P all[V];
-  store(all, x);
-  std::memcpy(p, all, count * sizeof(P));
+static inline vec load(const float* p, int64_t count) { return count >= V ? load(p) : read<vec>(p, count); }
+static inline void store(float* p, vec x, int64_t count) { std::memcpy(p, &x, least(count, V) * sizeof(float)); }
+#if defined(BFLOAT16) || defined(FLOAT16)
+static inline vec load(const number* p, int64_t count) {
+  return count >= V ? load(p) : widen(read<halves>(p, count));
 }
+static inline void store(number* p, vec x, int64_t count) {
+  const halves y = narrow(x);
+  std::memcpy(p, &y, least(count, V) * sizeof(number));
+}
+#endif
