@@ -1,5 +1,8 @@
 """The CPU forms of the ops (moe_compile/cpu.py) against the definitions in ops.py, in float64."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -76,85 +79,212 @@ def test_pairs_that_nobody_takes_add_nothing(dtype: torch.dtype) -> None:
     assert not dy[int(offsets[-1]) :].any() and not dweights[2].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_rows_with_wide_weights(dtype: torch.dtype) -> None:
+    """What most routers give: the result is f32, the sum of f32 products in the order of k; rows of nobody stay out."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[0, 5, 2], [-1, 1, 1], [9, 9, 9], [3, 0, 2]])
+    order, offsets = ops.sort_by_expert(ids, 4)
+    for D in (1, 15, 16, 40):
+        y, weights = torch.randn(12, D).to(dtype), torch.randn(4, 3)
+        y[int(offsets[-1]) :] = float("nan")
+        weights[2] = float("inf")
+        expected = ops.combine_reference(y, weights, order, offsets, 3)
+        got = cpu.combine(y, weights.t().contiguous().t(), order, offsets, 3)
+        assert got.dtype == expected.dtype == torch.float32
+        torch.testing.assert_close(got, expected, rtol=4e-7, atol=1e-6)
+        assert not got[2].any()
+
+
 def test_mixed_dtypes_go_to_the_definition() -> None:
     ids, order, offsets = routing("even")
-    y, weights = torch.randn(128, 8, dtype=torch.bfloat16), torch.rand(64, 2)
-    assert cpu.why_not(y, weights, offsets) == "rows are torch.bfloat16, weights torch.float32"
+    y, weights = torch.randn(128, 8), torch.rand(64, 2).bfloat16()
+    assert cpu.why_not(y, weights, offsets) == "rows are torch.float32, weights torch.bfloat16"
     expected = ops.combine_reference(y, weights, order, offsets, 2)
     assert expected.dtype == torch.float32
     assert torch.equal(cpu.combine(y, weights, order, offsets, 2), expected)
 
 
 def test_says_why_not_in_one_call() -> None:
-    assert native.why_not(torch.empty(2, 2)) is None
-    assert native.why_not(torch.empty(2).bfloat16()) == "no C++ product of torch.bfloat16"
+    assert native.why_not(torch.empty(2, 2)) is None and native.why_not(torch.empty(2).bfloat16()) is None
+    assert native.why_not(torch.empty(2).double()) == "no C++ product of torch.float64"
+    mixed = torch.empty(2), torch.empty(2).bfloat16()
+    assert native.why_not(*mixed) == "no C++ product of torch.bfloat16 and torch.float32"
     assert native.layout([torch.empty(4, 6)[:, ::2]]) is None
     assert native.layout([torch.empty(4, 6), torch.empty(6, 4).t()]) is None
     assert native.layout([torch.empty(3, 6, 4).transpose(1, 2)]) == (True, 4)
 
 
-def test_without_a_compiler_the_numbers_are_the_same(monkeypatch, caplog) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_a_compiler_the_numbers_are_the_same(dtype, monkeypatch, caplog) -> None:
     """And one warning says so."""
 
     def missing() -> None:
         raise RuntimeError("No working C++ compiler found")
 
-    monkeypatch.setattr(native, "prepare", lambda: missing)
+    monkeypatch.setattr(native, "prepare", lambda dtype: missing)
     native.library.cache_clear()
     ids, order, offsets = routing("odd")
-    x, w = torch.randn(order.shape[0], 33), torch.randn(5, 17, 33)
-    got = [cpu.grouped_gemm(x, [w], offsets), cpu.grouped_gemm_dw(x[:, :17], x, offsets)]
+    x, w = torch.randn(order.shape[0], 33).to(dtype), torch.randn(5, 17, 33).to(dtype)
+    weights = torch.rand(77, 3)
+
+    def results():
+        y = cpu.grouped_gemm(x, [w], offsets)
+        return y, cpu.grouped_gemm_dw(x[:, :17], x, offsets), cpu.combine(x, weights, order, offsets, 3)
+
+    got = results()
     native.library.cache_clear()
     monkeypatch.undo()
-    for mine, other in zip(
-        got, [cpu.grouped_gemm(x, [w], offsets), cpu.grouped_gemm_dw(x[:, :17], x, offsets)], strict=True
-    ):
+    for mine, other in zip(got, results(), strict=True):
         torch.testing.assert_close(mine, other)
     assert caplog.text.count("No working C++ compiler found") == 1
 
 
+SIZES = [(1, 1), (3, 15), (16, 17), (63, 64), (65, 130), (130, 1030), (1030, 65)]
+NARROW = [torch.bfloat16, torch.float16]
+
+
 # f, d around the sizes of tiles, panels and blocks; rows around those of tiles, tasks and blocks of k
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 5, 7, 241, 300])
-@pytest.mark.parametrize(("f", "d"), [(1, 1), (3, 15), (16, 17), (63, 64), (65, 130), (130, 1030), (1030, 65)])
-def test_products_of_any_size(rows: int, f: int, d: int) -> None:
+@pytest.mark.parametrize(("f", "d"), SIZES)
+def test_products_of_any_size(rows: int, f: int, d: int, dtype: torch.dtype) -> None:
+    check_products(rows, f, d, dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize(("f", "d"), [(5, 4099), (2100, 40), (40, 2100)])
+def test_products_in_several_blocks(f: int, d: int, dtype: torch.dtype) -> None:
+    """Sums of narrow numbers wait as f32 for the next block of k; wide rows go by strips of columns."""
+    check_products(600, f, d, dtype)
+
+
+def check_products(rows: int, f: int, d: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     counts = torch.tensor([rows, 0, 2, rows // 2])
     offsets = counts.cumsum(0).int()
     R = int(offsets[-1]) + 3  # three rows that nobody takes
-    x, dy = torch.randn(R, d), torch.randn(R, f)
+    x, dy = torch.randn(R, d).to(dtype), torch.randn(R, f).to(dtype)
     x[-3:] = dy[-3:] = float("nan")
-    w = torch.randn(4, f, d)
+    w = torch.randn(4, f, d).to(dtype)
     for weight in (w, w.transpose(1, 2).contiguous().transpose(1, 2)):
         assert_near(cpu.grouped_gemm(x, [weight], offsets), ops.grouped_gemm_reference, x, [w], offsets)
     assert_near(cpu.grouped_gemm_dw(dy, x, offsets), ops.grouped_gemm_dw_reference, dy, x, offsets)
 
 
 def assert_near(got, definition, first, second, offsets) -> None:
-    """Within a few roundings of the sum of the terms' sizes, number by number."""
+    """Within a few roundings of the sum of the terms' sizes, number by number; and one rounding to a narrower type."""
     exact, size = (
         definition(f(first), [f(w) for w in second] if isinstance(second, list) else f(second), offsets)
         for f in (lambda v: v.double(), lambda v: v.double().abs())
     )
-    assert ((got - exact).abs() <= 8 * torch.finfo(torch.float32).eps * size).all()
+    bound = 8 * torch.finfo(torch.float32).eps * size
+    if got.dtype in NARROW:
+        info = torch.finfo(got.dtype)
+        bound += (info.eps / 2 * exact.abs()).clamp_min(info.smallest_normal * info.eps)
+    assert ((got - exact).abs() <= bound).all()
 
 
-def test_a_row_has_the_same_bits_in_any_company() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+def test_columns_of_wider_tensors_are_added_to(transposed: bool, dtype: torch.dtype) -> None:
+    """What expert_mlp's backward asks of the product: strided operands, y += ..., other columns and rows untouched."""
+    torch.manual_seed(0)
+    offsets = torch.tensor([20, 20, 57], dtype=torch.int32)
+    wide_x, wide_y = torch.randn(60, 100).to(dtype), torch.randn(60, 90).to(dtype)
+    x, w = wide_x[:, 31:64], torch.randn(3, 50, 33).to(dtype)
+    if transposed:
+        w = w.transpose(1, 2).contiguous().transpose(1, 2)
+    before = wide_y.clone()
+    cpu._product(x, [w], offsets, wide_y[:, 7:57], add=True)
+    exact = ops.grouped_gemm_reference(x.double(), [w.double()], offsets) + before[:, 7:57].double()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(wide_y[:, 7:57].double(), exact, rtol=eps, atol=2e-5)
+    assert torch.equal(wide_y[:, :7], before[:, :7]) and torch.equal(wide_y[:, 57:], before[:, 57:])
+    assert torch.equal(wide_y[57:], before[57:])
+    dw = cpu._weight_gradient(before[:, 7:57], x, offsets)
+    expected = ops.grouped_gemm_dw_reference(before[:, 7:57].double(), x.double(), offsets)
+    torch.testing.assert_close(dw.double(), expected, rtol=eps, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lacking"),
+    [
+        (torch.bfloat16, ["__AVX512BF16__"]),
+        (torch.float16, ["__AVX512BF16__", "__AVX512F__"]),
+        (torch.bfloat16, ["__AVX512BF16__", "__AVX512F__", "__AVX2__"]),
+    ],
+    ids=str,
+)
+def test_other_machines(dtype: torch.dtype, lacking: list[str], monkeypatch) -> None:
+    """The text as a machine without these instructions compiles it."""
+    undefined = "".join(f"#undef {name}\n" for name in lacking)
+    monkeypatch.setitem(native.NUMBERS, dtype, undefined + native.NUMBERS[dtype])
+    other = native._load(dtype)
+    for name, arguments in native._ARGUMENTS.items():
+        getattr(other, name).argtypes = arguments
+    monkeypatch.setattr(native, "library", lambda dtype: other)
+    for f, d in SIZES:
+        check_products(7, f, d, dtype)
+    torch.manual_seed(0)
+    h, up, ones = torch.randn(3, 21).to(dtype), torch.empty(3, 21, dtype=dtype), torch.ones(3, 21, dtype=dtype)
+    h[0, 0], h[1, 20] = float("nan"), float("inf")
+    other.gate(3, h.data_ptr(), 21, 0, up.data_ptr(), 3, 21, 1)
+    assert torch.equal(up.nan_to_num(7), torch.relu(h).nan_to_num(7)) and up[0, 0].isnan()
+    # sums half way between two numbers of the type go to the even one
+    eps = torch.finfo(dtype).eps
+    pieces = torch.tensor([[1.0, eps / 2], [1.0, 3 * eps / 2], [1.0, eps], [-1.0, -eps / 2]])
+    got = cpu.grouped_gemm(pieces.to(dtype), [torch.ones(1, 1, 2, dtype=dtype)], torch.tensor([4], dtype=torch.int32))
+    assert torch.equal(got[:, 0], pieces.sum(1).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
     """Whatever other rows the expert has, and for any number of threads."""
     torch.manual_seed(0)
-    x, w = torch.randn(500, 70), torch.randn(2, 90, 70)
-    all_rows = cpu.grouped_gemm(x, [w], torch.tensor([400, 500], dtype=torch.int32))
+    x, w = torch.randn(500, 70).to(dtype), torch.randn(2, 90, 70).to(dtype)
+    for weight in (w, w.transpose(1, 2).contiguous().transpose(1, 2)):
+        all_rows = cpu.grouped_gemm(x, [weight], torch.tensor([400, 500], dtype=torch.int32))
+        with one_thread():
+            few = cpu.grouped_gemm(x[397:403], [weight], torch.tensor([3, 6], dtype=torch.int32))
+        assert torch.equal(all_rows[397:403], few)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    few = cpu.grouped_gemm(x[397:403], [w], torch.tensor([3, 6], dtype=torch.int32))
+    yield
     torch.set_num_threads(threads)
-    assert torch.equal(all_rows[397:403], few)
 
 
-def test_the_same_bits_twice() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
+def test_the_same_bits_twice(dtype: torch.dtype) -> None:
+    """And for any number of threads."""
     torch.manual_seed(0)
     ids, order, offsets = routing("odd")
-    x, w = torch.randn(order.shape[0], 33), torch.randn(5, 17, 33)
-    assert torch.equal(cpu.grouped_gemm(x, [w], offsets), cpu.grouped_gemm(x, [w], offsets))
+    x, w = torch.randn(order.shape[0], 330).to(dtype), torch.randn(5, 170, 330).to(dtype)
+    for call in (lambda: cpu.grouped_gemm(x, [w], offsets), lambda: cpu.grouped_gemm_dw(x[:, :170], x, offsets)):
+        first = call()
+        assert torch.equal(first, call())
+        with one_thread():
+            assert torch.equal(first, call())
+
+
+def test_bf16_is_as_precise_as_one_product_after_another() -> None:
+    """Both round a sum of f32 once; errors are compared in the mean square, against the same operands in float64."""
+    torch.manual_seed(0)
+    ids, order, offsets = routing("odd")
+    R = order.shape[0]
+    x, dy, w = (torch.randn(*s).bfloat16() for s in ((R, 200), (R, 150), (5, 150, 200)))
+    products = (cpu.grouped_gemm, ops.grouped_gemm_reference, x, [w]), (
+        cpu.grouped_gemm, ops.grouped_gemm_reference, dy, [w.transpose(1, 2)]), (
+        cpu.grouped_gemm_dw, ops.grouped_gemm_dw_reference, dy, x)  # fmt: skip
+    for ours, definition, a, b in products:
+        wide = [v.double() for v in b] if isinstance(b, list) else b.double()
+        exact = definition(a.double(), wide, offsets)
+        mine, theirs = ((f(a, b, offsets) - exact).square().mean().sqrt() for f in (ours, definition))
+        assert 0 < mine <= 1.01 * theirs
 
 
 @pytest.mark.parametrize(

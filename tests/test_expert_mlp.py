@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_compile  # noqa: F401  registers the CPU forms
-from moe_compile import expert_mlp, native
+from moe_compile import cpu, expert_mlp, native
 from moe_compile.expert_mlp import ACTIVATIONS, activate
 
 D, F = 24, 37
@@ -120,45 +121,129 @@ def test_the_kernels(activation: str, gated: bool, weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_other_dtypes(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_narrow_dtypes(name: str, layout: str, gated: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    ids, _ = routing("odd")
-    exact = run(leaves("odd", True, torch.float64), ids, "stacked", "silu", True, True)
-    assert_near(run(leaves("odd", True, dtype), ids, "stacked", "silu", True, True), exact, 32)
+    ids, _ = routing(name)
+    exact = run(leaves(name, gated, torch.float64), ids, layout, "silu", gated, True)
+    assert_near(run(leaves(name, gated, dtype), ids, layout, "silu", gated, True), exact, 32)
 
 
+WIDE = [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("of_weights", [*WIDE, None], ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_an_activation_is_torchs(activation: str) -> None:
+def test_bf16_is_as_precise_as_one_product_after_another(
+    activation: str, gated: bool, of_weights: torch.dtype | None
+) -> None:
+    """Errors in the mean square, the definition's in bf16 and ours, against the definition of the same in float64."""
+    torch.manual_seed(0)
+    T, K, E, width, inner = 200, 2, 4, 64, 96
+    ids = torch.rand(T, E).argsort(1)[:, :K]
+    ids[3, 1], ids[5] = 5, -1  # nobody's
+    x, up, down = (
+        torch.randn(T, width),
+        torch.randn(E, inner * (2 if gated else 1), width) / 8,
+        torch.randn(E, width, inner) / 10,
+    )
+    x, up, down, dout = (v.bfloat16() for v in (x, up, down, torch.randn(T, width)))
+    weights = None if of_weights is None else torch.rand(T, K).to(of_weights)
+
+    def results(forward, backward, change) -> list[Tensor]:
+        a, u, d, w = (v if v is None else change(v) for v in (x, up, down, weights))
+        out, *kept = forward(a, ids, w, [], [u], [d], E, activation, gated)
+        grads = backward(
+            change(dout).to(out.dtype), a, kept[0], w, *kept[1:], [], [u], [d], activation, gated, True, True
+        )
+        return [out, *(g for g in grads if g.numel())]
+
+    definition = expert_mlp.reference, expert_mlp.backward_reference
+    exact = results(*definition, lambda v: v.double())
+    theirs = results(*definition, lambda v: v)
+    assert cpu.why_not_mlp(x, weights, [], [up], [down]) is None
+    ours = results(cpu.mlp, cpu.mlp_backward, lambda v: v)
+    assert [v.dtype for v in ours] == [v.dtype for v in theirs]
+    for mine, other, wanted in zip(ours, theirs, exact, strict=True):
+        mine, other = (((v - wanted).square().mean() / wanted.square().mean()).sqrt() for v in (mine, other))
+        assert 0 < mine <= 1.1 * other and mine < 1e-2
+
+
+@pytest.mark.parametrize("of_weights", WIDE, ids=str)
+def test_what_the_compiler_is_told_of_bf16(of_weights: torch.dtype) -> None:
+    """Shapes, dtypes and strides of the fakes, of the definition and of the kernels are the same."""
+    torch.manual_seed(0)
+    ids, E = routing("odd")
+    x, weights, up, down = (v.detach().bfloat16() for v in leaves("odd", True, torch.float32))
+    args = x, ids, weights.to(of_weights), [], [up], [down], E, "silu", True
+
+    def described(values: Sequence[Tensor]) -> list[object]:
+        return [(v.shape, v.dtype, v.stride()) for v in values]
+
+    with FakeTensorMode() as fakes:
+        fake = torch.ops.moe_ep.expert_mlp(*torch.utils._pytree.tree_map_only(Tensor, fakes.from_tensor, args))
+    out, h, offsets, order = cpu.mlp(*args)
+    assert described(fake) == described((out, h, offsets, order)) == described(expert_mlp.reference(*args))
+    assert out.dtype == of_weights and h.dtype == torch.bfloat16
+    back = torch.ones_like(out), x, h, args[2], offsets, order, [], [up], [down], "silu", True
+    for asked in ((True, True), (True, False), (False, True)):
+        with FakeTensorMode() as fakes:
+            given = torch.utils._pytree.tree_map_only(Tensor, fakes.from_tensor, (*back, *asked))
+            fake = torch.ops.moe_ep.expert_mlp_backward(*given)
+        assert described(fake) == described(cpu.mlp_backward(*back, *asked))
+        assert described(fake) == described(expert_mlp.backward_reference(*back, *asked))
+
+
+def test_f16_scales_a_gradient_before_the_product() -> None:
+    """Else a gradient that a loss scale has made large overflows where the definition's does not."""
+    x, ids = torch.full((1, 64), 0.1).half().requires_grad_(), torch.zeros(1, 1, dtype=torch.int64)
+    up, down = torch.full((1, 64, 64), 0.1).half(), torch.full((1, 64, 64), 1.0).half()
+    out, *_ = torch.ops.moe_ep.expert_mlp(x, ids, torch.full((1, 1), 1e-3).half(), [], [up], [down], 1, "relu", False)
+    (dx,) = torch.autograd.grad(out, x, torch.full_like(out, 4e4))
+    assert dx.isfinite().all() and cpu.why_not_mlp(x, None, [], [up], [down]) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_is_torchs(activation: str, dtype: torch.dtype) -> None:
     """Value and slope, from -inf to inf and on NaN, by kernels that take `tail` numbers beside whole vectors."""
-    assert native.library() is not None
+    kernels = native.library(dtype)
+    assert kernels is not None
+    bound = {"rtol": 4e-7, "atol": 3e-6} if dtype == torch.float32 else {"rtol": 2.0**-8, "atol": 3e-6}
     x = torch.cat([torch.linspace(-30, 30, 4001), torch.tensor([-1e18, -200.0, -89.0, -0.0, 0.0, 89.0, 1e4])])
     for tail in (0, 1, 15):
-        h = x[: x.numel() - tail].clone()[None]
+        h = x[: x.numel() - tail].clone()[None].to(dtype)
         a, dh, again = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
         how, n = ACTIVATIONS.index(activation), h.numel()
-        native.library().gate(how, h.data_ptr(), n, 0, a.data_ptr(), 1, n, 1)
+        kernels.gate(how, h.data_ptr(), n, 0, a.data_ptr(), 1, n, 1)
         ones = torch.ones_like(h)
-        native.library().gate_backward(
+        kernels.gate_backward(
             how, h.data_ptr(), n, 0, ones.data_ptr(), None, dh.data_ptr(), again.data_ptr(), None, 1, n, 1
         )
         exact = h.double().requires_grad_()
         value = activate(activation, exact)
         (slope,) = torch.autograd.grad(value.sum(), exact)
         assert torch.equal(a, again)
-        torch.testing.assert_close(a.double(), value.detach(), rtol=4e-7, atol=3e-6)
-        torch.testing.assert_close(dh.double(), slope, rtol=4e-7, atol=3e-6)
+        torch.testing.assert_close(a.double(), value.detach(), **bound)
+        torch.testing.assert_close(dh.double(), slope, **bound)
     for special in (float("nan"), *([float("inf")] if activation != "gelu" else [])):  # torch's gelu(inf) is NaN
-        h = torch.full((1, 3), special)
+        h = torch.full((1, 3), special, dtype=dtype)
         a = torch.empty_like(h)
-        native.library().gate(ACTIVATIONS.index(activation), h.data_ptr(), 3, 0, a.data_ptr(), 1, 3, 1)
+        kernels.gate(ACTIVATIONS.index(activation), h.data_ptr(), 3, 0, a.data_ptr(), 1, 3, 1)
         torch.testing.assert_close(a, activate(activation, h), equal_nan=True)
 
 
-def test_a_row_has_the_same_bits_in_any_company() -> None:
+@pytest.mark.parametrize("of_weights", WIDE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype, of_weights: torch.dtype) -> None:
     """Output and gradient of a token: whatever other tokens there are, and for any number of threads."""
     torch.manual_seed(0)
     ids, _ = routing("odd")
-    x, weights, up, down = leaves("odd", True, torch.float32)
+    x, weights, up, down = leaves("odd", True, dtype)
+    weights = weights.detach().to(torch.promote_types(dtype, of_weights))
 
     def part(rows: slice) -> tuple[Tensor, Tensor]:
         mine = x[rows].detach().requires_grad_()
@@ -166,16 +251,18 @@ def test_a_row_has_the_same_bits_in_any_company() -> None:
         return out, torch.autograd.grad(out.sum(), mine)[0]
 
     threads = torch.get_num_threads()
-    whole = part(slice(None))
+    whole, again = part(slice(None)), part(slice(None))
     torch.set_num_threads(1)
     few = part(slice(7, 12))
     torch.set_num_threads(threads)
+    assert all(map(torch.equal, whole, again))
     assert torch.equal(whole[0][7:12], few[0]) and torch.equal(whole[1][7:12], few[1])
 
 
-def test_no_tokens() -> None:
-    x, weights = torch.empty(0, D, requires_grad=True), torch.empty(0, 2, requires_grad=True)
-    up, down = torch.randn(4, 2 * F, D, requires_grad=True), torch.randn(4, D, F, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_tokens(dtype: torch.dtype) -> None:
+    sizes = (0, D), (0, 2), (4, 2 * F, D), (4, D, F)
+    x, weights, up, down = (torch.randn(*s, dtype=dtype, requires_grad=True) for s in sizes)
     ids = torch.empty(0, 2, dtype=torch.int64)
     out, *_ = torch.ops.moe_ep.expert_mlp(x, ids, weights, [], [up], [down], 4, "silu", True)
     grads = torch.autograd.grad(out.sum(), [x, weights, up, down])
@@ -227,7 +314,7 @@ def test_without_a_compiler_the_numbers_are_the_same(monkeypatch) -> None:
     ids, _ = routing("odd")
     values = leaves("odd", True, torch.float32)
     ours = run(values, ids, "stacked", "gelu_tanh", True, True)
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "library", lambda dtype: None)
     assert native.why_not(values[0]) is not None
     assert_near(ours, run(values, ids, "stacked", "gelu_tanh", True, True), 64)
 
