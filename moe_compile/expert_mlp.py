@@ -10,8 +10,8 @@ That needs the gradient of the routing weights from a dot product in F, not in D
     dot(dout[t], down[e] @ a) = dot(down[e].T @ dout[t], a)
 
 Types      One for tokens and experts.  The routing weights may be wider, and then the result is, as that of `combine`.
-Numerics   The definition rounds to that type each product, the activation, its product with `up`, and once the sum over k.
-           A kernel may leave roundings out, never add any: what it keeps for the backward are the rounded products.
+Numerics   The definition rounds to that type each product, the activation, its product with `up`, and the sum over k.
+           A kernel may leave roundings out between two products; what it keeps for the backward are rounded products.
 Letters    as in ops.py; G = 2F numbers before a gated activation, the gate's first, or F.
 Weights    each of `gate`, `up`, `down` is one stack or E matrices, as for `grouped_gemm`.  With a gate, an empty `gate`
            means that `up` holds both: [G, D], the gate's rows first.

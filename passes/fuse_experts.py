@@ -56,11 +56,11 @@ class FuseExperts(RewritePass[Mlp]):
                 yield combine, found
 
     def refuse(self, found: Mlp) -> str | None:
-        values = [value(n) for n in (found.dispatch.args[0], *found.gate, *found.up, *found.down)]
-        weights = value(found.combine.args[1]) if found.combine.args[1] is not None else None
-        kinds = {(v.device.type, v.dtype) for v in values}
-        of_weights = None if weights is None else weights.dtype
-        if len(kinds) > 1 or values[0].device.type != "cpu" or not has_kernel(values[0].dtype, of_weights):
+        x: Any = found.dispatch.args[0]
+        weights: Any = found.combine.args[1]
+        of_weights = None if weights is None else value(weights).dtype
+        kinds = {(value(n).device.type, value(n).dtype) for n in (x, *found.gate, *found.up, *found.down)}
+        if len(kinds) > 1 or value(x).device.type != "cpu" or not has_kernel(value(x).dtype, of_weights):
             named = " and ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
             return f"no fused kernel for {named}, routing weights {of_weights}"
         return None

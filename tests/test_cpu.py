@@ -227,10 +227,10 @@ def test_other_machines(dtype: torch.dtype, lacking: list[str], monkeypatch) -> 
     for f, d in SIZES:
         check_products(7, f, d, dtype)
     torch.manual_seed(0)
-    h, up, ones = torch.randn(3, 21).to(dtype), torch.empty(3, 21, dtype=dtype), torch.ones(3, 21, dtype=dtype)
+    h, a = torch.randn(3, 21).to(dtype), torch.empty(3, 21, dtype=dtype)
     h[0, 0], h[1, 20] = float("nan"), float("inf")
-    other.gate(3, h.data_ptr(), 21, 0, up.data_ptr(), 3, 21, 1)
-    assert torch.equal(up.nan_to_num(7), torch.relu(h).nan_to_num(7)) and up[0, 0].isnan()
+    other.gate(3, h.data_ptr(), 21, 0, a.data_ptr(), 3, 21, 1)
+    assert torch.equal(a.nan_to_num(7), torch.relu(h).nan_to_num(7)) and a[0, 0].isnan()
     # sums half way between two numbers of the type go to the even one
     eps = torch.finfo(dtype).eps
     pieces = torch.tensor([[1.0, eps / 2], [1.0, 3 * eps / 2], [1.0, eps], [-1.0, -eps / 2]])

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_what_the_compiler_is_told_of_bf16(of_weights: torch.dtype) -> None:
     torch.manual_seed(0)
     ids, E = routing("odd")
     x, weights, up, down = (v.detach().bfloat16() for v in leaves("odd", True, torch.float32))
-    args = x, ids, weights.to(of_weights), [], [up], [down], E, "silu", True
+    args: tuple[Any, ...] = x, ids, weights.to(of_weights), [], [up], [down], E, "silu", True
 
     def described(values: Sequence[Tensor]) -> list[object]:
         return [(v.shape, v.dtype, v.stride()) for v in values]
@@ -188,7 +189,7 @@ def test_what_the_compiler_is_told_of_bf16(of_weights: torch.dtype) -> None:
     out, h, offsets, order = cpu.mlp(*args)
     assert described(fake) == described((out, h, offsets, order)) == described(expert_mlp.reference(*args))
     assert out.dtype == of_weights and h.dtype == torch.bfloat16
-    back = torch.ones_like(out), x, h, args[2], offsets, order, [], [up], [down], "silu", True
+    back: tuple[Any, ...] = torch.ones_like(out), x, h, args[2], offsets, order, [], [up], [down], "silu", True
     for asked in ((True, True), (True, False), (False, True)):
         with FakeTensorMode() as fakes:
             given = torch.utils._pytree.tree_map_only(Tensor, fakes.from_tensor, (*back, *asked))

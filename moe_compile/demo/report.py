@@ -5,7 +5,6 @@ from pathlib import Path
 
 from moe_compile.demo.models import REFERENCE
 from moe_compile.demo.page import badge, card, facts, figure, page, table
-from moe_compile.demo.parity import COMPARED_STEPS
 from moe_compile.demo.plots import figures
 from moe_compile.demo.record import ModelRun, RegionRecord, RunRecord, VariantRun
 from moe_compile.demo.summary import number
@@ -50,7 +49,8 @@ def render(record: RunRecord, pictures: dict[str, dict[str, bytes]]) -> str:
 
 def _verdict(record: RunRecord) -> str:
     limit = max((result.tolerance for model in record.models for result in model.parity), default=0)
-    text = f"Losses of the first {COMPARED_STEPS} steps against the HF eager loop, bound {limit:g}"
+    steps = max((result.num_steps for model in record.models for result in model.parity), default=0)
+    text = f"Losses of the first {steps} steps against the HF eager loop, bound {limit:g}"
     failed = [run.label for model in record.models for run in model.variants if run.error]
     return escape(text + (f"; did not run: {', '.join(failed)}" if failed else "") + ".")
 

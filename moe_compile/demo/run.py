@@ -21,7 +21,7 @@ from moe_compile.demo.models import (
     num_parameters,
     variants,
 )
-from moe_compile.demo.parity import TOLERANCE, compare_losses
+from moe_compile.demo.parity import COMPARED_STEPS, TOLERANCE, compare_losses
 from moe_compile.demo.record import ModelRun, RegionRecord, RunRecord
 from moe_compile.demo.train import (
     Trainer,
@@ -111,10 +111,11 @@ def _report_step(on_progress: Progress, title: str, num_steps: int, step: int, l
 
 def _compare(run: ModelRun, settings: DemoSettings) -> None:
     reference = run.variant(REFERENCE)
-    tolerance = TOLERANCE[str(settings.train.dtype).removeprefix("torch.")]
+    dtype = str(settings.train.dtype).removeprefix("torch.")
+    bound, steps = TOLERANCE[dtype], COMPARED_STEPS[dtype]
     for result in run.variants:
         if reference is not None and result is not reference and not result.error:
-            run.parity.append(compare_losses(result.key, reference.losses, result.losses, tolerance))
+            run.parity.append(compare_losses(result.key, reference.losses, result.losses, bound, steps))
 
 
 def _generate(run: ModelRun, model: nn.Module, settings: DemoSettings) -> None:

@@ -4,6 +4,7 @@ Refresh with EXPECTTEST_ACCEPT=1, then read the diff before committing it.
 """
 
 import operator
+from functools import partial
 
 import torch
 from expecttest import TestCase
@@ -30,15 +31,16 @@ class Gated(nn.Module):
         self.other = nn.Parameter(torch.randn(E, F, D))
 
 
-def loop_of(body, weighted=True):
-    """A loop over experts that compute `body(self, x, e)`."""
+def loop_of(body, weighted=True, index_add_dtype=None):
+    """A loop over experts that compute `body(self, x, e)`; results are cast before they are added, if asked for."""
 
     def loop(self, x, ids, weights):
         out = torch.zeros_like(x)
         for e in range(E):
             t, k = torch.where(ids == e)
             y = body(self, x[t], e)
-            out.index_add_(0, t, y * weights[t, k, None] if weighted else y)
+            y = y * weights[t, k, None] if weighted else y
+            out.index_add_(0, t, y if index_add_dtype is None else y.to(index_add_dtype))
         return out
 
     return loop
@@ -201,14 +203,74 @@ FuseExperts: 1 applied, 0 refused
                 self.assertEqual(self.calls(gm), [], body.__name__)
                 self.assertEqual(str(report), "FuseExperts: 0 applied, 0 refused")
 
+    def prepared_in(self, dtype, of_weights, body=swiglu):
+        module, (x, ids, weights) = Gated().to(dtype), inputs()
+        args = x.to(dtype), ids, weights.to(of_weights)
+        return module, args, prepared(module, loop_of(body, index_add_dtype=dtype), *args)
+
+    def test_bfloat16(self):
+        """With routing weights of bf16 or, as most routers give them, f32; errors against float64."""
+        for of_weights in (torch.bfloat16, torch.float32):
+            module, (x, ids, weights), gm = self.prepared_in(torch.bfloat16, of_weights)
+            FuseExperts()(gm)
+            self.assertEqual(len(self.calls(gm)), 1)
+            loop, double = loop_of(swiglu, index_add_dtype=x.dtype), Gated().bfloat16().double()
+            exact = self.results(double, partial(loop_of(swiglu), double), x.double(), ids, weights.double())
+            theirs = self.results(module, partial(loop, module), x, ids, weights)
+            ours = self.results(module, partial(run, gm, module), x, ids, weights)
+            for mine, other, wanted in zip(ours, theirs, exact, strict=True):
+                self.assertEqual(mine.dtype, other.dtype)
+                error = (mine - wanted).abs().max() / wanted.abs().max()
+                self.assertLess(error, 2.0**-6)
+                self.assertGreater(error, 0)
+
+    def results(self, module, call, x, ids, weights):
+        """The output and all gradients, of x, the routing weights and the parameters that are used."""
+        x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
+        out = call(x, ids, weights)
+        factor = torch.linspace(-1, 1, out.numel()).view_as(out).bfloat16()
+        return [out, *torch.autograd.grad((out * factor).sum(), [x, weights, module.up, module.down])]
+
+    def test_bfloat16_with_casts_between(self):
+        """An activation computed in f32 stays one: the general ops say that, `expert_mlp` does not."""
+
+        def wide_activation(self, x, e):
+            gate, up = linear(x, self.up[e]).chunk(2, -1)
+            return linear(silu(gate.float()).to(x.dtype) * up, self.down[e])
+
+        def wide_product(self, x, e):
+            gate, up = linear(x, self.up[e]).chunk(2, -1)
+            return linear((silu(gate).float() * up.float()).to(x.dtype), self.down[e])
+
+        def wide_result(self, x, e):
+            return swiglu(self, x, e).float()
+
+        def wide_rows(self, x, e):
+            gate, up = linear(x.float(), self.up[e].float()).chunk(2, -1)
+            return linear((silu(gate) * up).to(x.dtype), self.down[e])
+
+        for body in (wide_activation, wide_product, wide_result, wide_rows):
+            with self.subTest(body.__name__):
+                _, _, gm = self.prepared_in(torch.bfloat16, torch.bfloat16, body)
+                self.assertEqual(str(FuseExperts()(gm)), "FuseExperts: 0 applied, 0 refused")
+
     def test_declines_other_dtypes(self):
-        args = [a.bfloat16() if a.is_floating_point() else a for a in inputs()]
-        gm = prepared(Gated().bfloat16(), loop_of(swiglu), *args)
+        half, single, double = torch.float16, torch.float32, torch.float64
+        reasons = []
+        for dtype, of_weights in ((half, half), (double, double), (torch.bfloat16, double), (single, torch.bfloat16)):
+            _, _, gm = self.prepared_in(dtype, of_weights)
+            reasons.append(str(FuseExperts()(gm)))
         self.assertExpectedInline(
-            str(FuseExperts()(gm)),
+            "\n".join(reasons),
             """\
 FuseExperts: 0 applied, 1 refused
-  - combine_default_1: no fused kernel for torch.bfloat16 on cpu""",
+  - combine_default_1: no fused kernel for torch.float16 on cpu, routing weights torch.float16
+FuseExperts: 0 applied, 1 refused
+  - combine_default_1: no fused kernel for torch.float64 on cpu, routing weights torch.float64
+FuseExperts: 0 applied, 1 refused
+  - combine_default_1: no fused kernel for torch.bfloat16 on cpu, routing weights torch.float64
+FuseExperts: 0 applied, 1 refused
+  - combine_default_1: no fused kernel for torch.float32 on cpu, routing weights torch.bfloat16""",
         )
 
     def test_declines_rows_that_others_read(self):

@@ -1,0 +1,264 @@
+"""Time the CPU kernels beside the matrix products alone: one torch.mm an expert, and torch.bmm where rows are equal.
+
+    python -m benchmarks.kernels_cpu [--quick] [--shapes T,D,F,E,K ...] [--threads 0] [--out benchmarks/results]
+
+T tokens, D model width, F expert width, E experts, K experts a token.  The peers get sorted rows and write into outputs
+that exist; ours gives new ones.  A whole block is `expert_mlp` (gated, SiLU) forward and backward, from unsorted tokens
+to all gradients; beside it stand its six products alone.  Ways take turns in one process, times are medians, ratios are
+peer / ours.  A kernel whose error against float64 is red is not timed, and the exit status is 1.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moe_compile import cpu, ops
+from moe_compile.demo.machine import machine_facts
+from moe_compile.demo.summary import number
+from moe_compile.ops import groups
+
+SHAPES = [
+    "16,512,256,128,8", "16,1024,1024,8,2", "128,512,256,64,4", "512,256,256,64,4", "512,256,128,64,8",
+    "512,512,256,128,8", "2048,512,512,16,2", "2048,1024,1024,16,4", "4096,512,512,8,2",
+]  # fmt: skip
+QUICK = ["16,256,128,64,4", "512,256,256,64,4", "1024,256,256,8,2"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PEERS = ("torch.mm", "torch.bmm")
+Call = Callable[[], Any]
+
+
+@dataclass
+class Row:
+    """Medians of one kernel and its peers on one shape."""
+
+    shape: str
+    routing: str
+    dtype: str
+    what: str
+    gflop: float
+    red: str | None  # why it was not timed
+    ms: dict[str, float]  # by way
+    first_ms: dict[str, float]  # the very first call, in which a library may compile
+
+    def ratio(self, peer: str) -> float:
+        """How many times as long the peer takes."""
+        return self.ms.get(peer, float("nan")) / self.ms.get("ours", float("nan"))
+
+
+@dataclass
+class Problem:
+    """Operands of one shape; rows sorted by expert."""
+
+    x_TD: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+    up: Tensor  # [E, 2F, D]
+    down: Tensor  # [E, D, F]
+    dout_TD: Tensor
+
+    def __post_init__(self) -> None:
+        E = self.up.shape[0]
+        self.x_RD, self.ends, self.order = ops.dispatch(self.x_TD, self.ids_TK, E)
+        g = torch.Generator().manual_seed(1)
+        R, (_, D, F) = self.x_RD.shape[0], self.down.shape
+        self.h_RG, self.a_RF, self.y_RD = (
+            torch.randn(R, width, generator=g).to(self.x_TD.dtype) for width in (2 * F, F, D)
+        )
+
+
+def problem(shape: str, routing: str, dtype: torch.dtype) -> Problem:
+    """Random operands; `even` gives all experts the same number of rows, if that can be."""
+    T, D, F, E, K = map(int, shape.split(","))
+    g = torch.Generator().manual_seed(0)
+    ids = torch.arange(T * K).remainder(E).view(T, K) if routing == "even" else torch.rand(T, E, generator=g).topk(K)[1]
+
+    def random(*sizes: int) -> Tensor:
+        return (torch.randn(*sizes, generator=g) / sizes[-1] ** 0.5).to(dtype)
+
+    weights = torch.rand(T, K, generator=g).to(dtype)
+    return Problem(random(T, D), ids, weights, random(E, 2 * F, D), random(E, D, F), random(T, D))
+
+
+# -- ways -----------------------------------------------------------------------------------
+
+
+def one_by_one(pairs: Sequence[tuple[Tensor, Tensor]]) -> Call:
+    """torch.mm of each pair, into memory that exists."""
+    work = [(a, b, a.new_empty(a.shape[0], b.shape[1])) for a, b in pairs]
+
+    def call() -> None:
+        for a, b, out in work:
+            torch.mm(a, b, out=out)
+
+    return call
+
+
+def batched(a: Tensor, b: Tensor) -> Call:
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return lambda: torch.bmm(a, b, out=out)
+
+
+def products(p: Problem, routing: str) -> dict[str, dict[str, Any]]:
+    """For each kind of product with the first weights: our call, its definition, and the peers."""
+    rows, E = list(groups(p.ends)), p.up.shape[0]
+    x, dh, w, wt = p.x_RD, p.h_RG, p.up, p.up.transpose(1, 2)
+    found: dict[str, dict[str, Any]] = {
+        "forward": {
+            "ours": lambda: cpu.grouped_gemm(x, [w], p.ends),
+            "exact": lambda: ops.grouped_gemm_reference(x.double(), [w.double()], p.ends),
+            "torch.mm": one_by_one([(x[r], wt[e]) for e, r in rows]),
+        },
+        "input grad.": {
+            "ours": lambda: cpu.grouped_gemm(dh, [wt], p.ends),
+            "exact": lambda: ops.grouped_gemm_reference(dh.double(), [wt.double()], p.ends),
+            "torch.mm": one_by_one([(dh[r], w[e]) for e, r in rows]),
+        },
+        "weight grad.": {
+            "ours": lambda: cpu.grouped_gemm_dw(dh, x, p.ends),
+            "exact": lambda: ops.grouped_gemm_dw_reference(dh.double(), x.double(), p.ends),
+            "torch.mm": one_by_one([(dh[r].t(), x[r]) for _, r in rows]),
+        },
+    }
+    if routing == "even":
+        xs, dhs = x.view(E, -1, x.shape[1]), dh.view(E, -1, dh.shape[1])
+        for what, (a, b) in zip(found, ((xs, wt), (dhs, w), (dhs.transpose(1, 2), xs)), strict=True):
+            found[what]["torch.bmm"] = batched(a, b)
+    return found
+
+
+def block(p: Problem) -> dict[str, Any]:
+    """Forward and backward of `expert_mlp`, and its six products alone."""
+    E = p.up.shape[0]
+
+    def run(forward: Any, backward: Any, *v: Tensor) -> Tensor:
+        x, weights, up, down, dout = v
+        out, h, ends, order = forward(x, p.ids_TK, weights, [], [up], [down], E, "silu", True)
+        grads = backward(dout, x, h, weights, ends, order, [], [up], [down], "silu", True, True, True)
+        return torch.cat([g.reshape(-1) / g.norm() for g in map(Tensor.double, (out, *grads)) if g.numel()])
+
+    def ours() -> None:
+        _, h, ends, order = cpu.mlp(p.x_TD, p.ids_TK, p.weights_TK, [], [p.up], [p.down], E, "silu", True)
+        routing = p.weights_TK, ends, order
+        cpu.mlp_backward(p.dout_TD, p.x_TD, h, *routing, [], [p.up], [p.down], "silu", True, True, True)
+
+    from moe_compile.expert_mlp import backward_reference, reference
+
+    values = p.x_TD, p.weights_TK, p.up, p.down, p.dout_TD
+    pairs = []
+    for e, r in groups(p.ends):
+        x, h, a, y, up, down = p.x_RD[r], p.h_RG[r], p.a_RF[r], p.y_RD[r], p.up[e], p.down[e]
+        pairs += [(x, up.t()), (a, down.t()), (y, down), (h, up), (y.t(), a), (h.t(), x)]
+    return {
+        "ours": ours,
+        "value": lambda: run(cpu.mlp, cpu.mlp_backward, *values),
+        "exact": lambda: run(reference, backward_reference, *(v.double() for v in values)),
+        "torch.mm": one_by_one(pairs),
+    }
+
+
+# -- measuring ------------------------------------------------------------------------------
+
+
+def why_wrong(value: Tensor, exact: Tensor, dtype: torch.dtype) -> str | None:
+    """A result is off by a rounding of its type and some of its f32 sums in the mean square, or it is red."""
+    error = ((value.double() - exact).norm() / exact.norm()).item()
+    bound = torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps
+    return None if error <= bound else f"relative error {error:.1e}, bound {bound:.1e}"  # NaN fails too
+
+
+def timed(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def measure(shape: str, routing: str, name: str, rounds: int) -> list[Row]:
+    """Check, then time in turns."""
+    T, D, F, E, K = map(int, shape.split(","))
+    if routing == "even" and T * K % E:
+        return []
+    p, dtype = problem(shape, routing, DTYPES[name]), DTYPES[name]
+    rows = []
+    for what, ways in {**products(p, routing), "block": block(p)}.items():
+        gflop = 2e-9 * T * K * D * F * (9 if what == "block" else 2)
+        row = Row(shape, routing, name, what, gflop, None, {}, {})
+        rows.append(row)
+        row.red = why_wrong(ways.get("value", ways["ours"])(), ways["exact"](), dtype)
+        if row.red:
+            continue
+        calls = {way: ways[way] for way in ("ours", *PEERS) if way in ways}
+        row.first_ms = {way: timed(call) for way, call in calls.items()}
+        times: dict[str, list[float]] = {way: [] for way in calls}
+        for _ in range(rounds):
+            for way, call in calls.items():
+                call()  # the caches belong to another way before this
+                times[way].append(timed(call))
+        row.ms = {way: statistics.median(values) for way, values in times.items()}
+    return rows
+
+
+def show(console: Console, rows: list[Row]) -> None:
+    """Print one table."""
+    table = Table(title="ratios: peer / ours", title_justify="left")
+    for name in ("T,D,F,E,K", "rows", "dtype", "what"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ours ms", "GFLOP/s", "x torch.mm", "x torch.bmm", "first torch.mm"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        head = row.shape, row.routing, row.dtype, row.what
+        if row.red:
+            table.add_row(*head, "RED", row.red)
+            continue
+        speeds = number(row.ms["ours"], 2), number(1e3 * row.gflop / row.ms["ours"], 0)
+        ratios = [number(row.ratio(peer), 2) for peer in PEERS]
+        table.add_row(*head, *speeds, *ratios, number(row.first_ms["torch.mm"], 1))
+    console.print(table)
+
+
+def main(
+    shapes: Annotated[list[str] | None, typer.Option(help="T,D,F,E,K; may be given several times.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or several with commas")] = "float32,bfloat16",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each way.")] = 15,
+    threads: Annotated[int, typer.Option(min=0, help="Threads; 0: as torch chooses.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Three small shapes, few rounds.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results"),
+) -> None:
+    """Measure products and whole blocks side by side."""
+    if threads:
+        torch.set_num_threads(threads)
+    console = Console(width=max(120, Console().width))
+    rows = [
+        row
+        for shape in shapes or (QUICK if quick else SHAPES)
+        for routing in ("random", "even")
+        for name in dtype.split(",")
+        for row in measure(shape, routing, name, min(rounds, 5) if quick else rounds)
+    ]
+    show(console, rows)
+    content = {
+        "machine": machine_facts("cpu"),
+        "command": " ".join(["python -m benchmarks.kernels_cpu", *sys.argv[1:]]),
+        "threads": torch.get_num_threads(),
+        "rows": [asdict(row) for row in rows],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / f"kernels_cpu_{time.strftime('%Y%m%d_%H%M%S')}.json"
+    target.write_text(json.dumps(content, indent=1) + "\n")
+    console.print(f"written: {target}")
+    if any(row.red for row in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
