@@ -34,6 +34,7 @@ from moe_compile.errors import MoeCompileError
 from moe_compile.kinds import Declined, Kind, declined, kind_of
 from moe_compile.options import Options
 from moe_compile.python_state import is_torch
+from moe_compile.ranges import FromTopk
 from moe_compile.reads import SIMPLE, Path
 from moe_compile.report import RegionReport
 
@@ -181,7 +182,7 @@ def _owner(var: Any, args: list[Any]) -> tuple[Any, list[Any]]:
     return (first, rest) if isinstance(first, UnspecializedNNModuleVariable) else (None, args)
 
 
-def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], tuple[int, ...]] | str:
+def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], FromTopk] | str:
     """The arguments as fake tensors and constants, and which tensors are a topk's ids; the reason, if it cannot be."""
     for i, arg in enumerate(args):
         args[i] = arg.realize()
@@ -189,6 +190,7 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
         kwargs[name] = arg.realize()
     values: list[Any] = []
     distinct: list[int] = []
+    widths: list[tuple[int, int]] = []
     tensors = 0
     for arg in (*args, *kwargs.values()):
         if isinstance(arg, TensorVariable):
@@ -198,6 +200,8 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
                 return f"an argument is a {type(fake).__name__}"
             if _from_topk(node):
                 distinct.append(tensors)
+            if (width := _number_of_scores(node)) is not None:
+                widths.append((tensors, width))
             tensors += 1
             values.append(fake)
         elif isinstance(arg, SymNodeVariable) and arg.python_type() is float:
@@ -207,25 +211,44 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
         else:
             return f"an argument is neither a tensor nor a number ({arg.python_type_name()})"
     named = dict(zip(kwargs, values[len(args) :], strict=True))
-    return values[: len(args)], named, tuple(distinct)
+    return values[: len(args)], named, FromTopk(tuple(distinct), tuple(widths))
+
+
+_COPIES = ("to", "long", "int", "detach", "clone", "contiguous")
+_VIEWS = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
 
 
 def _from_topk(node: torch.fx.Node) -> bool:
     """Whether a value of Dynamo's graph is the indices of a topk, which are distinct in a row."""
-    same = ("to", "long", "int", "detach", "clone", "contiguous")
+    topk, ids = _topk(node, _COPIES)
+    if topk is None or not isinstance(ids, Tensor):
+        return False
+    dim = topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1)
+    return dim in (-1, ids.dim() - 1)
+
+
+def _number_of_scores(node: torch.fx.Node) -> int | None:
+    """Of how many scores a topk took the ids, if they are a topk's in any shape and that is a constant."""
+    topk, ids = _topk(node, _COPIES + _VIEWS)
+    if topk is None or not isinstance(ids, Tensor):
+        return None
+    scores: Any = topk.args[0].meta.get("example_value")  # type: ignore[union-attr]
+    dim: Any = topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1)
+    width = scores.shape[dim] if isinstance(scores, Tensor) and isinstance(dim, int) else None
+    return width if isinstance(width, int) else None
+
+
+def _topk(node: torch.fx.Node, same: tuple[str, ...]) -> tuple[torch.fx.Node | None, Any]:
+    """(the topk of whose result a value is the indices, those indices), if nothing wrote to them."""
     while node.op == "call_method" and node.target in same and isinstance(node.args[0], torch.fx.Node):
-        if _changed_in_place(node):
-            return False
+        if _changed_in_place(node) or node.meta["example_value"].dtype not in (torch.int32, torch.int64):
+            return None, None
         node = node.args[0]
-    if _changed_in_place(node):
-        return False
     source = node.args[0] if node.args else None
-    if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem:
-        return False
-    topk = source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
-    dim, ids = source.kwargs.get("dim", source.args[2] if len(source.args) > 2 else -1), node.meta.get("example_value")
-    in_rows = dim == -1 or (isinstance(ids, Tensor) and dim == ids.dim() - 1)
-    return bool(node.args[1] == 1 and topk and in_rows)
+    if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem or _changed_in_place(node):
+        return None, None
+    is_topk = source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
+    return (source, node.meta.get("example_value")) if node.args[1] == 1 and is_topk else (None, None)
 
 
 def _changed_in_place(node: torch.fx.Node) -> bool:
