@@ -81,17 +81,6 @@ class CountedAsList(Counted):
         return torch.bincount(flat).cumsum(0).tolist()
 
 
-@idiom(distinct=SCORES)
-class CountedWithoutSkipping(Counted):
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        flat = ids.view(-1)
-        order = flat.argsort()
-        out, pieces = torch.zeros_like(x), x[order // K].split(torch.bincount(flat).tolist())
-        results = [self.run(e, piece) for e, piece in enumerate(pieces)]
-        y = torch.cat(results) * weights.view(-1)[order, None]
-        return out.index_add(0, order // K, y)
-
-
 # -- index vectors --------------------------------------------------------------------------
 
 
