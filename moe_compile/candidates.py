@@ -13,7 +13,7 @@ import inspect
 import types
 import weakref
 
-from torch import nn
+from torch import Tensor, nn
 
 from moe_compile.python_state import code_names, is_torch
 
@@ -108,6 +108,20 @@ def _names_flat(module: nn.Module, names: frozenset[str]) -> bool:
 
 def _is_list(module: nn.Module) -> bool:
     return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and _like(module)
+
+
+CHOOSES = frozenset("where nonzero one_hot index_add index_add_ scatter_add scatter_add_ argsort bincount".split())
+
+
+def may_loop(fn: types.FunctionType) -> bool:
+    """Whether a function that belongs to no module may hold a sum over experts: it loops, and chooses rows."""
+    names, opcodes = _looks(fn.__code__)
+    return "FOR_ITER" in opcodes and bool(names & CHOOSES)
+
+
+def is_stack(tensor: Tensor) -> bool:
+    """Whether an argument may be the weights of all experts."""
+    return tensor.dim() >= 3 and tensor.is_floating_point() and tensor.shape[0] != 1
 
 
 @functools.cache

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from moe_compile import places
 from moe_compile.detect.values import Each
 from moe_compile.errors import Refusal
 from moe_compile.fakes import Fakes
@@ -488,7 +489,7 @@ def capture(
         try:
             hidden = _lengths_hidden(answers, rows == SYMBOLIC)
             with _state_replaced(module, dict(zip(state, state_values, strict=True))), hidden, answers:
-                result = fn(module, *call_args, **call_kwargs)
+                result = places.call(fn, module, call_args, call_kwargs)
         except IndexError:
             if not may_fail or answers.last_class is None:
                 raise
@@ -551,7 +552,7 @@ def _argument_names(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], tensors: list[int]
 ) -> list[str]:
     """A name for each tensor argument: its parameter's, where an argument is one tensor."""
-    names = list(inspect.signature(fn).parameters)[1:]
+    names = places.parameters_of(list(inspect.signature(fn).parameters), args, kwargs)
     leaves = []
     for i, arg in enumerate(args):
         name = names[i] if i < len(names) else f"arg_{i}"

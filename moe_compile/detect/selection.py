@@ -10,8 +10,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.values import (
+    Buffer,
     Column,
     Constant,
+    DenseWeight,
     Each,
     Emptiness,
     Expert,
@@ -245,7 +247,9 @@ def reduce(call: Call) -> Value | None:
         dims = call.number(1, "dim")
         dims = dims if isinstance(dims, list) else [dims]
         keep = call.number(2, "keepdim", False)
-        if [d % 2 for d in dims if d is not None] == [1] and not keep and not value.summed:
+        if [d % 2 for d in dims if d is not None] == [1] and not value.summed:
+            if keep:
+                return DenseWeight(value.ids, value.expert, value.classes, "pair", value.weights)
             return MaskedWeights(value.weights, value.ids, value.expert, value.classes, summed=True)
         return None
     if not isinstance(value, Member) or value.kind not in ("mask", "count", "any"):
@@ -443,8 +447,17 @@ _BOUNDS = ((1, "dim", 0), (2, "start", None), (3, "end", None), (4, "step", 1))
 
 
 def masked_weights(call: Call) -> Value | None:
-    """weights * (ids == e), before its sum over k."""
-    for mask, weights in ((call.arg(0), call.arg(1)), (call.arg(1), call.arg(0))):
+    """weights * (ids == e) or where(ids == e, weights, 0), before its sum over k."""
+    if call.op == "where":
+        other = call.arg(2, "other")
+        nothing = (isinstance(other, Buffer) and other.kind == "zero") or call.number(2, "other") == 0
+        pair = isinstance(call.arg(1), Plain) and call.val().dtype == call.val(call.arg(1).node).dtype
+        if len(call.args) != 3 or not nothing or not pair or not isinstance(call.arg(0), Member):
+            return None
+        orders: tuple[tuple[Any, Any], ...] = ((call.arg(0), call.arg(1)),)
+    else:
+        orders = ((call.arg(0), call.arg(1)), (call.arg(1), call.arg(0)))
+    for mask, weights in orders:
         if isinstance(mask, Member) and mask.kind == "mask" and mask.dims == (0, 1) and mask.expert is not None:
             if isinstance(weights, Plain) and call.val(weights.node).shape == call.val(mask.ids).shape:
                 return MaskedWeights(weights.node, mask.ids, mask.expert, mask.classes)
@@ -496,7 +509,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "slice": (whole,),
     **{op: (squeeze,) for op in ("squeeze", "view", "reshape", "flatten")},
     **{op: (reduce,) for op in ("sum", "any", "count_nonzero")},
-    **{op: (nonzero,) for op in ("nonzero", "where", "nonzero_numpy")},
+    **{op: (nonzero,) for op in ("nonzero", "nonzero_numpy")},
+    "where": (nonzero, masked_weights),
     "unbind": (columns,),
     "getitem": (item,),
     "index": (index_mask, gather_rows),
