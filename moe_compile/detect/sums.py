@@ -111,7 +111,8 @@ def index_copy(call: Call) -> Value | None:
     if call.number(1) not in (0, -call.val().dim()):
         return None
     op = "index_put_" if call.op.endswith("_") else "index_put"
-    return index_put(Call(call.node, op, [call.arg(0), [call.arg(2)], call.arg(3)], {}, call.run))
+    put = Call(call.node, op, [call.arg(0), [call.arg(2)], call.arg(3)], {}, call.run)
+    return next((found for rule in call.run.rules[op] if (found := rule(put)) is not None), None)
 
 
 def index_add_checked(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection) -> Value:
