@@ -228,7 +228,9 @@ class Answers(TorchFunctionMode):
             return None
         classes = number_of_classes(ids, self.widths)
         if classes is None:
-            raise Refusal("unique of ids that are not shown to be those of a topk: how many there could be is not known")
+            raise Refusal(
+                "unique of ids that are not shown to be those of a topk: nobody knows how many there could be"
+            )
         with torch._C.DisableTorchFunction():
             mask = torch.ops.moe_ep_capture.chosen(ids, classes)
         table = self._nonzero(mask)
@@ -603,7 +605,7 @@ def _lengths_hidden(answers: Answers, symbols: bool) -> Iterator[None]:
         with torch._C.DisableTorchFunction():
             return answers.entries(torch.Tensor.tolist, tensor)
 
-    FakeTensor.tolist = tolist  # type: ignore[method-assign]
+    FakeTensor.tolist = tolist  # type: ignore[method-assign, assignment]
     builtins.len = length if symbols else length_of
     try:
         yield

@@ -222,7 +222,7 @@ def _elsewhere(tx: Any, var: Any, args: list[Any], kwargs: dict[str, Any]) -> tu
     return None, args
 
 
-def _is_never_called(module: nn.Module) -> bool:
+def _is_never_called(module: Any) -> bool:
     """Whether a module only holds others, or weights: code that has it cannot call it, and so no hooks of its own."""
     cls = type(module)
     return cls.forward is nn.Module.forward and cls.__call__ is nn.Module.__call__ and "forward" not in vars(module)

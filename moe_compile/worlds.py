@@ -242,7 +242,9 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
     result.local = _local(found.gm.graph, about, beside)
     ends = [n for n in found.gm.graph.output_node().all_input_nodes]
     inner = {
-        n for n, v in run.values.items() if isinstance(v, Buffer | Constant | Rows | PairGrid | Pieces | Filled | Sum | SumRead)
+        n
+        for n, v in run.values.items()
+        if isinstance(v, Buffer | Constant | Rows | PairGrid | Pieces | Filled | Sum | SumRead)
     }
     inner |= {n for n, _ in totals}
     ends += [n for n in found.gm.graph.nodes if (n not in inner and _changes(n)) or is_random(n)]

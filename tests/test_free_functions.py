@@ -62,14 +62,14 @@ def check(run: Callable[..., Tensor], *args: Any, leaves: list[Tensor], matched:
 def test_weights_are_arguments() -> None:
     up, down = parameters()
     check(by_weights, *routed(), up, down, leaves=[up, down])
-    check(lambda *args: by_weights(*args, down=down) * 2, *routed(), up, leaves=[up, down])
+    check(lambda x, ids, p, up: by_weights(x, ids, p, up, down=down) * 2, *routed(), up, leaves=[up, down])
 
 
 def test_modules_are_an_argument() -> None:
     experts = Separate().experts
     leaves = list(experts.parameters())
     check(by_modules, *routed(), experts, leaves=leaves)
-    check(lambda *args: by_modules(*args, scale=2.0, experts=experts), *routed(), leaves=leaves)
+    check(lambda x, ids, p: by_modules(x, ids, p, scale=2.0, experts=experts), *routed(), leaves=leaves)
 
 
 def test_a_closure_holds_the_modules() -> None:

@@ -109,7 +109,9 @@ def test_traced_function(form: type[nn.Module]) -> None:
         assert agree({n: p.grad for n, p in state.items()} | {"x": mine.grad}, gradients(model, x))
 
 
-@pytest.mark.parametrize("form", [RangeWhere, TokenMask, RepeatedThenMasked, StackedAndSummed, EveryExpert, GridWeighed])
+@pytest.mark.parametrize(
+    "form", [RangeWhere, TokenMask, RepeatedThenMasked, StackedAndSummed, EveryExpert, GridWeighed]
+)
 @pytest.mark.parametrize("decompose", [False, True])
 def test_decomposed_graph(form: type[nn.Module], decompose: bool) -> None:
     """Found, and right; or left as it is, and the report says what to call."""

@@ -249,6 +249,8 @@ def reduce(call: Call) -> Value | None:
         keep = call.number(2, "keepdim", False)
         if [d % 2 for d in dims if d is not None] == [1] and not value.summed:
             if keep:
+                if not isinstance(value.expert, int):
+                    return None
                 return DenseWeight(value.ids, value.expert, value.classes, "pair", value.weights)
             return MaskedWeights(value.weights, value.ids, value.expert, value.classes, summed=True)
         return None

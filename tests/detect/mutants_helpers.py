@@ -88,7 +88,9 @@ class SumOfProducts(SummedByPython):
         return out
 
 
-@mutant("aten.index_put_ at file.py overwrites what another expert of the same token wrote", distinct=False, repeats=True)
+@mutant(
+    "aten.index_put_ at file.py overwrites what another expert of the same token wrote", distinct=False, repeats=True
+)
 class SetTwiceInHelper(HelperReturnsEarly):
     """A token that chose an expert twice is set once."""
 

@@ -10,12 +10,12 @@ from tests.detect.loops import SCORES, D, E, K, Listed, mutant
 # -- the ids that occur ---------------------------------------------------------------------
 
 
-@mutant("unique of ids that are not shown to be those of a topk: how many there could be is not known")
+@mutant("unique of ids that are not shown to be those of a topk: nobody knows how many there could be")
 class UniqueOfAnyIds(Unique):
     """Distinct, but nobody knows how many there could be."""
 
 
-@mutant("unique of ids that are not shown to be those of a topk: how many there could be is not known", distinct=SCORES)
+@mutant("unique of ids that are not shown to be those of a topk: nobody knows how many there could be", distinct=SCORES)
 class UniqueOfChangedIds(Unique):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         ids = ids.clone()
@@ -23,7 +23,7 @@ class UniqueOfChangedIds(Unique):
         return super().forward(x, ids, weights)
 
 
-@mutant("unique of ids that are not shown to be those of a topk: how many there could be is not known", distinct=SCORES)
+@mutant("unique of ids that are not shown to be those of a topk: nobody knows how many there could be", distinct=SCORES)
 class UniqueOfShiftedIds(Unique):
     def chosen(self, ids: Tensor):  # type: ignore[no-untyped-def]
         return torch.unique(ids + 1) - 1
@@ -41,7 +41,7 @@ class UniqueInPart(Unique):
         return torch.unique(ids)[1:]
 
 
-@mutant("unique of ids that are not shown to be those of a topk: how many there could be is not known", distinct=SCORES)
+@mutant("unique of ids that are not shown to be those of a topk: nobody knows how many there could be", distinct=SCORES)
 class UniqueOfSomeTokens(Unique):
     def chosen(self, ids: Tensor):  # type: ignore[no-untyped-def]
         return torch.unique(ids[:, 0].contiguous())
@@ -59,7 +59,10 @@ class UniqueNumbered(Unique):
         return out
 
 
-@mutant("Python decides on data: Could not guard on data-dependent expression Eq(u0, 0) (unhinted: Eq(u0, 0)).  (Size-like symbols: u0)", distinct=SCORES)
+@mutant(
+    "Python decides on data: Could not guard on data-dependent expression Eq(u0, 0) (unhinted: Eq(u0, 0)).  (Size-like symbols: u0)",
+    distinct=SCORES,
+)
 class UniqueInverse(Unique):
     def chosen(self, ids: Tensor):  # type: ignore[no-untyped-def]
         return torch.unique(ids, return_inverse=True)[0]
