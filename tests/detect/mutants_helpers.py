@@ -138,3 +138,40 @@ class ClosureCounts(Stacked):
         for e in range(E):
             add(e)
         return out / max(seen, 1)
+
+
+@mutant("1 experts are used, w2 holds 4")
+class OneBufferForAllHelpers(Stacked):
+    """What each adds is added again with the next."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out, part = torch.zeros_like(x), torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where(ids == e)
+            part.index_add_(0, t, self.expert(e, x[t]) * weights[t, k, None])
+            out += part
+        return out
+
+
+@mutant("aten.index_put_ at file.py overwrites what another expert of the same token wrote")
+class LastOneSets(Stacked):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where(ids == e)
+            y = self.expert(e, x[t]) * weights[t, k, None]
+            if e == E - 1:
+                out[t] = y
+            else:
+                out.index_add_(0, t, y)
+        return out
+
+
+@mutant("nothing is summed over experts")
+class WeighedWhereNotChosen(Stacked):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            mine = torch.where(ids == e, torch.zeros_like(weights), weights).sum(-1, keepdim=True)
+            out = out + mine * self.expert(e, x)
+        return out
