@@ -16,11 +16,13 @@ from moe_compile import worlds
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
 from moe_compile.detect.interpreter import Facts, Interpreter
+from moe_compile.detect.selection import unflattened
 from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Region
 from moe_compile.errors import Refusal
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.python_state import Functions, check_effects, check_loops, reachable, unchanged
+from moe_compile.ranges import FromTopk, widths
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def analyse(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: Sequence[int] = (),
+    distinct: Sequence[int] | FromTopk = (),
 ) -> Analysis:
     """Prove what `fn(module, *args, **kwargs)` computes, or raise `Refusal`.
 
@@ -59,7 +61,7 @@ def _prove(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: Sequence[int],
+    distinct: Sequence[int] | FromTopk,
     functions: Functions,
 ) -> Analysis:
     """At first with one visit of a loop for many experts, if it has one."""
@@ -75,7 +77,7 @@ def _proven(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: Sequence[int],
+    distinct: Sequence[int] | FromTopk,
     functions: Functions,
     visit: Functions | None,
 ) -> Analysis:
@@ -107,7 +109,7 @@ def _proven(
                 worlds.check_sample(asked, seen, few)
             again = functools.partial(
                 capture, fn, module, args, kwargs, truth=nonempty, classes=apart.classes, visited=few,
-                rows=SYMBOLIC if apart.sees_rows else EXAMPLE, selections=apart.selections,
+                rows=SYMBOLIC if apart.sees_rows else EXAMPLE, selections=apart.selections, widths=widths(distinct),
             )  # fmt: skip
             worlds.check(seen, apart, distinct, again, few)
         _nothing_left(main)
@@ -156,7 +158,7 @@ def _trace(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: Sequence[int],
+    distinct: Sequence[int] | FromTopk,
     truth: bool,
     visited: Sequence[int] | None = None,
     visit: Functions | None = None,
@@ -165,18 +167,20 @@ def _trace(
 
     And a survey of its graph as it was, if it decides on data.  `visited`, `visit`: as in `capture`.
     """
-    trace = functools.partial(capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit)
+    trace = functools.partial(
+        capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, widths=widths(distinct)
+    )
     found = trace(may_fail=visited is None)
     last = found.fails_at  # `worlds.check` shows that it always fails there
     if last is not None:
         found = trace(classes=last)
     if found.sees_rows:
         found = trace(rows=SYMBOLIC, selections=found.selections, classes=last)
-    asks = found.answered or found.sees_rows or found.iterated or found.decided
+    asks = found.answered or found.sees_rows or found.iterated or found.decided or found.reads_length
     return found, worlds.survey(found, distinct) if asks else None
 
 
-def _detect(found: Capture, distinct: Sequence[int]) -> tuple[DetectExperts, str | None]:
+def _detect(found: Capture, distinct: Sequence[int] | FromTopk) -> tuple[DetectExperts, str | None]:
     """Run detection on the captured graph; the reason if it proves no region, or not all."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
     ids = frozenset(inputs[i] for i in distinct)
@@ -226,21 +230,26 @@ def _only_region(detect: DetectExperts) -> Region:
 def _check_answers(found: Capture, run: Interpreter | None, region: Region) -> None:
     """What was answered about data must be about these experts: who was chosen, or whether anybody was."""
     assert run is not None
+    table = unflattened(run, region.ids)
     for node in found.iterated:
         value = run.values[node]
-        if isinstance(value, Index) or not isinstance(value, Hits) or value.ids is not region.ids:
+        if isinstance(value, Index) or not isinstance(value, Hits) or unflattened(run, value.ids) is not table:
             raise Refusal(f"a Python loop runs over {node.name}, not shown to be the list of chosen experts")
         if value.classes is not None and value.classes < region.num_experts:
             raise Refusal(f"{value.classes} classes for {region.num_experts} experts")
     for node, answer in found.answered:
         value = run.values[node]
-        if not isinstance(value, Emptiness) or value.ids is not region.ids or value.kind == "count":
+        if (
+            not isinstance(value, Emptiness)
+            or unflattened(run, value.ids) is not table
+            or value.kind in ("count", "tokens")
+        ):
             raise Refusal(f"Python decides on {node.name}, not shown to say whether an expert was chosen")
         if (value.kind == "any") is not answer:
             raise Refusal(f"Python decides on {node.name} both ways")
     for node in found.decided:
         value = run.values[node]
-        if not isinstance(value, Emptiness) or value.ids is not region.ids:
+        if not isinstance(value, Emptiness) or unflattened(run, value.ids) is not table:
             raise Refusal(f"Python compares {node.name} with zero, not shown to be the number of an expert's rows")
     for node in found.counted:
         value = run.values[node]

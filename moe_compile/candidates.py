@@ -9,12 +9,13 @@ calls others is not one: the call inside is.
 
 import dis
 import functools
+import inspect
 import types
 import weakref
 
-from torch import nn
+from torch import Tensor, nn
 
-from moe_compile.python_state import code_names
+from moe_compile.python_state import code_names, is_torch
 
 SELECTS = frozenset(
     """
@@ -39,6 +40,36 @@ def is_candidate(fn: types.FunctionType, module: nn.Module) -> bool:
 
 def _decide(fn: types.FunctionType, module: nn.Module) -> bool:
     names, opcodes = _looks(fn.__code__)
+    if _holds(names, opcodes, module):
+        return True
+    helpers = _of_methods(_in_loops(fn.__code__), type(module))
+    return bool(helpers) and _holds(names | helpers, opcodes, module)
+
+
+def _of_methods(names: set[str], cls: type) -> set[str]:
+    """What the module's own methods of these names mention, and those that they call."""
+    found: set[str] = set()
+    todo = list(names)
+    while todo:
+        method = inspect.getattr_static(cls, todo.pop(), None)
+        method = getattr(method, "__func__", method)
+        if isinstance(method, types.FunctionType) and not is_torch(method.__module__ or ""):
+            new = code_names(method.__code__) - found
+            found |= new
+            todo += new
+    return found
+
+
+def _in_loops(code: types.CodeType) -> set[str]:
+    """The names that the bodies of a function's loops mention; functions inside of it count as such a body."""
+    steps = list(dis.get_instructions(code))
+    loops = [(s.offset, s.argval) for s in steps if s.opname == "FOR_ITER"]
+    names = {s.argval for s in steps if any(a < s.offset < b for a, b in loops) and isinstance(s.argval, str)}
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return names.union(*(code_names(c) for c in inner if loops or "FOR_ITER" in _looks(c)[1]))
+
+
+def _holds(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) -> bool:
     stacked = {n for n, p in module._parameters.items() if p is not None and p.dim() >= 3 and p.shape[0] > 1}
     if stacked & names:
         return True
@@ -77,6 +108,20 @@ def _names_flat(module: nn.Module, names: frozenset[str]) -> bool:
 
 def _is_list(module: nn.Module) -> bool:
     return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and _like(module)
+
+
+CHOOSES = frozenset("where nonzero one_hot index_add index_add_ scatter_add scatter_add_ argsort bincount".split())
+
+
+def may_loop(fn: types.FunctionType) -> bool:
+    """Whether a function that belongs to no module may hold a sum over experts: it loops, and chooses rows."""
+    names, opcodes = _looks(fn.__code__)
+    return "FOR_ITER" in opcodes and bool(names & CHOOSES)
+
+
+def is_stack(tensor: Tensor) -> bool:
+    """Whether an argument may be the weights of all experts."""
+    return tensor.dim() >= 3 and tensor.is_floating_point() and tensor.shape[0] != 1
 
 
 @functools.cache

@@ -13,6 +13,7 @@ The function runs with its module's parameters replaced by fake ones.  What woul
 is a refusal: hooks, changed attributes, custom autograd functions, random state, prints.
 """
 
+import builtins
 import contextlib
 import hashlib
 import inspect
@@ -30,11 +31,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from moe_compile import places
 from moe_compile.detect.values import Each
 from moe_compile.errors import Refusal
 from moe_compile.fakes import Fakes
+from moe_compile.flat_ids import as_tables
 from moe_compile.host_reads import HostReads, Locals
 from moe_compile.python_state import Functions, watch
+from moe_compile.ranges import READS, Numbers, Unsized, number_of_classes
 from moe_compile.region import EXAMPLE_ROWS
 from moe_compile.visits import MOST, OFFSET, OneByOne, Visit, Visits, check_guards
 
@@ -72,6 +76,7 @@ class Capture:
     locals: Locals = field(default_factory=Locals)
     questions: dict[tuple[str, Any], Node] = field(default_factory=dict)
     sees_rows: bool = False
+    reads_length: bool = False  # of a list that is as long as the largest id
     selections: int = 0  # how many were made
     lengths: int = 0  # placeholders at the end that hold the selections' numbers of rows
     classes: int | None = None
@@ -99,8 +104,10 @@ class Answers(TorchFunctionMode):
         script: Mapping[Hashable, Any] | None = None,
         classes: int | None = None,
         visited: Sequence[int] | None = None,
+        widths: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.widths, self.unsized = widths or {}, Unsized()
         self.rows, self.truth, self.script, self.classes, self.visited = rows, truth, script, classes, visited
         self.visits: Visits | None = None
         self.last_class: int | None = None  # of those that a loop over chosen experts would visit
@@ -114,14 +121,18 @@ class Answers(TorchFunctionMode):
         self.locals = Locals()
         self.host = HostReads(lambda number: self._rows("count", number))
         self.sees_rows = False
+        self.reads_length = False
         self._chosen: dict[int, tuple[Tensor, Tensor]] = {}  # nonzero table -> its mask
+        self._columns: dict[int, tuple[Tensor, Tensor]] = {}  # transposed nonzero table -> the table
         self._found: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.visits is not None:
             self.visits.check_call(func, args, kwargs)
+        self.unsized.look(func, args, kwargs)
         result = self._answered(func, args, kwargs)
+        self.unsized.follow(func, args, result)
         if self.visits is not None:
             self.visits.follow(func, args, result)
         return result
@@ -134,19 +145,26 @@ class Answers(TorchFunctionMode):
             return selected[rest] if rest else selected
         if func is torch.where and len(args) == 1 and not kwargs:
             return self._nonzero(args[0]).unbind(1)
-        if func in (torch.Tensor.nonzero, torch.nonzero):
+        if func in _NONZERO and args[0].dim():
             table = self._nonzero(args[0])
             return table.unbind(1) if kwargs.get("as_tuple") else table
+        if func in (torch.Tensor.unique, torch.unique) and (listed := self._unique(args[0], kwargs)) is not None:
+            return listed
+        if func in (torch.Tensor.bincount, torch.bincount) and not (len(args) > 1 or kwargs):
+            return self._count(args[0])
+        if func in READS and self.unsized.counts(args[0]) is not None:
+            return self.entries(func, args[0])
+        if func in _PARTS and (vectors := self._transposed(args)):
+            return vectors
         if func is torch.Tensor.__getitem__ and _has_mask(args[1]):
             return args[0][self._indices(args[1])]
-        if func is torch.Tensor.__setitem__ and _has_mask(args[1]):
-            args[0][self._indices(args[1])] = args[2]
-            return None
-        if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and (found := self._source(args)):
+        if func is torch.Tensor.__setitem__ and (_has_mask(args[1]) or _is_index(args[1])):
+            return _put(args[0], self._indices(args[1]), args[2])
+        if func in _PARTS and (found := self._source(args)):
             return self._all_indices(args[0], found)
-        if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and _has_rows(args[0].shape, self.rows):
+        if func in _PARTS and _has_rows(args[0].shape, self.rows):
             raise Refusal("a Python loop runs over the rows of an expert")
-        if func in (torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind) and _longer(args, kwargs):
+        if func in _PARTS and _longer(args, kwargs):
             raise Refusal(f"a Python loop runs over {max(args[0].shape)} rows or numbers")
         if func is torch.Tensor.tolist and (found := self._source(args)):
             return _Visited(t.tolist() for t in self._all_indices(args[0], found))
@@ -182,6 +200,8 @@ class Answers(TorchFunctionMode):
             if args[1] != slice(None):
                 raise Refusal("Python takes a part of the list of chosen experts")
             self._chosen[id(result)] = (result, self._chosen[id(args[0])][1])
+        if func in _TRANSPOSES and id(args[0]) in self._chosen and result.dim() == 2:
+            self._columns[id(result)] = (result, self._chosen[id(args[0])][0])
         if func in _SAME_LIST and id(args[0]) in self._chosen and isinstance(result, Tensor):
             self._chosen[id(result)] = (result, self._chosen[id(args[0])][1])
         return result
@@ -201,11 +221,54 @@ class Answers(TorchFunctionMode):
             self._chosen[id(table)] = (table, mask)
         return self._found[id(mask)]
 
+    def _unique(self, ids: Tensor, options: dict[str, Any]) -> Tensor | None:
+        """The chosen experts in their order, as those of a mask of all experts; None if it is not known how many."""
+        plain = options.get("sorted", True) and not any(options.get(o) for o in ("return_inverse", "return_counts"))
+        if not _unknown(ids) or not plain or options.get("dim") is not None:
+            return None
+        classes = number_of_classes(ids, self.widths)
+        if classes is None:
+            raise Refusal(
+                "unique of ids that are not shown to be those of a topk: nobody knows how many there could be"
+            )
+        with torch._C.DisableTorchFunction():
+            mask = torch.ops.moe_ep_capture.chosen(ids, classes)
+        table = self._nonzero(mask)
+        listed = table.squeeze(1)
+        self._chosen[id(listed)] = (listed, mask)
+        return listed
+
+    def _count(self, ids: Tensor) -> Any:
+        """bincount(ids) for all that could be chosen."""
+        classes = number_of_classes(ids, self.widths) if _unknown(ids) else None
+        if classes is None:
+            return self.host.bincount(ids) if _unknown(ids) else torch.bincount(ids)
+        return self.unsized.add(self.host.bincount(ids, None, classes))
+
+    def entries(self, func: Any, vector: Tensor) -> Any:
+        """The numbers that Python reads of a vector as long as the largest id says: another length in another world."""
+        counts = self.unsized.counts(vector)
+        assert counts is not None
+        length = self._answer("length", counts, counts.shape[0])
+        self.reads_length = True
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy):
+            entries = self.host.numpy(vector) if func is torch.Tensor.numpy else self.host.entries(vector)
+            return Numbers(itertools.islice(entries, length))
+        with torch._C.DisableTorchFunction():
+            parts = vector.unbind(0)[:length]
+        return iter(parts)
+
     def _indices(self, index: Any) -> Any:
         parts: list[Any] = []
         for i in index if isinstance(index, tuple) else (index,):
             parts += self._nonzero(i).unbind(1) if _is_mask(i) else [i]
         return tuple(parts)
+
+    def _transposed(self, args: Any) -> Any:
+        """t, k = mask.nonzero().t(): the same vectors as those of the table."""
+        if id(args[0]) not in self._columns or (len(args) > 1 and args[1] != 0):
+            return None
+        return self._columns[id(args[0])][1].unbind(1)
 
     def _source(self, args: Any) -> tuple[Tensor, Tensor] | None:
         """The (table, mask) behind a list of found indices that is iterated over."""
@@ -303,6 +366,9 @@ _LOOKS = {
     torch.Tensor._base.__get__,  # type: ignore[union-attr]
     torch.Tensor._version.__get__,  # type: ignore[attr-defined]
 }
+_NONZERO = {torch.Tensor.nonzero, torch.nonzero, torch.Tensor.argwhere, torch.argwhere}
+_PARTS = {torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind}
+_TRANSPOSES = {torch.Tensor.t, torch.t, torch.Tensor.T.__get__}  # type: ignore[attr-defined]
 _SAME_LIST = {
     torch.Tensor.squeeze,
     torch.squeeze,
@@ -321,6 +387,21 @@ def _ends_in_rows(node: Node) -> bool:
 
 def _is_mask(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) and index.dim() > 0
+
+
+def _is_index(index: Any) -> bool:
+    """Whether an index is vectors of numbers and no more."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(isinstance(i, Tensor) and i.dim() == 1 and i.dtype == torch.int64 for i in parts)
+
+
+def _put(target: Tensor, index: tuple[Tensor, ...], value: Any) -> None:
+    """target[index] = value.  Written so, a value of one row stays a row, as it is with more."""
+    alike = isinstance(value, Tensor) and value.dtype == target.dtype and value.dim() and _is_index(index)
+    if alike and value.dim() <= target.dim() - len(index) + 1:
+        target.index_put_(index, value)
+    else:
+        target[index] = value
 
 
 def _has_mask(index: Any) -> bool:
@@ -372,13 +453,15 @@ def capture(
     may_fail: bool = False,
     visited: Sequence[int] | None = None,
     visit: Functions | None = None,
+    widths: Mapping[int, int] | None = None,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
     be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
     anything from 2 on and decide nothing, for that many `selections`; `truth`: the answer to every question;
     `classes`: how many classes a loop over chosen experts visits, if not all; `may_fail`: an IndexError after such a
     loop began is noted, not a refusal; `visited`: the experts that such a loop visits; `visit`: all functions that can
-    run, if one visit may stand for many experts (visits.py).
+    run, if one visit may stand for many experts (visits.py); `widths`: of how many scores a topk took the ids among
+    the arguments, by position among the tensors.
 
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
@@ -392,7 +475,7 @@ def capture(
     state_fakes = [unique.setdefault(id(t), world.fake(t, None)) for t in state.values()]
     lengths = [world.vector(f"{ROWS}_{i}", EXAMPLE) for i in range(selections if rows == SYMBOLIC else 0)]
     indices = [world.vector(f"{VISIT}_{i}", OFFSET) for i in range(MOST if visit is not None else 0)]
-    answers = Answers(rows, truth, script, classes, visited)
+    answers = Answers(rows, truth, script, classes, visited, widths)
     seen: dict[str, Any] = {}
 
     def run_on_fakes(
@@ -406,8 +489,9 @@ def capture(
             leaves[i] = t
         call_args, call_kwargs = tree_unflatten(leaves, spec)
         try:
-            with _state_replaced(module, dict(zip(state, state_values, strict=True))), answers:
-                result = fn(module, *call_args, **call_kwargs)
+            hidden = _lengths_hidden(answers, rows == SYMBOLIC)
+            with _state_replaced(module, dict(zip(state, state_values, strict=True))), hidden, answers:
+                result = places.call(fn, module, call_args, call_kwargs)
         except IndexError:
             if not may_fail or answers.last_class is None:
                 raise
@@ -429,6 +513,7 @@ def capture(
             inputs, state_fakes, lengths, indices
         )
     gm.graph.set_codegen(torch.fx.graph.CodeGen())
+    as_tables(gm, len(inputs))
     named = [*_argument_names(fn, args, kwargs, tensors), *state]
     named += [f"{ROWS}_{i}" for i in range(len(lengths))]
     _name_inputs(gm, [*named, *(f"{VISIT}_{i}" for i in range(len(indices)))])
@@ -454,6 +539,7 @@ def capture(
         locals=answers.locals,
         questions=dict(zip(list(answers.asked), results[ends[-1] :], strict=True)),
         sees_rows=answers.sees_rows,
+        reads_length=answers.reads_length,
         selections=answers.selections,
         lengths=len(lengths) + len(indices),
         classes=classes,
@@ -468,7 +554,7 @@ def _argument_names(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], tensors: list[int]
 ) -> list[str]:
     """A name for each tensor argument: its parameter's, where an argument is one tensor."""
-    names = list(inspect.signature(fn).parameters)[1:]
+    names = places.parameters_of(list(inspect.signature(fn).parameters), args, kwargs)
     leaves = []
     for i, arg in enumerate(args):
         name = names[i] if i < len(names) else f"arg_{i}"
@@ -500,6 +586,31 @@ def _state_replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[No
         places.setdefault((module.get_submodule(owner), attribute), name)
     with _reparametrize_module(module, {name: values[name] for name in places.values()}):
         yield
+
+
+@contextlib.contextmanager
+def _lengths_hidden(answers: Answers, symbols: bool) -> Iterator[None]:
+    """`len(rows)` is `rows.shape[0]`, where that is a symbol: the built-in takes no other result than a plain number.
+    And `counts.tolist()`, which fake tensors have as a loop of their own, hides its length where that is not known."""
+    length_of, as_list = builtins.len, FakeTensor.tolist
+
+    def length(obj: Any, /) -> Any:
+        if isinstance(obj, FakeTensor) and obj.dim() and not isinstance(size := obj.shape[0], int):
+            return size
+        return length_of(obj)
+
+    def tolist(tensor: Any) -> Any:
+        if answers.unsized.counts(tensor) is None:
+            return as_list(tensor)
+        with torch._C.DisableTorchFunction():
+            return answers.entries(torch.Tensor.tolist, tensor)
+
+    FakeTensor.tolist = tolist  # type: ignore[method-assign, assignment]
+    builtins.len = length if symbols else length_of
+    try:
+        yield
+    finally:
+        FakeTensor.tolist, builtins.len = as_list, length_of  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

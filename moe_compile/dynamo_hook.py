@@ -29,11 +29,13 @@ from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import Source
 
-from moe_compile.candidates import is_candidate
+from moe_compile.candidates import is_candidate, is_stack, may_loop
 from moe_compile.errors import MoeCompileError
 from moe_compile.kinds import Declined, Kind, declined, kind_of
 from moe_compile.options import Options
+from moe_compile.places import HERE, NOT_PASSED, NOTHING, Place
 from moe_compile.python_state import is_torch
+from moe_compile.ranges import FromTopk
 from moe_compile.reads import SIMPLE, Path
 from moe_compile.report import RegionReport
 
@@ -61,7 +63,7 @@ def install(options_of: OptionsOf) -> None:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         options = options_of(tx.output.compiler_fn)
         if options is not None and "detect_experts" not in options.skip:
-            result = _rewritten(self, tx, [*args], kwargs, options)
+            result = _rewritten(self, tx, [*args], {**kwargs}, options)
             if isinstance(result, _Refused):
                 with result.unless_inside(options):
                     return inline(self, tx, args, kwargs)
@@ -104,6 +106,8 @@ def _see_top_frames(options_of: OptionsOf) -> None:
         if isinstance(fn, types.MethodType) and isinstance(fn.__self__, nn.Module) and ours(self):
             if _is_candidate_itself(fn.__self__) and fn != fn.__self__.__call__:
                 fn = _framed(fn, fn.__self__)
+        elif type(fn) is types.FunctionType and not is_torch(fn.__module__ or "") and may_loop(fn) and ours(self):
+            fn = _framed(fn, None)
         return wrap(self, fn)
 
     OptimizedModule._initialize = _initialize  # type: ignore[method-assign]
@@ -115,14 +119,15 @@ def _is_candidate_itself(module: nn.Module) -> bool:
     return isinstance(forward, types.FunctionType) and is_candidate(forward, module)
 
 
-def _framed(call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-    """A frame around a call.  Modules of one class share its code, and so what was compiled."""
+def _framed(call: Callable[..., Any], module: nn.Module | None) -> Callable[..., Any]:
+    """A frame around a call.  Modules of one class share its code, and so what was compiled; functions of one code."""
 
     def framed(*args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
-    framed.__code__ = _codes.setdefault((type(module), type(call)), framed.__code__.replace())
-    return framed
+    key = (type(module), type(call)) if module is not None else call.__code__
+    framed.__code__ = _codes.setdefault(key, framed.__code__.replace())
+    return framed if module is not None else functools.wraps(call)(framed)
 
 
 def regions_here() -> list[RegionReport]:
@@ -140,7 +145,9 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     if not isinstance(fn, types.FunctionType) or is_torch(fn.__module__ or ""):
         return None
     owner, rest = _owner(var, args)
-    if owner is None or not is_candidate(fn, owner.value):
+    if owner is None and not isinstance(var, UserMethodVariable) and may_loop(fn):
+        owner, rest = _elsewhere(tx, var, args, kwargs)
+    if owner is None or (owner is not _NOBODY and not is_candidate(fn, owner.value)):
         return None
     found = _values(rest, kwargs)
     if isinstance(found, str):
@@ -152,7 +159,7 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
         kind: Kind | Declined = kind_of(
             fn, owner.value, values, named, distinct, options.skip, functools.partial(_holds, tx)
         )
-    if owner.source is None or (
+    if (owner.source is None and owner is not _NOBODY) or (
         var.source is None and any(r.path[0][0] == "fn" and len(r.path) > 1 for r in kind.reads)
     ):
         kind = declined("what it reads in Python cannot be guarded: Dynamo has no name for where it comes from")
@@ -181,7 +188,64 @@ def _owner(var: Any, args: list[Any]) -> tuple[Any, list[Any]]:
     return (first, rest) if isinstance(first, UnspecializedNNModuleVariable) else (None, args)
 
 
-def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], tuple[int, ...]] | str:
+class _Nobody:
+    """The owner of the weights where they are arguments."""
+
+    value, source = NOTHING, None
+
+
+_NOBODY = _Nobody()
+
+
+def _elsewhere(tx: Any, var: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The same of a function that belongs to no module: (the module among its arguments or around it, or nobody if
+    stacked weights are arguments; the arguments, with a mark for where the module stands)."""
+    given = [a.realize() if hasattr(a, "realize") else a for a in (*args, *kwargs.values())]
+    modules = [a for a in given if isinstance(a, UnspecializedNNModuleVariable)]
+    if len(modules) == 1 and _is_never_called(modules[0].value):
+        for name, arg in kwargs.items():
+            kwargs[name] = _Mark(HERE) if arg.realize() is modules[0] else arg
+        return modules[0], [_Mark(HERE) if a is modules[0] else a for a in given[: len(args)]]
+    if modules:
+        return None, args
+    for i, cell in enumerate(var.fn.__closure__ or ()):
+        if (module := _content(cell)) is not None and var.source is not None and _is_never_called(module):
+            if not is_candidate(var.fn, module):
+                continue
+            source = _source(tx, var, None, (("fn", ""), ("cell", i)), {})
+            owner = VariableTracker.build(tx, module, source).realize()
+            if isinstance(owner, UnspecializedNNModuleVariable):
+                return owner, [_Mark(NOT_PASSED), *args]
+    fakes = [a.as_proxy().node.meta.get("example_value") for a in given if isinstance(a, TensorVariable)]
+    if any(isinstance(f, Tensor) and is_stack(f) for f in fakes):
+        return _NOBODY, [_Mark(NOT_PASSED), *args]
+    return None, args
+
+
+def _is_never_called(module: Any) -> bool:
+    """Whether a module only holds others, or weights: code that has it cannot call it, and so no hooks of its own."""
+    cls = type(module)
+    return cls.forward is nn.Module.forward and cls.__call__ is nn.Module.__call__ and "forward" not in vars(module)
+
+
+def _content(cell: types.CellType) -> nn.Module | None:
+    try:
+        return cell.cell_contents if isinstance(cell.cell_contents, nn.Module) else None
+    except ValueError:
+        return None
+
+
+class _Mark:
+    """A mark among the arguments, for `_values`."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def realize(self) -> "_Mark":
+        return self
+
+
+def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], FromTopk] | str:
     """The arguments as fake tensors and constants, and which tensors are a topk's ids; the reason, if it cannot be."""
     for i, arg in enumerate(args):
         args[i] = arg.realize()
@@ -189,15 +253,20 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
         kwargs[name] = arg.realize()
     values: list[Any] = []
     distinct: list[int] = []
+    widths: list[tuple[int, int]] = []
     tensors = 0
     for arg in (*args, *kwargs.values()):
-        if isinstance(arg, TensorVariable):
+        if isinstance(arg, _Mark):
+            values.append(arg.place)
+        elif isinstance(arg, TensorVariable):
             node = arg.as_proxy().node
             fake = node.meta.get("example_value")
             if not isinstance(fake, Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(fake):
                 return f"an argument is a {type(fake).__name__}"
             if _from_topk(node):
                 distinct.append(tensors)
+            if (width := _number_of_scores(node)) is not None:
+                widths.append((tensors, width))
             tensors += 1
             values.append(fake)
         elif isinstance(arg, SymNodeVariable) and arg.python_type() is float:
@@ -207,25 +276,44 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
         else:
             return f"an argument is neither a tensor nor a number ({arg.python_type_name()})"
     named = dict(zip(kwargs, values[len(args) :], strict=True))
-    return values[: len(args)], named, tuple(distinct)
+    return values[: len(args)], named, FromTopk(tuple(distinct), tuple(widths))
+
+
+_COPIES = ("to", "long", "int", "detach", "clone", "contiguous")
+_VIEWS = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
 
 
 def _from_topk(node: torch.fx.Node) -> bool:
     """Whether a value of Dynamo's graph is the indices of a topk, which are distinct in a row."""
-    same = ("to", "long", "int", "detach", "clone", "contiguous")
+    topk, ids = _topk(node, _COPIES)
+    if topk is None or not isinstance(ids, Tensor):
+        return False
+    dim = topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1)
+    return dim in (-1, ids.dim() - 1)
+
+
+def _number_of_scores(node: torch.fx.Node) -> int | None:
+    """Of how many scores a topk took the ids, if they are a topk's in any shape and that is a constant."""
+    topk, ids = _topk(node, _COPIES + _VIEWS)
+    if topk is None or not isinstance(ids, Tensor):
+        return None
+    scores: Any = topk.args[0].meta.get("example_value")  # type: ignore[union-attr]
+    dim: Any = topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1)
+    width = scores.shape[dim] if isinstance(scores, Tensor) and isinstance(dim, int) else None
+    return width if isinstance(width, int) else None
+
+
+def _topk(node: torch.fx.Node, same: tuple[str, ...]) -> tuple[torch.fx.Node | None, Any]:
+    """(the topk of whose result a value is the indices, those indices), if nothing wrote to them."""
     while node.op == "call_method" and node.target in same and isinstance(node.args[0], torch.fx.Node):
-        if _changed_in_place(node):
-            return False
+        if _changed_in_place(node) or node.meta["example_value"].dtype not in (torch.int32, torch.int64):
+            return None, None
         node = node.args[0]
-    if _changed_in_place(node):
-        return False
     source = node.args[0] if node.args else None
-    if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem:
-        return False
-    topk = source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
-    dim, ids = source.kwargs.get("dim", source.args[2] if len(source.args) > 2 else -1), node.meta.get("example_value")
-    in_rows = dim == -1 or (isinstance(ids, Tensor) and dim == ids.dim() - 1)
-    return bool(node.args[1] == 1 and topk and in_rows)
+    if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem or _changed_in_place(node):
+        return None, None
+    is_topk = source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
+    return (source, node.meta.get("example_value")) if node.args[1] == 1 and is_topk else (None, None)
 
 
 def _changed_in_place(node: torch.fx.Node) -> bool:
@@ -350,6 +438,8 @@ def _guard_reads(tx: Any, var: Any, owner: Any, kind: Kind) -> None:
     """A guard for each value that the original's Python could have looked at."""
     named: dict[Path, Source] = {}
     for read in kind.reads:
+        if owner is _NOBODY and read.path[0][0] == "module":
+            continue
         path, absent = (read.path[:-1], read.path[-1][1]) if read.how == "absent" else (read.path, None)
         source = _source(tx, var, owner, path, named)
         if source is None:
@@ -372,7 +462,7 @@ def _guard_reads(tx: Any, var: Any, owner: Any, kind: Kind) -> None:
                 else:  # torch 2.11 takes the name from the source
                     source = AttrSource(source, str(absent))
         install_guard(source.make_guard(guard))
-    if not torch._dynamo.config.skip_nnmodule_hook_guards:
+    if not torch._dynamo.config.skip_nnmodule_hook_guards and owner is not _NOBODY:
         for name, _ in owner.value.named_modules():
             child = _source(tx, var, owner, (("module", name),), named)
             for hooks in (

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from moe_compile import dynamo_hook, pipeline
 from moe_compile.backend import moe_ep
@@ -57,12 +58,19 @@ def _fresh(target: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def rewrite(gm: GraphModule) -> Report:
-    """Find and rewrite the expert regions of an ATen graph (make_fx, torch.export), in place.
+DECOMPOSED = ("aten.addmm.default", "aten.mm.default", "aten._softmax.default")
 
-    Every node needs its fake value in `meta["val"]`, as these tracers leave it.
+
+def rewrite(gm: GraphModule) -> Report:
+    """Find and rewrite the expert regions of an ATen graph, in place: `torch.export.export(...).module()`, its
+    `graph_module`, or `make_fx(..., pre_dispatch=True)`.
+
+    Every node needs its fake value in `meta["val"]`, as these tracers leave it.  Names of outputs stay, so that an
+    `ExportedProgram` whose graph this is remains valid.  Most of the rules are about ops as programs write them; where
+    nothing is found in a graph that routes and is decomposed, the report says so.
     """
     before = graph_text(gm.graph)
+    outputs = [n.name if isinstance(n, Node) else None for n in tree_leaves(gm.graph.output_node().args)]
     report = pipeline.detect(gm)
     sites = [
         (n, n.args[6], n.args[0].meta["val"].shape) for n in gm.graph.find_nodes(op="call_function", target=experts)
@@ -70,9 +78,32 @@ def rewrite(gm: GraphModule) -> Report:
     regions = [RegionReport(False, "", "", "", 0, None, reason, before) for _, reason in report.refused]
     reports = pipeline.canonicalise(gm)
     declined = {site: reason for r in reports for site, reason in r.refused if r.name == "DispatchExperts"}
+    _keep_names(gm, outputs)
     after = graph_text(gm.graph)
     for node, number, shape in sites:
         reason = declined.get(node.name)
         top_k = shape[1] if isinstance(shape[1], int) else None
         regions.append(RegionReport(reason is None, "", "", "", number, top_k, reason, before, after))  # type: ignore[arg-type]
+    if not sites and (op := _decomposed(gm)) is not None:
+        reason = (
+            f"the graph is decomposed (it has {op}): rewrite what torch.export gives, before run_decompositions(), "
+            "or what make_fx(..., pre_dispatch=True) gives"
+        )
+        regions.append(RegionReport(False, "", "", "", 0, None, reason, before))
     return Report(regions)
+
+
+def _keep_names(gm: GraphModule, outputs: list[str | None]) -> None:
+    """Give what is returned in the place of a node that is gone its name."""
+    for name, node in zip(outputs, tree_leaves(gm.graph.output_node().args), strict=True):
+        if name is not None and isinstance(node, Node) and node.name != name:
+            if all(n.name != name for n in gm.graph.nodes) and node.name not in outputs:
+                node.name = name  # free again, but a namespace gives no name twice
+    gm.recompile()
+
+
+def _decomposed(gm: GraphModule) -> str | None:
+    """An op that programs do not write, in a graph that looks as if it chose experts."""
+    ops = [str(n.target) for n in gm.graph.nodes if n.op == "call_function"]
+    routes = any(op.startswith(("aten.topk.", "aten.sort.", "aten.one_hot.")) for op in ops)
+    return next((op.removesuffix(".default") for op in DECOMPOSED if op in ops), None) if routes else None

@@ -23,6 +23,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from moe_compile.errors import Refusal
+from moe_compile.ranges import HIDDEN
 
 TRACED = "run_on_fakes"  # the function of capture.py below which the program runs
 NUMBER = "Python reads a number that depends on the data"
@@ -200,6 +201,9 @@ class HostReads:
         array[...] = entries
         return array
 
+    def entries(self, tensor: Tensor) -> Any:
+        return self._entries(tensor, numpy=False)
+
     def _entries(self, tensor: Tensor, numpy: bool) -> Any:
         if tensor.dtype not in INTEGERS:
             raise Refusal(NUMBER)
@@ -215,7 +219,7 @@ class HostReads:
         if _is_known(flat):
             return NotImplemented
         if weights is not None or type(minlength) is not int or minlength < 1:
-            raise Refusal("bincount without minlength: how many numbers Python reads depends on the ids")
+            raise Refusal(HIDDEN)
         with torch._C.DisableTorchFunction():
             return torch.ops.moe_ep_capture.bincount(flat, minlength)
 

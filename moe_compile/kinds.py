@@ -22,6 +22,7 @@ from moe_compile.cost import Gain, computing, product_flops
 from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
 from moe_compile.pipeline import canonicalise
+from moe_compile.ranges import FromTopk
 from moe_compile.read_walk import plain_attributes, reads
 from moe_compile.reads import SIMPLE, Read, hold
 from moe_compile.region import experts
@@ -62,7 +63,7 @@ def kind_of(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: tuple[int, ...],
+    distinct: tuple[int, ...] | FromTopk,
     skip: frozenset[str],
     holds: Callable[[Any], bool] = lambda guard: True,
 ) -> Kind | Declined:
@@ -97,7 +98,7 @@ def _prove(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: tuple[int, ...],
+    distinct: tuple[int, ...] | FromTopk,
     skip: frozenset[str],
 ) -> Kind | Declined:
     read: tuple[Read, ...] = ()

@@ -29,8 +29,9 @@ def reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
     Decorators' functions are among them, but for those around `fn` itself, which run before it.
     """
     classes = {c for m in module.modules() for c in type(m).__mro__ if not is_torch(c.__module__)}
+    called = {c for child in module.modules() if child is not module for c in type(child).__mro__}
     found: dict[int, types.FunctionType] = {}
-    names: set[str] = {"forward", "__call__"}
+    names: set[str] = set()  # that code mentions; a child's forward runs without that
     todo: list[Any] = [fn]
     while todo:
         f = todo.pop()
@@ -48,9 +49,9 @@ def reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
         names |= new
         todo += [f.__globals__[n] for n in new if n in f.__globals__]
         todo += [c.cell_contents for c in f.__closure__ or () if _filled(c)]
-        todo += [vars(c)[n] for c in classes for n in names if n in vars(c)]
+        todo += [vars(c)[n] for c in classes for n in (names | CALLED if c in called else names) if n in vars(c)]
         for m in module.modules():
-            todo += [vars(m)[n] for n in names if n in vars(m) and callable(vars(m)[n])]
+            todo += [vars(m)[n] for n in names | CALLED if n in vars(m) and callable(vars(m)[n])]
     return tuple(found.values())
 
 
@@ -74,6 +75,7 @@ def _filled(cell: types.CellType) -> bool:
         return False
 
 
+CALLED = {"forward", "__call__"}
 RANDOM_STATE = ("manual_seed", "seed_all", "set_rng_state", "fork_rng", "Generator", "default_generator")
 
 

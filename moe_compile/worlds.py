@@ -10,7 +10,7 @@ before, to the same start, with the same computation around the sum.
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,11 @@ from torch.fx.node import map_arg
 from moe_compile.capture import SYMBOLIC, Capture
 from moe_compile.detect import dense
 from moe_compile.detect.interpreter import Facts, Interpreter, is_random
-from moe_compile.detect.selection import choose
+from moe_compile.detect.selection import choose, unflattened
 from moe_compile.detect.values import (
+    Buffer,
     Constant,
+    Counts,
     DenseSum,
     Each,
     Emptiness,
@@ -71,7 +73,7 @@ class Survey:
 def check(
     expected: Survey,
     main: Capture,
-    distinct: Sequence[int],
+    distinct: Iterable[int],
     again: Callable[..., Capture],
     experts: Sequence[int] | None = None,
 ) -> None:
@@ -117,7 +119,7 @@ def sample(visits: Sequence[Visit]) -> list[int]:
 
 
 def _check_failure(
-    expected: Survey, main: Capture, distinct: Sequence[int], again: Callable[..., Capture], few: int
+    expected: Survey, main: Capture, distinct: Iterable[int], again: Callable[..., Capture], few: int
 ) -> None:
     """Refuse a function whose visit to the last class is an error only in the world that was captured."""
     last = main.classes
@@ -160,7 +162,7 @@ def _script(expected: Survey, world: World) -> dict[Hashable, Any]:
         chosen, place = expert in world, next(places) if kind in ("rows", "list") else None
         answers[question] = {
             "any": chosen, "none": not chosen, "rows": place if chosen else None, "each": sorted(world),
-            "list": place if world else None,
+            "list": place if world else None, "length": max(world, default=-1) + 1,
         }[kind]  # fmt: skip
     return answers
 
@@ -179,7 +181,7 @@ def _compare(expected: Survey, found: Survey, world: World, when: str) -> None:
 # -- one capture ----------------------------------------------------------------------------
 
 
-def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None) -> Survey:
+def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None) -> Survey:
     """Read a captured graph without changing it.  Nothing is refused here.  `ids`: those it is about, if known."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
     facts = Facts(
@@ -212,7 +214,7 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
             e, chosen = term.selection.expert, term.selection
             if e is None or chosen.ids is None:
                 continue
-            result.ids.add(spell.node(chosen.ids))
+            result.ids.add(spell.node(unflattened(run, chosen.ids)))
             before = result.terms.get(_numbers(e)[0], "")
             said = f"{before} {chosen.classes} {chosen.per} {term.dim} {spell.expr(term.expr)}"
             for number in _numbers(e):
@@ -226,11 +228,11 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
     about: dict[Node, set[Expert]] = {}
     for (kind, key), node in found.questions.items():
         meaning = _meaning(kind, run.values[node])
-        if meaning is None or spell.node(meaning[2]) not in result.ids:
+        if meaning is None or spell.node(unflattened(run, meaning[2])) not in result.ids:
             result.unclear = result.unclear or node.name
             continue
         result.questions[kind, key] = meaning[:2]
-        if meaning[0] not in ("each", "list"):
+        if meaning[0] not in ("each", "list", "length"):
             about.setdefault(node, set()).add(meaning[1])
         result.num_classes = max(result.num_classes, *(n + 1 for n in _numbers(meaning[1])))
     additions = {n: v for n, v in run.values.items() if isinstance(v, Sum)} | dict(totals)
@@ -240,12 +242,15 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
     result.local = _local(found.gm.graph, about, beside)
     ends = [n for n in found.gm.graph.output_node().all_input_nodes]
     inner = {
-        n for n, v in run.values.items() if isinstance(v, Constant | Rows | PairGrid | Pieces | Filled | Sum | SumRead)
+        n
+        for n, v in run.values.items()
+        if isinstance(v, Buffer | Constant | Rows | PairGrid | Pieces | Filled | Sum | SumRead)
     }
     inner |= {n for n, _ in totals}
     ends += [n for n in found.gm.graph.nodes if (n not in inner and _changes(n)) or is_random(n)]
+    nothing = {n: spell.node(v.node) for n, v in run.values.items() if isinstance(v, Buffer)}
     for into, name in ((result.around, None), (result.without, result.start)):
-        around = _Speller(found, {site: name or "the sum" for site, _ in totals})
+        around = _Speller(found, nothing | {site: name or "the sum" for site, _ in totals})
         into += [around.node(n) for n in ends]
     return result
 
@@ -282,6 +287,8 @@ def _meaning(kind: str, value: Value) -> tuple[str, Expert, Node] | None:
     hits = choose(value) if kind == "each" else value
     if isinstance(hits, Hits):
         return ("each" if kind == "each" else "list"), (hits.classes or 0) - 1, hits.ids
+    if kind == "length" and isinstance(value, Counts) and not value.ends:
+        return "length", value.num - 1, value.ids
     if kind == "truth" and isinstance(value, Emptiness) and value.kind in ("any", "none"):
         return value.kind, value.expert, value.ids
     if kind == "count" and isinstance(value, Emptiness) and value.kind == "count":

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
-from moe_compile.detect.selection import INTEGERS, equal_sizes, everyone, not_distinct, same_size
+from moe_compile.detect.selection import INTEGERS, equal_sizes, everyone, not_distinct, same_size, unflattened
 from moe_compile.detect.sums import add_term, total_of
 from moe_compile.detect.values import (
     Buffer,
@@ -154,15 +154,9 @@ def _is_zero(call: Call, node: Any, value: Any) -> bool:
 def counts_of(run: Interpreter, value: Any) -> Counts | None:
     """How many rows each expert has, however it was counted."""
     if isinstance(value, Member) and value.dims == ("e",) and value.kind == "count" and value.expert is None:
-        ids = _unflattened(run, value.ids)
+        ids = unflattened(run, value.ids)
         return Counts(ids, value.classes, closed=True) if value.classes else None
     return value if isinstance(value, Counts) else None
-
-
-def _unflattened(run: Interpreter, ids: Node) -> Node:
-    """The table of ids that a vector of ids is."""
-    flat = run.values.get(ids)
-    return flat.ids if isinstance(flat, FlatIds) and flat.order == "flat" and flat.limits is None else ids
 
 
 def entry(call: Call) -> Value | None:
@@ -206,7 +200,7 @@ def sum_of(run: Interpreter, value: Any, i: int = 0) -> RowSum | None:
             return None
         value = _entry(_as_list(value), i)
     if isinstance(value, Emptiness) and value.kind == "count" and isinstance(value.expert, int):
-        return RowSum(_unflattened(run, value.ids), {value.expert: 1}, value.num, value.closed)
+        return RowSum(unflattened(run, value.ids), {value.expert: 1}, value.num, value.closed)
     return value if isinstance(value, RowSum) else None
 
 

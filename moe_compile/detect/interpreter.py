@@ -42,7 +42,7 @@ from moe_compile.region import Expr, Table
 
 Rule = Callable[["Call"], Value | None]
 LIBRARIES = ("aten", "moe_ep_capture")  # whose ops the rules know by name alone
-ACCUMULATES = ("index_add", "index_add_", "index_put", "index_put_")
+ACCUMULATES = ("index_add", "index_add_", "index_put", "index_put_", "index_copy_")
 VISIT_OFFSET = 2  # a size is never taken for 0 or 1
 SMALL = 4096  # elements of a constant that is still folded
 

@@ -5,6 +5,7 @@ One line of a table says it for one ATen op.  An op without a line is a refusal 
 
 import operator
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Rule
-from moe_compile.detect.selection import same_size
+from moe_compile.detect.selection import not_distinct, same_size
 from moe_compile.detect.values import Constant, Repeated, Rows, RowTuple, Selection, Slice, Unknown, Value
 from moe_compile.region import Expr
 
@@ -49,17 +50,19 @@ def selection_of(call: Call) -> Selection | Unknown | None:
             continue
         if value.dim != 0:
             return Unknown(f"rows lie along dimension {value.dim}")
-        joined = value.selection if found is None else _join(found, value.selection)
+        joined = value.selection if found is None else _join(call, found, value.selection)
         if joined is None:
             return Unknown("rows of two different selections are mixed")
         found = joined
     return found
 
 
-def _join(a: Selection, b: Selection) -> Selection | None:
+def _join(call: Call, a: Selection, b: Selection) -> Selection | None:
     if a == b:
         return a
     for one, other in ((a, b), (b, a)):
+        if one == replace(other, per="token") and not other.by_slot and not not_distinct(call.run, other.ids):
+            return one  # a pair a token, in the order of the tokens
         if one.ids is None and other.order == "flat" and other.top_k == one.top_k:
             return other
     return None

@@ -10,8 +10,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.values import (
+    Buffer,
     Column,
     Constant,
+    DenseWeight,
     Each,
     Emptiness,
     Expert,
@@ -21,6 +23,7 @@ from moe_compile.detect.values import (
     MaskedWeights,
     Member,
     Plain,
+    Repeated,
     Rows,
     RowTuple,
     Selection,
@@ -47,7 +50,15 @@ def ids_node(value: Any) -> Node | None:
 def flat_as_ids(call: Call) -> Value:
     """The first argument; flat ids as a vector of ids, as good as any."""
     value = call.arg(0)
-    return Plain(call.node.all_input_nodes[0]) if isinstance(value, FlatIds) and value.order == "flat" else value
+    if not (isinstance(value, FlatIds) and value.order == "flat"):
+        return value
+    return Plain(call.run.canonical[call.node.all_input_nodes[0]])
+
+
+def unflattened(run: Interpreter, ids: Node) -> Node:
+    """The table of ids that a vector of ids is."""
+    flat = run.values.get(ids)
+    return flat.ids if isinstance(flat, FlatIds) and flat.order == "flat" and flat.limits is None else ids
 
 
 def one_hot(call: Call) -> Value | None:
@@ -56,6 +67,12 @@ def one_hot(call: Call) -> Value | None:
         return None
     dims = tuple(range(call.val(ids).dim()))
     return Member(ids, (*dims, "e"), None, classes)
+
+
+def chosen(call: Call) -> Value | None:
+    """Of each expert whether somebody chose it: torch.unique(ids), whose ids are known to be those of experts."""
+    ids = ids_node(flat_as_ids(call))
+    return None if ids is None else Member(ids, ("e",), None, call.number(1), "any")
 
 
 def equal(call: Call) -> Value | None:
@@ -92,7 +109,8 @@ def _compare(value: Member | Emptiness, wanted: str | None) -> Value | None:
     """The mask or count turned into a truth: `wanted` is "any" (nonzero), "none" (zero) or "mask" (one)."""
     if value.kind == "mask" and wanted in ("any", "mask"):
         return value
-    if (value.kind in ("count", "any") and wanted == "any") or (value.kind == "count" and wanted == "none"):
+    numbers = ("count", "tokens")
+    if (value.kind in (*numbers, "any") and wanted == "any") or (value.kind in numbers and wanted == "none"):
         return _with(value, kind=wanted)
     return None
 
@@ -155,7 +173,7 @@ def take(call: Call) -> Value | None:
     if isinstance(value, Plain) and inside:
         val = call.val(value.node)
         if isinstance(val, Tensor) and val.dim() == 2 and dim in (1, -1) and val.is_floating_point():
-            return Column(value.node, index)
+            return None if same_size(val.shape[1], 1) else Column(value.node, index)
         if isinstance(val, Tensor) and dim == 0 and isinstance(val.shape[0], int):
             return Slice(index, call.run.table.leaf("slice", value.node, call.val()))
     return None
@@ -213,6 +231,9 @@ def squeeze(call: Call) -> Value | None:
         drop = {d for d in drop if not (isinstance(sizes[d], int) and sizes[d] != 1)}  # nothing happens to those
         if dims and not drop:
             return value
+        if drop and value.kind in ("mask", "any") and all(value.dims[d] == 1 and same_size(sizes[d], 1) for d in drop):
+            rest = tuple(n for n in value.dims if n != 1)
+            return _with(value, dims=rest, kind="any") if rest else None
         if drop and all(value.dims[d] == "one" for d in drop):
             return _with(value, dims=tuple(n for i, n in enumerate(value.dims) if i not in drop))
     if isinstance(value, Index) and isinstance(value.dim, tuple) and len(value.dim) == 1:
@@ -226,7 +247,11 @@ def reduce(call: Call) -> Value | None:
         dims = call.number(1, "dim")
         dims = dims if isinstance(dims, list) else [dims]
         keep = call.number(2, "keepdim", False)
-        if [d % 2 for d in dims if d is not None] == [1] and not keep and not value.summed:
+        if [d % 2 for d in dims if d is not None] == [1] and not value.summed:
+            if keep:
+                if not isinstance(value.expert, int):
+                    return None
+                return DenseWeight(value.ids, value.expert, value.classes, "pair", value.weights)
             return MaskedWeights(value.weights, value.ids, value.expert, value.classes, summed=True)
         return None
     if not isinstance(value, Member) or value.kind not in ("mask", "count", "any"):
@@ -239,11 +264,11 @@ def reduce(call: Call) -> Value | None:
     if any(value.dims[d] == "e" for d in gone):
         return None
     if (value.kind == "any" and call.op == "sum") or (value.kind == "count" and call.op == "any"):
-        kind = "any" if call.op == "any" else "weighted"
+        kind = "any" if call.op == "any" else "tokens"
     else:
         kind = "count" if call.op in ("sum", "count_nonzero") else "any"
-    if kind == "weighted":
-        return None  # a number of tokens; nobody needs it yet
+    if kind == "tokens" and len(gone) < rank:
+        return None
     rest = tuple(d for i, d in enumerate(value.dims) if i not in gone)
     if not rest and value.expert is not None:
         return Emptiness(value.ids, value.expert, kind)
@@ -277,7 +302,7 @@ def choose(value: Any) -> Selection | Hits | Unknown | None:
         return Unknown("a mask over several experts at once selects rows")
     rank = value.ids.meta["val"].dim()
     if sorted(value.dims) == list(range(rank)) and value.kind == "mask":
-        return Selection(value.ids, value.expert, value.classes, "pair")
+        return Selection(value.ids, value.expert, value.classes, "pair", by_slot=value.dims == (1, 0))
     if value.dims == (0,) and value.kind == "any":
         return Selection(value.ids, value.expert, value.classes, "token")
     return Unknown(f"a mask over dimensions {value.dims} of the ids selects rows")
@@ -312,6 +337,8 @@ def gather_rows(call: Call) -> Value | None:
     table, val = call.run.table, call.val()
     if picked == [0] and (rows := one_weight_a_token(call, value, selection, val)):
         return rows
+    if isinstance(value, Repeated):  # x.repeat_interleave(K, 0) at the places of an expert's pairs
+        value = Plain(call.run.canonical[call.node.args[0]])  # type: ignore[index]
     if not isinstance(value, Plain):
         return None
     source: Any = value.node
@@ -411,9 +438,10 @@ def index_vectors(indices: list[Any]) -> tuple[list[Any], Selection | Unknown | 
 
 
 def whole(call: Call) -> Value | None:
-    """hits[:]: the list of chosen experts from its start to its end."""
+    """hits[:], and table[:] of `table[:, 0]`: what was found from its start to its end."""
     value, bounds = call.arg(0), [call.number(i, name, d) for i, name, d in _BOUNDS]
-    return value if isinstance(value, Hits) and bounds in ([0, 0, _END, 1], [0, None, None, 1]) else None
+    listed = isinstance(value, Hits) or (isinstance(value, Index) and isinstance(value.dim, tuple))
+    return value if listed and bounds in ([0, 0, _END, 1], [0, None, None, 1]) else None
 
 
 _END = 2**63 - 1
@@ -421,8 +449,17 @@ _BOUNDS = ((1, "dim", 0), (2, "start", None), (3, "end", None), (4, "step", 1))
 
 
 def masked_weights(call: Call) -> Value | None:
-    """weights * (ids == e), before its sum over k."""
-    for mask, weights in ((call.arg(0), call.arg(1)), (call.arg(1), call.arg(0))):
+    """weights * (ids == e) or where(ids == e, weights, 0), before its sum over k."""
+    if call.op == "where":
+        other = call.arg(2, "other")
+        nothing = (isinstance(other, Buffer) and other.kind == "zero") or call.number(2, "other") == 0
+        pair = isinstance(call.arg(1), Plain) and call.val().dtype == call.val(call.arg(1).node).dtype
+        if len(call.args) != 3 or not nothing or not pair or not isinstance(call.arg(0), Member):
+            return None
+        orders: tuple[tuple[Any, Any], ...] = ((call.arg(0), call.arg(1)),)
+    else:
+        orders = ((call.arg(0), call.arg(1)), (call.arg(1), call.arg(0)))
+    for mask, weights in orders:
         if isinstance(mask, Member) and mask.kind == "mask" and mask.dims == (0, 1) and mask.expert is not None:
             if isinstance(weights, Plain) and call.val(weights.node).shape == call.val(mask.ids).shape:
                 return MaskedWeights(weights.node, mask.ids, mask.expert, mask.classes)
@@ -440,7 +477,7 @@ _SAME_IDS = (
 
 def not_distinct(run: Interpreter, ids: Node | None) -> str | None:
     """Why a token might choose one expert twice, or None if it cannot: its ids are those of a topk."""
-    if ids is None or ids.meta["val"].dim() == 1:
+    if ids is None or ids.meta["val"].dim() == 1 or same_size(ids.meta["val"].shape[1], 1):
         return None
     source: Any = ids
     while isinstance(source, Node) and source.op == "call_function" and str(source.target) in _SAME_IDS:
@@ -461,6 +498,7 @@ def _with(value: Any, **changes: Any) -> Any:
 RULES: dict[str, tuple[Rule, ...]] = {
     "one_hot": (one_hot,),
     "eq": (equal,),
+    "chosen": (chosen,),
     **{
         op: (positive,)
         for op in ("gt", "greater", "ne", "not_equal", "ge", "greater_equal", "lt", "less", "le", "less_equal")
@@ -473,7 +511,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "slice": (whole,),
     **{op: (squeeze,) for op in ("squeeze", "view", "reshape", "flatten")},
     **{op: (reduce,) for op in ("sum", "any", "count_nonzero")},
-    **{op: (nonzero,) for op in ("nonzero", "where", "nonzero_numpy")},
+    **{op: (nonzero,) for op in ("nonzero", "nonzero_numpy")},
+    "where": (nonzero, masked_weights),
     "unbind": (columns,),
     "getitem": (item,),
     "index": (index_mask, gather_rows),

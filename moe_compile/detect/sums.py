@@ -93,13 +93,26 @@ def index_put(call: Call) -> Value | None:
             return Unknown(f"{name_of(call.node)} keeps only one of the {selection.top_k} rows of a token")
         return index_add_checked(call, total, new.added, selection)
     if isinstance(new, Rows) and not accumulate:
-        if selection.ids is None or selection.ids.meta["val"].dim() != 1:
+        ids = selection.ids.meta["val"] if selection.ids is not None else None
+        once = isinstance(selection.expert, int) and not not_distinct(call.run, selection.ids)
+        if once and isinstance(total, Buffer) and total.kind == "zero":
+            return add_term(call, total, new, selection)  # a token is set once, where there was zero
+        if ids is None or not (ids.dim() == 1 or same_size(ids.shape[1], 1)):
             return Unknown(f"{name_of(call.node)} overwrites what another expert of the same token wrote")
         start = total.start if isinstance(total, Sum) else total
         if start.kind == "known":
             return Unknown(f"{name_of(call.node)} overwrites values of {start.node.name}")
         return add_term(call, total, new, selection)
     return None
+
+
+def index_copy(call: Call) -> Value | None:
+    """total.index_copy_(0, token, rows): an assignment."""
+    if call.number(1) not in (0, -call.val().dim()):
+        return None
+    op = "index_put_" if call.op.endswith("_") else "index_put"
+    put = Call(call.node, op, [call.arg(0), [call.arg(2)], call.arg(3)], {}, call.run)
+    return next((found for rule in call.run.rules[op] if (found := rule(put)) is not None), None)
 
 
 def index_add_checked(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection) -> Value:
@@ -129,6 +142,32 @@ def add_to_read(call: Call) -> Value | None:
                 return Unknown(f"{name_of(call.node)} uses the running sum inside the loop")
             return SumRead(old.total, old.selection, new)
     return None
+
+
+def add_sums(call: Call) -> Value | None:
+    """total + sum: what a helper added to zeros of its own; 0 + sum, as `sum(...)` begins."""
+    left, right = call.arg(0), call.arg(1)
+    if isinstance(left, Sum) and type(right) is int and right == 0:
+        return left
+    if not (isinstance(left, Sum | Buffer) and isinstance(right, Sum | Buffer)) or call.number(2, "alpha", 1) != 1:
+        return None
+    start, more = (right.start, right.terms) if isinstance(right, Sum) else (right, ())
+    first, terms = (left.start, left.terms) if isinstance(left, Sum) else (left, ())
+    if start.kind != "zero" or first.kind not in ("zero", *(("known",) if terms else ())):
+        return None
+    chosen = [t.selection for t in (*terms, *more)]
+    numbers = [e for t in (*terms, *more) if t.selection.expert is not None for e in _numbers(t)]
+    if any(c.expert is None or c.ids is not chosen[0].ids for c in chosen) or len(set(numbers)) < len(numbers):
+        return None  # not one sum over experts
+    if any(_differs(call.val(n), call.val()) for n in call.node.all_input_nodes):
+        return None
+    if call.op.endswith("_") and not call.run.is_fresh(first.node):
+        return Unknown(f"{name_of(call.node)} adds into {first.node.name}, an input")
+    return Sum(first, (*terms, *more)) if chosen else first
+
+
+def _differs(a: Tensor, b: Tensor) -> bool:
+    return a.dtype != b.dtype or a.dim() != b.dim() or not all(map(same_size, a.shape, b.shape))
 
 
 def _node(call: Call, value: Value) -> Node:
@@ -387,7 +426,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     },
     **{op: (index_add,) for op in ("index_add", "index_add_")},
     **{op: (index_put,) for op in ("index_put", "index_put_", "_index_put_impl_")},
+    **{op: (index_copy,) for op in ("index_copy", "index_copy_")},
     "index": (read,),
-    **{op: (add_to_read,) for op in ("add", "add_")},
+    **{op: (add_to_read, add_sums) for op in ("add", "add_")},
     "sum": (sum_of_grid,),
 }

@@ -86,6 +86,7 @@ class Selection:
     per: str = "pair"  # "pair" | "token"
     order: Any = None  # all experts together: "flat", or the node of the sorting permutation
     top_k: int = 0
+    by_slot: bool = False  # pairs of one expert: those with k = 0 first, not those of the first token
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,13 @@ class Hits(Value):
 
 @dataclass(frozen=True)
 class Emptiness(Value):
-    """Whether (`empty`) or whether not anybody chose the expert; `count` is the number itself."""
+    """Whether ("any") or whether not ("none") anybody chose the expert; "count" is the number of its pairs, "tokens"
+    that of its tokens, which differs where a token may choose it twice.
+    """
 
     ids: Node
     expert: Expert
-    kind: str  # "any", "none", "count"
+    kind: str  # "any", "none", "count", "tokens"
     num: int | None = None  # experts that were counted together
     closed: bool = False  # an id of none of them is an error
     plain = True

@@ -149,19 +149,6 @@ class SecondChoiceOnly(Listed):
         return out
 
 
-@mutant("Python takes len() of an expert's rows, which cannot be followed as shape[0] or numel() can")
-class IfLength(Stacked):
-    """Right, but Python gets a plain number that nobody can follow."""
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e in range(self.num_experts):
-            t, k = torch.where(ids == e)
-            if len(t) > 0:
-                out.index_add_(0, t, self.expert(e, x[t]) * weights[t, k, None])
-        return out
-
-
 @mutant("what surrounds the sum differs when some experts have no rows")
 class CountsList(Stacked):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -17,14 +17,16 @@ from tests.detect import (  # noqa: F401
     mutants_every,
     mutants_families,
     mutants_forms,
+    mutants_helpers,
     mutants_index,
+    mutants_lists,
     mutants_outside,
     mutants_pairs,
     mutants_rows,
     mutants_sorted,
     mutants_wrappers,
 )
-from tests.detect.loops import MUTANTS, arguments, differences, forward_of, outcome
+from tests.detect.loops import MUTANTS, arguments, differences, forward_of, outcome, positions
 from tests.detect.mutants_iterations import SEEN
 from tests.tiny import compiled, regions
 
@@ -35,7 +37,7 @@ def test_reason(name: str) -> None:
     torch.manual_seed(0)
     module = case.make()
     with pytest.raises(Refusal) as refusal:
-        analyse(forward_of(module), module, list(arguments(case)), {}, distinct=(1,) if case.distinct else ())
+        analyse(forward_of(module), module, list(arguments(case)), {}, positions(case.distinct))
     assert text(str(refusal.value)) == case.reason
 
 

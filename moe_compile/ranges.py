@@ -1,0 +1,157 @@
+"""Ids of which the largest possible is known, and what is only as long as the largest that occurs.
+
+    scores.topk(k)[1]             # in [0, E), and distinct in a row
+    torch.unique(ids)             # who was chosen: as a mask over E classes, and then as `mask.nonzero()`
+    torch.bincount(ids)           # as many numbers as the largest id says: counted for all E, and nobody sees how many
+
+How many numbers there are is a question about the data like any other (worlds.py).  Python may walk over them and take
+those that stand at a place; what would see their number is a refusal.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.utils._pytree import tree_leaves
+
+from moe_compile.errors import Refusal
+
+HIDDEN = "bincount without minlength: how many numbers Python reads depends on the ids"
+
+_lib = torch.library.Library("moe_ep_capture", "FRAGMENT")
+_lib.define("chosen(Tensor ids, int classes) -> Tensor")
+torch.library.register_fake(
+    "moe_ep_capture::chosen", lambda ids, classes: ids.new_empty((classes,), dtype=torch.bool), lib=_lib
+)
+
+
+@dataclass(frozen=True)
+class FromTopk:
+    """The positions, among tensor arguments, of ids that come from a topk and are distinct in a row; and of those that
+    come from one in any shape, with the number of scores that it took them from."""
+
+    distinct: tuple[int, ...]
+    widths: tuple[tuple[int, int], ...]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.distinct)
+
+
+def widths(distinct: Any) -> Mapping[int, int]:
+    """By position, of how many scores ids were taken; nothing if only the positions are given."""
+    return dict(distinct.widths) if isinstance(distinct, FromTopk) else {}
+
+
+_SAME_NUMBERS = frozenset(
+    f"aten.{op}" for op in """
+    view.default reshape.default _unsafe_view.default flatten.using_ints to.dtype to.device to.dtype_layout
+    _to_copy.default clone.default detach.default alias.default contiguous.default squeeze.dim squeeze.default
+    unsqueeze.default
+""".split()
+)  # fmt: skip
+
+
+def number_of_classes(ids: Tensor, inputs: Mapping[int, int]) -> int | None:
+    """E, if every id is known to be in [0, E): they are those of a topk of E scores, and nobody changed them."""
+    mode = get_proxy_mode()
+    assert mode is not None
+    node = get_proxy_slot(ids, mode.tracer, None, lambda slot: slot.proxy.node)
+    if node is None or ids.dtype not in (torch.int64, torch.int32):
+        return None
+    while node.op == "call_function" and str(node.target) in _SAME_NUMBERS and isinstance(node.args[0], Node):
+        if is_written(node) or node.meta["val"].dtype not in (torch.int64, torch.int32):
+            return None
+        node = node.args[0]
+    if is_written(node):
+        return None
+    if node.op == "placeholder":
+        return inputs.get(node.graph.find_nodes(op="placeholder").index(node))
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or str(source.target) != "aten.topk.default" or node.args[1] != 1:
+        return None
+    scores: Any = source.args[0]
+    width = scores.meta["val"].shape[source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", -1)]
+    return width if isinstance(width, int) else None
+
+
+def is_written(node: Node) -> bool:
+    """Whether anything so far wrote to the memory of a value."""
+    memory = node.meta["val"].untyped_storage()._cdata
+    for n in node.graph.nodes:
+        schema = getattr(n.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            values = (m.meta.get("val") for m in n.all_input_nodes)
+            if any(isinstance(v, Tensor) and v.untyped_storage()._cdata == memory for v in values):
+                return True
+    return False
+
+
+# -- as long as the largest id --------------------------------------------------------------
+
+
+class Unsized:
+    """Vectors by expert that the program has shorter, and what is computed from them entry by entry."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[Tensor, Tensor]] = {}  # a vector, and that of the counts behind it
+
+    def add(self, counts: Tensor) -> Tensor:
+        self._first[id(counts)] = counts, counts
+        return counts
+
+    def counts(self, tensor: Any) -> Tensor | None:
+        """The counts behind such a vector."""
+        return self._first.get(id(tensor), (None, None))[1]
+
+    def look(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Refuse a call that would show how long such a vector is."""
+        if not self._first or func in _ENTRYWISE:
+            return
+        if any(id(x) in self._first for x in tree_leaves([args, kwargs])):
+            place = args[1] if func is torch.Tensor.__getitem__ else None
+            if type(place) is not int or place < 0:
+                raise Refusal(HIDDEN)
+
+    def follow(self, func: Any, args: Any, result: Any) -> None:
+        counts = self.counts(args[0]) if func in _ENTRYWISE and args else None
+        if counts is not None and isinstance(result, Tensor):
+            self._first[id(result)] = result, counts
+
+
+READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind}
+_ENTRYWISE = {
+    torch.Tensor.cumsum, torch.cumsum, torch.Tensor.cpu, torch.Tensor.to, torch.Tensor.int, torch.Tensor.long,
+    torch.Tensor.detach, torch.Tensor.clone, torch.Tensor.contiguous, *READS,
+    torch.Tensor.device.__get__, torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+}  # fmt: skip
+
+
+def _hidden(*_: Any, **__: Any) -> NoReturn:
+    raise Refusal(HIDDEN)
+
+
+class Numbers(list):  # type: ignore[type-arg]
+    """The entries of such a vector, as a list or an array of which nobody sees how long it is."""
+
+    def __getitem__(self, place: Any) -> Any:
+        return list.__getitem__(self, place) if type(place) is int and place >= 0 else _hidden()
+
+    def cumsum(self, axis: Any = None) -> "Numbers":
+        return Numbers(itertools.accumulate(self)) if axis in (None, 0, -1) else _hidden()
+
+    def tolist(self) -> "Numbers":
+        return self
+
+
+for _name in """
+    len add radd mul rmul iadd imul eq ne lt le gt ge contains reversed setitem delitem bool sub rsub array str repr
+    format copy deepcopy reduce_ex
+""".split():
+    setattr(Numbers, f"__{_name}__", _hidden)
+for _name in "append extend insert pop remove clear index count sort reverse copy".split():
+    setattr(Numbers, _name, _hidden)
