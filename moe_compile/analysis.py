@@ -16,7 +16,7 @@ from moe_compile import worlds
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
 from moe_compile.detect.interpreter import Facts, Interpreter
-from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Region
+from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Region, Slice
 from moe_compile.errors import Refusal
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
@@ -43,15 +43,17 @@ def analyse(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     distinct: Sequence[int] = (),
+    tables: Sequence[int] = (),
 ) -> Analysis:
     """Prove what `fn(module, *args, **kwargs)` computes, or raise `Refusal`.
 
-    `distinct`: positions, among the tensor arguments, of ids that come from a topk.
+    `distinct`: positions, among the tensor arguments, of ids that come from a topk; `tables`: of masks of zeros and ones
+    [..., E] with one at most in a row, as one_hot gives.
     """
     functions = reachable(fn, module)
     check_effects(functions)
     with unchanged(functions, module):
-        return _prove(fn, module, args, kwargs, distinct, functions)
+        return _prove(fn, module, args, kwargs, distinct, tables, functions)
 
 
 def _prove(
@@ -60,14 +62,15 @@ def _prove(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     distinct: Sequence[int],
+    tables: Sequence[int],
     functions: Functions,
 ) -> Analysis:
     """At first with one visit of a loop for many experts, if it has one."""
     try:
-        return _proven(fn, module, args, kwargs, distinct, functions, functions)
+        return _proven(fn, module, args, kwargs, distinct, tables, functions, functions)
     except OneByOne as why:
         log.debug("%s is traced expert by expert: %s", fn.__qualname__, why)
-    return _proven(fn, module, args, kwargs, distinct, functions, None)
+    return _proven(fn, module, args, kwargs, distinct, tables, functions, None)
 
 
 def _proven(
@@ -76,12 +79,13 @@ def _proven(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     distinct: Sequence[int],
+    tables: Sequence[int],
     functions: Functions,
     visit: Functions | None,
 ) -> Analysis:
     from moe_compile.graph_text import graph_text
 
-    trace = functools.partial(_trace, fn, module, args, kwargs, distinct)
+    trace = functools.partial(_trace, fn, module, args, kwargs, distinct, tables)
     main, asked = trace(truth=True, visit=visit)
     with _for_many(main):
         before, launches = graph_text(main.gm.graph), _launches(main)
@@ -106,7 +110,7 @@ def _proven(
             if few is not None:
                 worlds.check_sample(asked, seen, few)
             again = functools.partial(
-                capture, fn, module, args, kwargs, truth=nonempty, classes=apart.classes, visited=few,
+                capture, fn, module, args, kwargs, truth=nonempty, classes=apart.classes, visited=few, tables=tables,
                 rows=SYMBOLIC if apart.sees_rows else EXAMPLE, selections=apart.selections,
             )  # fmt: skip
             worlds.check(seen, apart, distinct, again, few)
@@ -157,6 +161,7 @@ def _trace(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     distinct: Sequence[int],
+    tables: Sequence[int],
     truth: bool,
     visited: Sequence[int] | None = None,
     visit: Functions | None = None,
@@ -165,7 +170,7 @@ def _trace(
 
     And a survey of its graph as it was, if it decides on data.  `visited`, `visit`: as in `capture`.
     """
-    trace = functools.partial(capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit)
+    trace = functools.partial(capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, tables=tables)
     found = trace(may_fail=visited is None)
     last = found.fails_at  # `worlds.check` shows that it always fails there
     if last is not None:
@@ -181,8 +186,9 @@ def _detect(found: Capture, distinct: Sequence[int]) -> tuple[DetectExperts, str
     inputs = found.gm.graph.find_nodes(op="placeholder")
     ids = frozenset(inputs[i] for i in distinct)
     facts = Facts(
-        ids, found.constants, torch.is_grad_enabled(), may_guard=True, classes=found.classes, visits=found.each()
-    )
+        ids, found.constants, torch.is_grad_enabled(), may_guard=True, classes=found.classes, visits=found.each(),
+        tables=found.tables,
+    )  # fmt: skip
     detect = DetectExperts(facts)
     report = detect(found.gm)
     if report.refused:
@@ -205,7 +211,7 @@ def _form(region: Region, before: str) -> str:
 def _other_mask(run: Interpreter) -> str | None:
     """Why rows that a loop selects are not those of an expert."""
     for node, value in run.values.items():
-        if "moe_ep_capture" in str(node.target) and isinstance(value, Plain):
+        if "moe_ep_capture" in str(node.target) and isinstance(value, Plain | Slice):
             mask: Any = node.args[0]
             return f"rows are selected by {mask.name}, which is not shown to say which ids are those of an expert"
     return None

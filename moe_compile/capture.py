@@ -78,6 +78,7 @@ class Capture:
     fails_at: int | None = None
     guards: Callable[[], list[Any]] = list
     constants: dict[str, Tensor] = field(default_factory=dict)
+    tables: frozenset[Node] = frozenset()  # arguments that are shown to be tables (`Facts.tables`)
     visits: list[Visit] = field(default_factory=list)  # iterations that stand for many; their inputs are the last ones
 
     def each(self) -> dict[Node, Each]:
@@ -372,13 +373,15 @@ def capture(
     may_fail: bool = False,
     visited: Sequence[int] | None = None,
     visit: Functions | None = None,
+    tables: Sequence[int] = (),
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
     be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
     anything from 2 on and decide nothing, for that many `selections`; `truth`: the answer to every question;
     `classes`: how many classes a loop over chosen experts visits, if not all; `may_fail`: an IndexError after such a
     loop began is noted, not a refusal; `visited`: the experts that such a loop visits; `visit`: all functions that can
-    run, if one visit may stand for many experts (visits.py).
+    run, if one visit may stand for many experts (visits.py); `tables`: positions among the tensors of tables of zeros
+    and ones, with one at most in a row.
 
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
@@ -461,6 +464,7 @@ def capture(
         guards=lambda: world.guards(lengths, indices),
         constants=_literals(gm, constants),
         visits=visits,
+        tables=frozenset(gm.graph.find_nodes(op="placeholder")[i] for i in tables),
     )
 
 

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import inspect
 import logging
-import operator
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import Source
 
+from moe_compile.arguments import from_one_hot, from_topk
 from moe_compile.candidates import is_candidate
 from moe_compile.errors import MoeCompileError
 from moe_compile.kinds import Declined, Kind, declined, kind_of
@@ -145,12 +145,12 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     found = _values(rest, kwargs)
     if isinstance(found, str):
         return _Refused(_record(declined(found), fn, owner))
-    values, named, distinct = found
+    values, named, distinct, tables = found
     if torch.nn.modules.module._has_any_global_hook():
         return _Refused(_record(declined("hooks for all modules are registered"), fn, owner))
     with _outside_dynamo():
         kind: Kind | Declined = kind_of(
-            fn, owner.value, values, named, distinct, options.skip, functools.partial(_holds, tx)
+            fn, owner.value, values, named, distinct, tables, options.skip, functools.partial(_holds, tx)
         )
     if owner.source is None or (
         var.source is None and any(r.path[0][0] == "fn" and len(r.path) > 1 for r in kind.reads)
@@ -181,14 +181,20 @@ def _owner(var: Any, args: list[Any]) -> tuple[Any, list[Any]]:
     return (first, rest) if isinstance(first, UnspecializedNNModuleVariable) else (None, args)
 
 
-def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], tuple[int, ...]] | str:
-    """The arguments as fake tensors and constants, and which tensors are a topk's ids; the reason, if it cannot be."""
+def _values(
+    args: list[Any], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any], tuple[int, ...], tuple[int, ...]] | str:
+    """The arguments as fake tensors and constants, which tensors are a topk's ids, and which are masks of one_hot.
+
+    Or the reason, if it cannot be.
+    """
     for i, arg in enumerate(args):
         args[i] = arg.realize()
     for name, arg in kwargs.items():
         kwargs[name] = arg.realize()
     values: list[Any] = []
     distinct: list[int] = []
+    tables: list[int] = []
     tensors = 0
     for arg in (*args, *kwargs.values()):
         if isinstance(arg, TensorVariable):
@@ -196,8 +202,10 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
             fake = node.meta.get("example_value")
             if not isinstance(fake, Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(fake):
                 return f"an argument is a {type(fake).__name__}"
-            if _from_topk(node):
+            if from_topk(node):
                 distinct.append(tensors)
+            if from_one_hot(node):
+                tables.append(tensors)
             tensors += 1
             values.append(fake)
         elif isinstance(arg, SymNodeVariable) and arg.python_type() is float:
@@ -207,49 +215,7 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
         else:
             return f"an argument is neither a tensor nor a number ({arg.python_type_name()})"
     named = dict(zip(kwargs, values[len(args) :], strict=True))
-    return values[: len(args)], named, tuple(distinct)
-
-
-def _from_topk(node: torch.fx.Node) -> bool:
-    """Whether a value of Dynamo's graph is the indices of a topk, which are distinct in a row."""
-    same = ("to", "long", "int", "detach", "clone", "contiguous")
-    while node.op == "call_method" and node.target in same and isinstance(node.args[0], torch.fx.Node):
-        if _changed_in_place(node):
-            return False
-        node = node.args[0]
-    if _changed_in_place(node):
-        return False
-    source = node.args[0] if node.args else None
-    if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem:
-        return False
-    topk = source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
-    dim, ids = source.kwargs.get("dim", source.args[2] if len(source.args) > 2 else -1), node.meta.get("example_value")
-    in_rows = dim == -1 or (isinstance(ids, Tensor) and dim == ids.dim() - 1)
-    return bool(node.args[1] == 1 and topk and in_rows)
-
-
-def _changed_in_place(node: torch.fx.Node) -> bool:
-    """Whether anything before this call wrote to the value's memory, under whatever name."""
-    fake = node.meta.get("example_value")
-    if not isinstance(fake, Tensor):
-        return True
-    return fake._version != 0 if not fake.is_inference() else _written(node, fake)
-
-
-def _written(node: torch.fx.Node, fake: Tensor) -> bool:
-    """The same of a tensor of inference mode, which counts no versions: by what the graph does."""
-    storage = fake.untyped_storage()._cdata
-    for n in node.graph.nodes:
-        name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
-        inplace = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or "out" in n.kwargs
-        for a in (*n.args[:1], n.kwargs.get("out")):
-            other = a.meta.get("example_value") if inplace and isinstance(a, torch.fx.Node) else None
-            if isinstance(other, Tensor) and other.untyped_storage()._cdata == storage:
-                return True
-    return False
-
-
-_IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i")) | {"setitem", "__setitem__"}
+    return values[: len(args)], named, tuple(distinct), tuple(tables)
 
 
 @contextlib.contextmanager

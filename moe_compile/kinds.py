@@ -63,6 +63,7 @@ def kind_of(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     distinct: tuple[int, ...],
+    tables: tuple[int, ...],
     skip: frozenset[str],
     holds: Callable[[Any], bool] = lambda guard: True,
 ) -> Kind | Declined:
@@ -70,7 +71,7 @@ def kind_of(
 
     `holds`: whether a condition on the caller's sizes is true for it.
     """
-    key = (fn.__code__, fn.__defaults__, _structure(module), _metadata([args, kwargs]), distinct, skip, _modes())
+    key = (fn.__code__, fn.__defaults__, _structure(module), _metadata([args, kwargs]), distinct, tables, skip, _modes())
     alike = _known.setdefault(key, [])
     for known in alike:
         if all(map(holds, known.guards)) and hold(known.reads, fn, module):
@@ -80,7 +81,7 @@ def kind_of(
     if any(p.device.type == "cpu" and p.dtype == torch.float32 for p in module.parameters()):
         native.prepare()  # a compiler runs while the proof does
     started = time.perf_counter()
-    kind = _prove(fn, module, args, kwargs, distinct, skip)
+    kind = _prove(fn, module, args, kwargs, distinct, tables, skip)
     took = 1e3 * (time.perf_counter() - started)
     log.info("%s: %s, %.0f ms", fn.__qualname__, kind.report.reason or "proven", took)
     _known.setdefault(key, alike)[:] = [kind, *alike[:15]]
@@ -98,12 +99,13 @@ def _prove(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     distinct: tuple[int, ...],
+    tables: tuple[int, ...],
     skip: frozenset[str],
 ) -> Kind | Declined:
     read: tuple[Read, ...] = ()
     try:
         read = reads(fn, module)
-        found = analyse(fn, module, args, kwargs, distinct)
+        found = analyse(fn, module, args, kwargs, distinct, tables)
         node = found.gm.graph.find_nodes(op="call_function", target=experts)[0]
         num_experts, ids = node.args[6], node.args[0]
         top_k = ids.meta["val"].shape[1]  # type: ignore[union-attr]

@@ -60,6 +60,25 @@ def outside_is_zero(rows: Tensor, bound: int) -> Tensor:
     return rows
 
 
+# Ids that no node of the program holds, until detection writes them out (detect/tables.py).
+
+
+def ids_in(table: Tensor) -> Tensor:
+    """The position of the one entry that is not zero in each row of `table` [..., E]; -1 where there is none."""
+    numbers = torch.arange(1, table.shape[-1] + 1, device=table.device)
+    return ((table != 0) * numbers).sum(-1) - 1
+
+
+def ids_kept(ids: Tensor, table: Tensor) -> Tensor:
+    """`ids`, without those whose entry in `table` is zero: [T, K, E], or [T, E] for all k alike; -1 in their place."""
+    inside = ids.clamp(min=0).long()
+    if table.dim() > ids.dim():
+        kept = table.gather(-1, inside.unsqueeze(-1)).squeeze(-1)
+    else:
+        kept = table.gather(-1, inside)
+    return torch.where((ids >= 0) & (kept != 0), ids, -1)
+
+
 class Expr:
     """One value of a body: an ATen call on other values, or a leaf.  Equal values are one object (`Table`)."""
 

@@ -189,6 +189,7 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
         may_guard=True,
         visits=found.each(),
         empty=found.empty,
+        tables=found.tables,
     )
     run = Interpreter(found.gm.graph, rules(), facts)
     totals: list[tuple[Node, Sum]] = []
@@ -247,6 +248,7 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
     for into, name in ((result.around, None), (result.without, result.start)):
         around = _Speller(found, {site: name or "the sum" for site, _ in totals})
         into += [around.node(n) for n in ends]
+    run.erase_ids()
     return result
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect import counts, dense, every, pairs, rows, selection, sorted_rows, sums
+from moe_compile.detect import counts, dense, every, pairs, rows, selection, sorted_rows, sums, tables
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
 from moe_compile.detect.values import Region
 from moe_compile.region import Body, Expr, Leaf, experts
@@ -34,11 +34,12 @@ aten = torch.ops.aten
 
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
-    tables = (
-        counts.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES, sums.RULES, rows.RULES,
+    every_table = (
+        counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
+        sums.RULES, rows.RULES,
     )  # fmt: skip
-    ops = {op for table in tables for op in table}
-    found = {op: tuple(rule for table in tables for rule in table.get(op, ())) for op in ops}
+    ops = {op for table in every_table for op in table}
+    found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}
     return _WithSlices({op: (*found[op], rows.on_slices) for op in ops})
 
 
@@ -103,6 +104,8 @@ class DetectExperts(RewritePass[Found]):
             drop_dead(gm.graph, lambda n: n in sites or n in local)
             _drop_idle_grad_modes(gm.graph)
             gm.recompile()
+        if self.run is not None:
+            self.run.erase_ids()
         return report
 
 
@@ -152,7 +155,7 @@ def _drop_idle_grad_modes(graph: Graph) -> None:
 
 def _ids(graph: Graph, region: Region, site: Node) -> Node:
     """The expert of every pair [T, K], as the original reads its weights."""
-    ids = region.ids
+    ids = tables.written_out(graph, region.ids, site)
     if _rank(ids) == 1:
         ids = emit(graph, aten.unsqueeze.default, ids, 1, like=site)
     if isinstance(region.reads, tuple):

@@ -92,13 +92,12 @@ CASES: dict[str, Body] = {
     "split": lambda x, w, v, s: F.linear(x, w.split(2)[0]).sum(-1, keepdim=True) * v,
     "split_with_sizes": lambda x, w, v, s: F.linear(x, w.split([1, 4])[1]).sum(-1, keepdim=True) * v,
 }
+BODIES["linear with matmul of matrices"] = lambda x, w, v, s: (
+    F.linear(torch.stack([x, 2 * x], 1), w, w[:, 0]).sum(1) @ w + (x.unsqueeze(1) @ w.t()).sum(1) @ w
+)
 REFUSED: dict[str, tuple[Body, str]] = {
     "a product of weights": (lambda x, w, v, s: x @ (w.t() @ w), "a product of two expert weights"),
     "an op without a rule": (lambda x, w, v, s: x * v.cumsum(0), "no rule for aten.cumsum on expert weights"),
-    "rows of rank 3": (
-        lambda x, w, v, s: (x.unsqueeze(1) @ w.t()).sum(1) @ w,
-        "a product of rows of rank 3 with expert weights",
-    ),
 }
 
 

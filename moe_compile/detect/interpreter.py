@@ -58,6 +58,7 @@ class Facts:
     classes: int | None = None  # ids outside [0, classes) are shown to be an error
     empty: frozenset[Node] = frozenset()  # numbers of rows that are zero here
     visits: Mapping[Node, Each] = field(default_factory=dict)  # inputs whose length is an index, plus VISIT_OFFSET
+    tables: frozenset[Node] = frozenset()  # of zeros and ones, with one at most in a row [..., E]
 
 
 @dataclass
@@ -97,6 +98,7 @@ class Interpreter:
         self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
         self.reads: dict[Node, set[Any]] = {}  # ids -> how rows of all experts choose weights by them (Region.reads)
         self.empty: set[tuple[Node, int]] = set()  # (ids, expert) of experts that have no rows here
+        self.written: dict[Node, Node | None] = {}  # ids that only we need -> those that they are a part of
         self.inside: set[Node] = set()  # plain nodes that belong to the experts of a dense sum
         self._version: dict[Any, int] = {}  # storage -> number of changes
         self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
@@ -149,6 +151,8 @@ class Interpreter:
     def _meaning(self, node: Node) -> Value:
         if node.op == "placeholder":
             each = self.facts.visits.get(node)
+            if node in self.facts.tables and (rule := self.rules.get("table")):
+                return self._made(node, rule[0](Call(node, "table", [], {}, self)) or Plain(node))
             return self._made(node, Plain(node) if each is None else Visit(each, VISIT_OFFSET))
         if node.op == "get_attr":
             literal = (self.facts.constants or {}).get(str(node.target))
@@ -332,6 +336,27 @@ class Interpreter:
         return not (storages(node) & self._inputs)
 
     # -- help for rules ---------------------------------------------------------------------
+
+    def write_ids(self, after: Node, target: Any, args: tuple[Any, ...], val: Tensor, of: Node | None) -> Node:
+        """A node for ids that the program does not name, as early as they are known; `erase_ids` drops it.
+
+        of: ids of which these are some, with -1 in the place of the others.
+        """
+        known = next((u for u in after.users if u.target is target and u.args == args), None)
+        if known is None:
+            inputs = after.op == "placeholder"
+            place = next(n for n in self.graph.nodes if n.op != "placeholder") if inputs else after.next
+            with self.graph.inserting_before(place):
+                known = self.graph.call_function(target, args)
+            known.meta = {k: v for k, v in after.meta.items() if k == "stack_trace"} | {"val": val}
+        self.written[known] = of
+        return known
+
+    def erase_ids(self) -> None:
+        """Take out what `write_ids` put into the graph and nobody uses."""
+        for node in reversed(self.written):
+            if not node.users and not node._erased:
+                self.graph.erase_node(node)
 
     def expr(self, call: Call, target: Any, args: Any, kwargs: dict[str, Any] | None = None, val: Any = None) -> Expr:
         """The call as an expression of the body; its value is this node's unless `val` says otherwise."""

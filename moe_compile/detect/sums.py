@@ -58,7 +58,7 @@ def add_term(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection) 
 
 def index_add(call: Call) -> Value | None:
     total = total_of(call)
-    picked, selection = index_vectors([call.arg(2)])
+    picked, selection = index_vectors(call, 2)
     if selection is None or total is None:
         return None
     rows = call.arg(3)
@@ -74,7 +74,7 @@ def index_add(call: Call) -> Value | None:
 def index_put(call: Call) -> Value | None:
     """total[token] = rows, with accumulation, as `total[token] += rows`, or as an assignment."""
     total = total_of(call)
-    picked, selection = index_vectors(call.arg(1))
+    picked, selection = index_vectors(call, 1)
     if selection is None or total is None:
         return None
     if isinstance(selection, Unknown):
@@ -114,7 +114,7 @@ def read(call: Call) -> Value | None:
     value = call.arg(0)
     if not isinstance(value, Buffer | Sum):
         return None
-    picked, selection = index_vectors(call.arg(1))
+    picked, selection = index_vectors(call, 1)
     if not isinstance(selection, Selection):
         return selection
     return SumRead(value, selection) if picked == [0] else Unknown("the sum is read along other dimensions")

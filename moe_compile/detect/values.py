@@ -335,7 +335,8 @@ class Infinite(Dense):
 class DenseWeight(Dense):
     """The weight of one expert for every token, zero for tokens that did not choose it; [T] or [T, 1, ...].
 
-    role, node: the leaf that it is for the rows of that expert (`region.Leaf`).
+    role, node: the leaf that it is for the rows of that expert (`region.Leaf`); "one" or "any": it is 1, for every time
+    that the token chose the expert or for all of them.
     """
 
     ids: Node

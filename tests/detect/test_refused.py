@@ -11,6 +11,7 @@ from moe_compile.analysis import analyse
 from moe_compile.errors import Refusal
 from tests.detect import (  # noqa: F401
     mutants_bodies,
+    mutants_capacity,
     mutants_counts,
     mutants_decisions,
     mutants_dense,

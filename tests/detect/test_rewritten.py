@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_compile.errors import Refusal
 from tests.detect import (  # noqa: F401  their idioms
+    idioms_capacity,
     idioms_counts,
     idioms_dense,
     idioms_every,
