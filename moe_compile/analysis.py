@@ -16,7 +16,7 @@ from moe_compile import worlds
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
 from moe_compile.detect.interpreter import Facts, Interpreter
-from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Region, Slice
+from moe_compile.detect.values import Constant, Emptiness, Hits, Index, ListRegion, Plain, Region, Slice
 from moe_compile.errors import Refusal
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
@@ -115,7 +115,8 @@ def _proven(
             )  # fmt: skip
             worlds.check(seen, apart, distinct, again, few)
         _nothing_left(main)
-    form = "dense" if detect.run is not None and detect.run.inside else _form(region, before)
+    listed = isinstance(region, ListRegion)
+    form = "dense" if not listed and detect.run is not None and detect.run.inside else _form(region, before)
     return Analysis(main.gm, main, functions, before, launches, form)
 
 

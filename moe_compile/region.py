@@ -97,7 +97,8 @@ class Leaf(Expr):
     """A value the body receives.  `node` is where it comes from in the outer graph.
 
     role: "token" (a row of node), "pair" (an entry of node [T, K, ...]), "flat_pair" (of node [T*K, ...]),
-    "column" (node[t, id], node is [T, E]), "slice" (node[e]), "outer" (node itself).
+    "column" (node[t, id], node is [T, E]), "slice" (node[e]), "outer" (node itself); where experts have lists of tokens
+    "rows" (node[list of the expert]), "listed" (node itself, by row, another one for each expert).
     """
 
     __slots__ = ("node", "role")
@@ -176,9 +177,9 @@ class Body:
         return GraphModule(torch.nn.Module(), graph, "Body")
 
     def _level(self, leaf: Leaf) -> str:
-        if leaf in self.families or leaf.role == "slice":
+        if leaf.role == "slice" or (leaf in self.families and leaf.role != "listed"):
             return "param"
-        return {"token": "token", "outer": "shared"}.get(leaf.role, "pair")
+        return {"token": "token", "rows": "token", "listed": "token", "outer": "shared"}.get(leaf.role, "pair")
 
 
 def _map(arg: Any, made: dict[int, Node]) -> Any:

@@ -32,6 +32,7 @@ from moe_compile.detect.values import (
     Filled,
     Hits,
     Index,
+    ListSum,
     PairGrid,
     Pieces,
     Plain,
@@ -194,7 +195,9 @@ def survey(found: Capture, distinct: Sequence[int], ids: set[str] | None = None)
     run = Interpreter(found.gm.graph, rules(), facts)
     totals: list[tuple[Node, Sum]] = []
 
-    def record(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
+    def record(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Value:
+        if isinstance(total, ListSum):  # who decides on data does not know its lists
+            return Plain(node)
         if isinstance(total, DenseSum):
             gathered = dense.gather(run, node, total)
             if isinstance(gathered, Unknown):

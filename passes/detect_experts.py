@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect import counts, dense, every, pairs, rows, selection, sorted_rows, sums, tables
+from moe_compile.detect import counts, dense, every, lists, pairs, rows, selection, sorted_rows, sums, tables
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
-from moe_compile.detect.values import Region
+from moe_compile.detect.values import ListRegion, Region
 from moe_compile.region import Body, Expr, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
 
@@ -36,7 +36,7 @@ def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
         counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
-        sums.RULES, rows.RULES,
+        sums.RULES, lists.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
     found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}
@@ -84,6 +84,9 @@ class DetectExperts(RewritePass[Found]):
         region, site = found.region, found.site
         assert region is not None
         with graph.inserting_before(site):
+            if isinstance(region, ListRegion):
+                site.replace_all_uses_with(lists.write(graph, region, site))
+                return
             ids = _ids(graph, region, site)
             node = _experts(graph, region, site, ids, region.body, 0, region.num_experts, region.num_classes)
             if region.tail is not None:

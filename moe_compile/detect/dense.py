@@ -278,7 +278,7 @@ def gather(run: Interpreter, node: Node, total: DenseSum) -> Sum | Unknown:
     times = collections.Counter(n for mine in needed for n in mine)
     inside = [{n for n in mine if times[n] == 1} for mine in needed]
     span = {n for own in inside for n in own}
-    if why := _not_pure(run, node, span):
+    if why := not_pure(run, node, span):
         return Unknown(why)
     rows = []
     for t, own in zip(total.terms, inside, strict=True):
@@ -362,7 +362,7 @@ def ancestors(node: Node) -> set[Node]:
     return found
 
 
-def _not_pure(run: Interpreter, site: Node, span: set[Node]) -> str | None:
+def not_pure(run: Interpreter, site: Node, span: set[Node]) -> str | None:
     """Why the experts' part of the graph cannot be read again, or None."""
     first = next((n for n in run.graph.nodes if n in span and n.op == "call_function"), None)
     outer = {s for n in run.graph.nodes if n not in span for s in storages(n)}

@@ -25,6 +25,7 @@ from moe_compile.detect.values import (
     Filled,
     FlatIds,
     Index,
+    ListSum,
     Permutation,
     Pieces,
     Plain,
@@ -108,7 +109,7 @@ class Interpreter:
         self.canonical: dict[Node, Node] = {}  # plain nodes -> an earlier node of equal value
         self._inputs = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in storages(n)}
 
-    def run(self, finish: Callable[["Interpreter", Node, Sum | DenseSum], Value]) -> None:
+    def run(self, finish: Callable[["Interpreter", Node, Sum | DenseSum | ListSum], Value]) -> None:
         self._finish = finish
         for node in self.graph.nodes:
             if node.op == "output":
@@ -138,7 +139,7 @@ class Interpreter:
     def settle(self, node: Node) -> Value:
         """The meaning of a node for somebody outside of the sum: a finished region if it is a sum."""
         value = self.values[node]
-        if isinstance(value, Sum | DenseSum):
+        if isinstance(value, Sum | DenseSum | ListSum):
             value = self.values[node] = self._finish(self, node, value)
             if isinstance(value, Region):
                 self.regions[node] = value
@@ -170,7 +171,7 @@ class Interpreter:
             return Plain(node)
         for source in node.all_input_nodes:
             if stale := self._stale(source):
-                if any(isinstance(self.values[n], Sum | DenseSum) for n in node.all_input_nodes):
+                if any(isinstance(self.values[n], Sum | DenseSum | ListSum) for n in node.all_input_nodes):
                     self.refused.append((node, stale))
                 return self._made(node, Unknown(stale))
         changed = self._change(node)
@@ -199,7 +200,7 @@ class Interpreter:
                 result = rule(call)
                 if result is not None:
                     return self._no_grad_check(node, result)
-            if not any(isinstance(v, Sum | DenseSum | Dense | Filled) for v in values):
+            if not any(isinstance(v, Sum | DenseSum | ListSum | Dense | Filled) for v in values):
                 break
         if folded := self.fold(node, call):
             return folded

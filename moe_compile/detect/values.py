@@ -436,6 +436,23 @@ class Sum(Value):
 
 
 @dataclass(frozen=True)
+class ListTerm:
+    """Rows `value` [C, ...] that were added to the tokens `index` [C]."""
+
+    index: Node
+    value: Node
+    number: int | None  # index is row `number` of a table
+
+
+@dataclass(frozen=True)
+class ListSum(Value):
+    """`start` plus, for each term, rows at places of its own: each expert's list of tokens."""
+
+    start: Buffer
+    terms: tuple[ListTerm, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class SumRead(Value):
     """total[index], and after `added`: with the selection's new rows on top."""
 
@@ -457,3 +474,10 @@ class Region(Value):
     families: dict[Expr, list[Node]] = field(repr=False)
     tail: tuple[int, Expr] | None = None  # ids in [num_experts, tail[0]) run tail[1], which holds nothing of an expert
     plain = True
+
+
+@dataclass(frozen=True)
+class ListRegion(Region):
+    """A sum in which every expert has its own list of tokens, `lists` [C] by expert; its ids are the experts' numbers."""
+
+    lists: tuple[Node, ...] = ()

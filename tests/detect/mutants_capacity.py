@@ -27,7 +27,7 @@ class KeptByTwo(DroppedPairs):
         return (mask * (mask.cumsum(0) <= CAPACITY).int().mul(2)) == 1
 
 
-@mutant(SELECTED)
+@mutant(SELECTED.replace("select,", "select_1,"))
 class KeptByBytes(DroppedPairs):
     """Truths seen as numbers of four bytes."""
 
