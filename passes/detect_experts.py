@@ -67,6 +67,8 @@ class DetectExperts(RewritePass[Found]):
     def find(self, graph: Graph) -> Iterator[tuple[Node, Found]]:
         self.run = Interpreter(graph, rules(), self.facts)
         self.run.run(sums.finish)
+        if not self.run.regions and not self.run.refused:
+            lists.joined(self.run)
         for site, region in self.run.regions.items():
             yield site, Found(site, region, None)
         for site, reason in self.run.refused:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
-from moe_compile import MoeCompileError, dynamo_hook, kinds
+from moe_compile import MoeCompileError, arguments, dynamo_hook, kinds
 from tests import tiny
 from tests.tiny import (
     FF,

@@ -437,11 +437,11 @@ class Sum(Value):
 
 @dataclass(frozen=True)
 class ListTerm:
-    """Rows `value` [C, ...] that were added to the tokens `index` [C]."""
+    """Rows `value` [C, ...] that were added to the tokens `index` [C]; None: that are joined with those of others."""
 
-    index: Node
+    index: Node | None
     value: Node
-    number: int | None  # index is row `number` of a table
+    number: int | None = None  # index is row `number` of a table
 
 
 @dataclass(frozen=True)
@@ -478,6 +478,9 @@ class Region(Value):
 
 @dataclass(frozen=True)
 class ListRegion(Region):
-    """A sum in which every expert has its own list of tokens, `lists` [C] by expert; its ids are the experts' numbers."""
+    """A sum in which every expert has its own list of tokens, `lists` [C] by expert; its ids are the experts' numbers.
+
+    No lists: the experts' results are not added but joined, each for rows of its own.
+    """
 
     lists: tuple[Node, ...] = ()

@@ -136,3 +136,29 @@ class ChoiceWithoutGates(nn.Module):
         for e in range(E):
             out.index_add_(0, tokens[e], torch.tanh(x[tokens[e]] @ self.up[e] + self.bias[e]) @ self.down[e])
         return out
+
+
+@idiom(distinct=False)
+class ChoiceMoved(ExpertChoice):
+    """The rows of one list are added at the places of another."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gates, tokens = self.lists(x, weights)
+        out = torch.zeros_like(x)
+        for e in range(E):
+            out.index_add_(0, tokens[e], self.run(e, x[tokens[(e + 1) % E]]) * gates[e, :, None])
+        return out
+
+
+@idiom(distinct=False)
+class ChoiceSeen(ExpertChoice):
+    """What an expert makes is used outside too."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gates, tokens = self.lists(x, weights)
+        out, seen = torch.zeros_like(x), []
+        for e in range(E):
+            y = self.run(e, x[tokens[e]])
+            out.index_add_(0, tokens[e], y * gates[e, :, None])
+            seen.append(y.sum())
+        return out, torch.stack(seen)

@@ -19,6 +19,7 @@ from tests.detect import (  # noqa: F401
     mutants_families,
     mutants_forms,
     mutants_index,
+    mutants_lists,
     mutants_outside,
     mutants_pairs,
     mutants_rows,

@@ -14,6 +14,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_dense,
     idioms_every,
     idioms_forms,
+    idioms_lists,
     idioms_pairs,
     idioms_sorted,
     mutants_families,
