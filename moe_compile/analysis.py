@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from moe_compile import worlds
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
-from moe_compile.detect.interpreter import Facts, Interpreter
+from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
 from moe_compile.detect.values import Constant, Emptiness, Hits, Index, ListRegion, Plain, Region, Slice
 from moe_compile.errors import Refusal
 from moe_compile.loop_state import OneByOne
@@ -196,7 +196,7 @@ def _detect(found: Capture, distinct: Sequence[int]) -> tuple[DetectExperts, str
         return detect, report.refused[0][1]
     if not report.applied:
         assert detect.run is not None
-        reason = _first_unknown(detect.run) or _other_mask(detect.run)
+        reason = _first_unknown(detect.run) or _other_mask(detect.run) or _one_batch(detect.run)
         return detect, reason or "nothing is summed over experts"
     return detect, None
 
@@ -216,6 +216,34 @@ def _other_mask(run: Interpreter) -> str | None:
             mask: Any = node.args[0]
             return f"rows are selected by {mask.name}, which is not shown to say which ids are those of an expert"
     return None
+
+
+def _one_batch(run: Interpreter) -> str | None:
+    """That there is nothing to gather: the rows of all experts are one batch, as where each has as many slots."""
+    for node, value in run.values.items():
+        operands, letters = node.args[:2], "ecd,edf->ecf"
+        if op_of(node) == "einsum" and isinstance(node.args[1], (list, tuple)):
+            letters, operands = str(node.args[0]).replace(" ", ""), tuple(node.args[1])
+        elif op_of(node) not in ("bmm", "matmul"):
+            continue
+        if not isinstance(value, Plain) or len(operands) != 2 or not all(isinstance(n, Node) for n in operands):
+            continue
+        inputs, _, result = letters.partition("->")
+        first, _, second = inputs.partition(",")
+        by_expert = bool(first) and first[0] == second[:1] == result[:1]
+        sources = [_unturned(n) for n in operands]
+        laid_out = {n.op if n.op == "placeholder" else op_of(n) for n in sources} & {"index", "einsum", "bmm", "matmul"}
+        stacks = any(n.op == "placeholder" for n in sources)
+        if by_expert and stacks and laid_out and all(n.meta["val"].dim() == 3 for n in operands):  # type: ignore[union-attr]
+            return f"{name_of(node)} multiplies the rows of all experts at once already"
+    return None
+
+
+def _unturned(node: Any) -> Node:
+    views = ("transpose", "t", "mT", "to", "permute", "view", "reshape", "contiguous")
+    while op_of(node) in views and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node  # type: ignore[no-any-return]
 
 
 def _first_unknown(run: Interpreter) -> str | None:

@@ -59,6 +59,8 @@ def add(call: Call) -> Value | None:
         return None
     if isinstance(total, Plain | Region) and not call.op.endswith("_"):
         total = Buffer(into, "known")
+    if any("moe_ep_capture" in str(n.target) for n in ancestors(at)):
+        return None  # rows of a mask: as many as the data says
     if not isinstance(total, Buffer | ListSum) or not same_size(ids.shape[0], val.shape[0]):
         return None
     start, terms = (total.start, total.terms) if isinstance(total, ListSum) else (total, ())

@@ -23,6 +23,7 @@ from tests.detect import (  # noqa: F401
     mutants_outside,
     mutants_pairs,
     mutants_rows,
+    mutants_slots,
     mutants_sorted,
     mutants_wrappers,
 )

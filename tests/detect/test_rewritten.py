@@ -16,6 +16,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_forms,
     idioms_lists,
     idioms_pairs,
+    idioms_slots,
     idioms_sorted,
     mutants_families,
     mutants_index,
