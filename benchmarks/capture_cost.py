@@ -139,7 +139,7 @@ def prove(form: str, num_experts: int, clock: Clock | None = None) -> None:
     args = any_length(routed(num_experts=num_experts))
     kinds.forget()
     with (clock or Clock()).running():
-        kind = kinds.kind_of(inspect.unwrap(type(module).forward), module, args, {}, (1,), frozenset())
+        kind = kinds.kind_of(inspect.unwrap(type(module).forward), module, args, {}, (1,), (), frozenset())
     if isinstance(kind, kinds.Declined):
         raise RuntimeError(kind.reason)
 

@@ -47,8 +47,8 @@ def analyse(
 ) -> Analysis:
     """Prove what `fn(module, *args, **kwargs)` computes, or raise `Refusal`.
 
-    `distinct`: positions, among the tensor arguments, of ids that come from a topk; `tables`: of masks of zeros and ones
-    [..., E] with one at most in a row, as one_hot gives.
+    `distinct`: positions, among the tensor arguments, of ids that come from a topk; `tables`: of masks [..., E] of
+    zeros and ones with one at most in a row, as one_hot gives.
     """
     functions = reachable(fn, module)
     check_effects(functions)
@@ -171,7 +171,9 @@ def _trace(
 
     And a survey of its graph as it was, if it decides on data.  `visited`, `visit`: as in `capture`.
     """
-    trace = functools.partial(capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, tables=tables)
+    trace = functools.partial(
+        capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, tables=tables
+    )
     found = trace(may_fail=visited is None)
     last = found.fails_at  # `worlds.check` shows that it always fails there
     if last is not None:

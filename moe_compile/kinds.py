@@ -71,7 +71,8 @@ def kind_of(
 
     `holds`: whether a condition on the caller's sizes is true for it.
     """
-    key = (fn.__code__, fn.__defaults__, _structure(module), _metadata([args, kwargs]), distinct, tables, skip, _modes())
+    shown = (distinct, tables)
+    key = (fn.__code__, fn.__defaults__, _structure(module), _metadata([args, kwargs]), shown, skip, _modes())
     alike = _known.setdefault(key, [])
     for known in alike:
         if all(map(holds, known.guards)) and hold(known.reads, fn, module):

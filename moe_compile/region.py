@@ -72,10 +72,7 @@ def ids_in(table: Tensor) -> Tensor:
 def ids_kept(ids: Tensor, table: Tensor) -> Tensor:
     """`ids`, without those whose entry in `table` is zero: [T, K, E], or [T, E] for all k alike; -1 in their place."""
     inside = ids.clamp(min=0).long()
-    if table.dim() > ids.dim():
-        kept = table.gather(-1, inside.unsqueeze(-1)).squeeze(-1)
-    else:
-        kept = table.gather(-1, inside)
+    kept = table.gather(-1, inside if table.dim() == ids.dim() else inside.unsqueeze(-1)).view_as(ids)
     return torch.where((ids >= 0) & (kept != 0), ids, -1)
 
 

@@ -49,7 +49,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 PARTS = {"step3p7": "Step3p7TextModel"}  # the class, where no AutoModel knows it
-REWRITTEN = {"step3p7": 2, "dbrx": 2, "longcat_flash": 2, "nllb-moe": 2, "switch_transformers": 2, "llama4_text": 2}  # how many layers
+REWRITTEN = {
+    "step3p7": 2,
+    "dbrx": 2,
+    "longcat_flash": 2,
+    "nllb-moe": 2,
+    "switch_transformers": 2,
+    "llama4_text": 2,
+}  # how many layers
 
 
 def build(family: str) -> tuple[nn.Module, dict[str, Tensor]]:

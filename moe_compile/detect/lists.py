@@ -127,7 +127,8 @@ def _refused(
     if len({i.meta["val"].dtype for i in indices}) > 1:
         return "the lists of tokens are of several dtypes"
     if body.val.dtype != here.dtype or tuple(body.val.shape[1:]) != tuple(here.shape[1:]):
-        return f"{first.value.name} is {here.dtype} {tuple(here.shape)}, as read again {body.val.dtype} {tuple(body.val.shape)}"
+        shapes = tuple(here.shape), tuple(body.val.shape)
+        return f"{first.value.name} is {here.dtype} {shapes[0]}, read again it is {body.val.dtype} {shapes[1]}"
     sources = [*indices, *(leaf.node for leaf in leaves), *(n for nodes in families.values() for n in nodes)]
     for source in sources:
         if not run.unchanged(source):
@@ -298,9 +299,7 @@ def write(graph: Graph, region: ListRegion, site: Node) -> Node:
     shared = [leaf.node for leaf in body.inputs["shared"]]
     here = site.meta["val"]
     val = here.new_empty((ids.meta["val"].shape[0], *region.body.val.shape[1:]))
-    made = emit(
-        graph, experts, ids, rows, [], params, shared, graph.get_attr(name), number, None, like=site, val=val
-    )
+    made = emit(graph, experts, ids, rows, [], params, shared, graph.get_attr(name), number, None, like=site, val=val)
     if tokens is None:
         return _joined_again(call, region, site, made)
     start = region.total.start.node

@@ -476,10 +476,12 @@ _SAME_IDS = (
 
 def not_distinct(run: Interpreter, ids: Node | None) -> str | None:
     """Why a token might choose one expert twice, or None if it cannot: its ids are those of a topk."""
+    if ids is None:
+        return None
     source: Any = ids
     while run.written.get(source) is not None:
         source = run.written[source]
-    if source is None or source.meta["val"].dim() == 1 or same_size(source.meta["val"].shape[1], 1):
+    if source.meta["val"].dim() == 1 or same_size(source.meta["val"].shape[1], 1):
         return None
     while isinstance(source, Node) and source.op == "call_function" and str(source.target) in _SAME_IDS:
         source = source.args[0]

@@ -8,6 +8,7 @@ from torch.fx import Node
 from moe_compile.detect import dense, lists
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
 from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not_distinct, same_size
+from moe_compile.detect.unify import leaves_of, parts_of, unify
 from moe_compile.detect.values import (
     Buffer,
     DenseSum,
@@ -23,7 +24,6 @@ from moe_compile.detect.values import (
     Unknown,
     Value,
 )
-from moe_compile.detect.unify import leaves_of, parts_of, unify
 from moe_compile.region import Expr, Leaf, outside_is_zero
 
 # -- accumulation ---------------------------------------------------------------------------

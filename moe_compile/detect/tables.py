@@ -42,7 +42,7 @@ def keep(call: Call) -> Value | None:
     """mask * truths, mask & truths: those of the chosen experts for which it is true."""
     for i in (0, 1):
         mask, other, node = call.arg(i), call.arg(1 - i), call.node.args[1 - i]
-        if not isinstance(mask, Member) or not isinstance(node, Node) or (i and call.node.target._schema.is_mutable):
+        if not isinstance(mask, Member) or not isinstance(node, Node) or (i and _in_place(call)):
             continue
         ids, out = mask.ids, call.val()
         rank = ids.meta["val"].dim()
@@ -63,6 +63,10 @@ def keep(call: Call) -> Value | None:
         kept = call.run.write_ids(call.node, ids_kept, (ids, call.node), ids.meta["val"], ids)
         return Member(kept, mask.dims, None, None, kind)
     return None
+
+
+def _in_place(call: Call) -> bool:
+    return call.op.endswith("_") and not call.op.endswith("__")
 
 
 def _is_truth(call: Call, value: Any, node: Node) -> bool:
@@ -111,9 +115,9 @@ def _kept(graph: Graph, ids: Node, table: Any, like: Node) -> Node:
         inside = emit(graph, aten.to.dtype, inside, torch.int64, like=like)
     if table.meta["val"].dim() > ids.meta["val"].dim():
         inside = emit(graph, aten.unsqueeze.default, inside, -1, like=like)
-        kept = emit(graph, aten.squeeze.dim, emit(graph, aten.gather.default, table, -1, inside, like=like), -1, like=like)
-    else:
-        kept = emit(graph, aten.gather.default, table, -1, inside, like=like)
+    kept = emit(graph, aten.gather.default, table, -1, inside, like=like)
+    if kept.meta["val"].dim() > ids.meta["val"].dim():
+        kept = emit(graph, aten.squeeze.dim, kept, -1, like=like)
     kept = emit(graph, aten.ne.Scalar, kept, 0, like=like)
     kept = emit(graph, aten.logical_and.default, emit(graph, aten.ge.Scalar, ids, 0, like=like), kept, like=like)
     return emit(graph, aten.where.ScalarOther, kept, ids, -1, like=like)

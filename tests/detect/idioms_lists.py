@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from tests.detect.loops import FF, D, E, Listed, Stacked, idiom, weight
 
 
-
 def scores(x: Tensor, weights: Tensor) -> Tensor:
     """[T, E]: any function of the tokens will do."""
     return torch.sigmoid(x[:, :E] + weights.sum(-1, keepdim=True))

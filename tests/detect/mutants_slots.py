@@ -49,7 +49,8 @@ class SlotsInChain(Slots):
     """Each expert reads what the one before it made."""
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        combine, made = slots(ids, weights), []
+        combine = slots(ids, weights)
+        made: list[Tensor] = []
         dispatched = torch.einsum("tec,td->ecd", combine.bool().to(x.dtype), x)
         for e in range(E):
             made.append(self.run(e, dispatched[e] + (made[-1] if made else 0)))
