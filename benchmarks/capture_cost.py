@@ -131,6 +131,7 @@ def one_proof(case: Case) -> Clock:
 def prove(form: str, num_experts: int, clock: Clock | None = None) -> None:
     """Prove a module of the form, of which nothing is known yet."""
     from moe_compile import kinds
+    from moe_compile.arguments import Known
     from tests.detect.loops import any_length
     from tests.tiny import Separate, routed
 
@@ -139,7 +140,7 @@ def prove(form: str, num_experts: int, clock: Clock | None = None) -> None:
     args = any_length(routed(num_experts=num_experts))
     kinds.forget()
     with (clock or Clock()).running():
-        kind = kinds.kind_of(inspect.unwrap(type(module).forward), module, args, {}, (1,), frozenset())
+        kind = kinds.kind_of(inspect.unwrap(type(module).forward), module, args, {}, Known((1,)), frozenset())
     if isinstance(kind, kinds.Declined):
         raise RuntimeError(kind.reason)
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from moe_compile import worlds
+from moe_compile.arguments import NOTHING_KNOWN, Known
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
-from moe_compile.detect.interpreter import Facts, Interpreter
+from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
 from moe_compile.detect.selection import unflattened
-from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Region
+from moe_compile.detect.values import Constant, Emptiness, Hits, Index, ListRegion, Plain, Region, Slice
 from moe_compile.errors import Refusal
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.python_state import Functions, check_effects, check_loops, reachable, unchanged
-from moe_compile.ranges import FromTopk, widths
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +44,16 @@ def analyse(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: Sequence[int] | FromTopk = (),
+    known: Known = NOTHING_KNOWN,
 ) -> Analysis:
     """Prove what `fn(module, *args, **kwargs)` computes, or raise `Refusal`.
 
-    `distinct`: positions, among the tensor arguments, of ids that come from a topk.
+    `known`: what the caller's graph shows of the tensor arguments.
     """
     functions = reachable(fn, module)
     check_effects(functions)
     with unchanged(functions, module):
-        return _prove(fn, module, args, kwargs, distinct, functions)
+        return _prove(fn, module, args, kwargs, known, functions)
 
 
 def _prove(
@@ -61,15 +61,15 @@ def _prove(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: Sequence[int] | FromTopk,
+    known: Known,
     functions: Functions,
 ) -> Analysis:
     """At first with one visit of a loop for many experts, if it has one."""
     try:
-        return _proven(fn, module, args, kwargs, distinct, functions, functions)
+        return _proven(fn, module, args, kwargs, known, functions, functions)
     except OneByOne as why:
         log.debug("%s is traced expert by expert: %s", fn.__qualname__, why)
-    return _proven(fn, module, args, kwargs, distinct, functions, None)
+    return _proven(fn, module, args, kwargs, known, functions, None)
 
 
 def _proven(
@@ -77,23 +77,23 @@ def _proven(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: Sequence[int] | FromTopk,
+    known: Known,
     functions: Functions,
     visit: Functions | None,
 ) -> Analysis:
     from moe_compile.graph_text import graph_text
 
-    trace = functools.partial(_trace, fn, module, args, kwargs, distinct)
+    trace = functools.partial(_trace, fn, module, args, kwargs, known)
     main, asked = trace(truth=True, visit=visit)
     with _for_many(main):
         before, launches = graph_text(main.gm.graph), _launches(main)
-        detect, reason = _detect(main, distinct)
+        detect, reason = _detect(main, known)
     nonempty = True
     if reason is not None and main.answered:
         nonempty = False  # "if count == 0: continue" asks the other way round
         main, asked = trace(truth=False, visit=visit)
         before, launches = graph_text(main.gm.graph), _launches(main)
-        detect, second = _detect(main, distinct)
+        detect, second = _detect(main, known)
         reason = reason if second is not None else None
     with _for_many(main):
         if reason is not None:
@@ -109,11 +109,12 @@ def _proven(
                 worlds.check_sample(asked, seen, few)
             again = functools.partial(
                 capture, fn, module, args, kwargs, truth=nonempty, classes=apart.classes, visited=few,
-                rows=SYMBOLIC if apart.sees_rows else EXAMPLE, selections=apart.selections, widths=widths(distinct),
+                rows=SYMBOLIC if apart.sees_rows else EXAMPLE, selections=apart.selections, known=known,
             )  # fmt: skip
-            worlds.check(seen, apart, distinct, again, few)
+            worlds.check(seen, apart, known.distinct, again, few)
         _nothing_left(main)
-    form = "dense" if detect.run is not None and detect.run.inside else _form(region, before)
+    listed = isinstance(region, ListRegion)
+    form = "dense" if not listed and detect.run is not None and detect.run.inside else _form(region, before)
     return Analysis(main.gm, main, functions, before, launches, form)
 
 
@@ -158,7 +159,7 @@ def _trace(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: Sequence[int] | FromTopk,
+    known: Known,
     truth: bool,
     visited: Sequence[int] | None = None,
     visit: Functions | None = None,
@@ -167,9 +168,7 @@ def _trace(
 
     And a survey of its graph as it was, if it decides on data.  `visited`, `visit`: as in `capture`.
     """
-    trace = functools.partial(
-        capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, widths=widths(distinct)
-    )
+    trace = functools.partial(capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, known=known)
     found = trace(may_fail=visited is None)
     last = found.fails_at  # `worlds.check` shows that it always fails there
     if last is not None:
@@ -177,23 +176,24 @@ def _trace(
     if found.sees_rows:
         found = trace(rows=SYMBOLIC, selections=found.selections, classes=last)
     asks = found.answered or found.sees_rows or found.iterated or found.decided or found.reads_length
-    return found, worlds.survey(found, distinct) if asks else None
+    return found, worlds.survey(found, known.distinct) if asks else None
 
 
-def _detect(found: Capture, distinct: Sequence[int] | FromTopk) -> tuple[DetectExperts, str | None]:
+def _detect(found: Capture, known: Known) -> tuple[DetectExperts, str | None]:
     """Run detection on the captured graph; the reason if it proves no region, or not all."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
-    ids = frozenset(inputs[i] for i in distinct)
+    ids = frozenset(inputs[i] for i in known.distinct)
     facts = Facts(
-        ids, found.constants, torch.is_grad_enabled(), may_guard=True, classes=found.classes, visits=found.each()
-    )
+        ids, found.constants, torch.is_grad_enabled(), may_guard=True, classes=found.classes, visits=found.each(),
+        tables=found.tables,
+    )  # fmt: skip
     detect = DetectExperts(facts)
     report = detect(found.gm)
     if report.refused:
         return detect, report.refused[0][1]
     if not report.applied:
         assert detect.run is not None
-        reason = _first_unknown(detect.run) or _other_mask(detect.run)
+        reason = _first_unknown(detect.run) or _other_mask(detect.run) or _one_batch(detect.run)
         return detect, reason or "nothing is summed over experts"
     return detect, None
 
@@ -209,10 +209,38 @@ def _form(region: Region, before: str) -> str:
 def _other_mask(run: Interpreter) -> str | None:
     """Why rows that a loop selects are not those of an expert."""
     for node, value in run.values.items():
-        if "moe_ep_capture" in str(node.target) and isinstance(value, Plain):
+        if "moe_ep_capture" in str(node.target) and isinstance(value, Plain | Slice):
             mask: Any = node.args[0]
             return f"rows are selected by {mask.name}, which is not shown to say which ids are those of an expert"
     return None
+
+
+def _one_batch(run: Interpreter) -> str | None:
+    """That there is nothing to gather: the rows of all experts are one batch, as where each has as many slots."""
+    for node, value in run.values.items():
+        operands, letters = node.args[:2], "ecd,edf->ecf"
+        if op_of(node) == "einsum" and isinstance(node.args[1], (list, tuple)):
+            letters, operands = str(node.args[0]).replace(" ", ""), tuple(node.args[1])
+        elif op_of(node) not in ("bmm", "matmul"):
+            continue
+        if not isinstance(value, Plain) or len(operands) != 2 or not all(isinstance(n, Node) for n in operands):
+            continue
+        inputs, _, result = letters.partition("->")
+        first, _, second = inputs.partition(",")
+        by_expert = bool(first) and first[0] == second[:1] == result[:1]
+        sources = [_unturned(n) for n in operands]
+        laid_out = {n.op if n.op == "placeholder" else op_of(n) for n in sources} & {"index", "einsum", "bmm", "matmul"}
+        stacks = any(n.op == "placeholder" for n in sources)
+        if by_expert and stacks and laid_out and all(n.meta["val"].dim() == 3 for n in operands):  # type: ignore[union-attr]
+            return f"{name_of(node)} multiplies the rows of all experts at once already"
+    return None
+
+
+def _unturned(node: Any) -> Node:
+    views = ("transpose", "t", "mT", "to", "permute", "view", "reshape", "contiguous")
+    while op_of(node) in views and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node  # type: ignore[no-any-return]
 
 
 def _first_unknown(run: Interpreter) -> str | None:

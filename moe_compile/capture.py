@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_compile import places
+from moe_compile.arguments import NOTHING_KNOWN, Known
 from moe_compile.detect.values import Each
 from moe_compile.errors import Refusal
 from moe_compile.fakes import Fakes
@@ -83,6 +84,7 @@ class Capture:
     fails_at: int | None = None
     guards: Callable[[], list[Any]] = list
     constants: dict[str, Tensor] = field(default_factory=dict)
+    tables: frozenset[Node] = frozenset()  # arguments that are shown to be tables (`Facts.tables`)
     visits: list[Visit] = field(default_factory=list)  # iterations that stand for many; their inputs are the last ones
 
     def each(self) -> dict[Node, Each]:
@@ -453,15 +455,14 @@ def capture(
     may_fail: bool = False,
     visited: Sequence[int] | None = None,
     visit: Functions | None = None,
-    widths: Mapping[int, int] | None = None,
+    known: Known = NOTHING_KNOWN,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
     be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
     anything from 2 on and decide nothing, for that many `selections`; `truth`: the answer to every question;
     `classes`: how many classes a loop over chosen experts visits, if not all; `may_fail`: an IndexError after such a
     loop began is noted, not a refusal; `visited`: the experts that such a loop visits; `visit`: all functions that can
-    run, if one visit may stand for many experts (visits.py); `widths`: of how many scores a topk took the ids among
-    the arguments, by position among the tensors.
+    run, if one visit may stand for many experts (visits.py); `known`: what the caller's graph shows of the tensors.
 
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
@@ -475,7 +476,7 @@ def capture(
     state_fakes = [unique.setdefault(id(t), world.fake(t, None)) for t in state.values()]
     lengths = [world.vector(f"{ROWS}_{i}", EXAMPLE) for i in range(selections if rows == SYMBOLIC else 0)]
     indices = [world.vector(f"{VISIT}_{i}", OFFSET) for i in range(MOST if visit is not None else 0)]
-    answers = Answers(rows, truth, script, classes, visited, widths)
+    answers = Answers(rows, truth, script, classes, visited, dict(known.widths))
     seen: dict[str, Any] = {}
 
     def run_on_fakes(
@@ -547,6 +548,7 @@ def capture(
         guards=lambda: world.guards(lengths, indices),
         constants=_literals(gm, constants),
         visits=visits,
+        tables=frozenset(gm.graph.find_nodes(op="placeholder")[i] for i in known.tables),
     )
 
 

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import inspect
 import logging
-import operator
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,13 +28,13 @@ from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import Source
 
+from moe_compile.arguments import Known, from_one_hot, from_topk, number_of_scores
 from moe_compile.candidates import is_candidate, is_stack, may_loop
 from moe_compile.errors import MoeCompileError
 from moe_compile.kinds import Declined, Kind, declined, kind_of
 from moe_compile.options import Options
 from moe_compile.places import HERE, NOT_PASSED, NOTHING, Place
 from moe_compile.python_state import is_torch
-from moe_compile.ranges import FromTopk
 from moe_compile.reads import SIMPLE, Path
 from moe_compile.report import RegionReport
 
@@ -152,12 +151,12 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     found = _values(rest, kwargs)
     if isinstance(found, str):
         return _Refused(_record(declined(found), fn, owner))
-    values, named, distinct = found
+    values, named, known = found
     if torch.nn.modules.module._has_any_global_hook():
         return _Refused(_record(declined("hooks for all modules are registered"), fn, owner))
     with _outside_dynamo():
         kind: Kind | Declined = kind_of(
-            fn, owner.value, values, named, distinct, options.skip, functools.partial(_holds, tx)
+            fn, owner.value, values, named, known, options.skip, functools.partial(_holds, tx)
         )
     if (owner.source is None and owner is not _NOBODY) or (
         var.source is None and any(r.path[0][0] == "fn" and len(r.path) > 1 for r in kind.reads)
@@ -245,8 +244,8 @@ class _Mark:
         return self
 
 
-def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], FromTopk] | str:
-    """The arguments as fake tensors and constants, and which tensors are a topk's ids; the reason, if it cannot be."""
+def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], Known] | str:
+    """The arguments as fake tensors and constants, and what the graph shows of them; the reason, if it cannot be."""
     for i, arg in enumerate(args):
         args[i] = arg.realize()
     for name, arg in kwargs.items():
@@ -254,6 +253,7 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
     values: list[Any] = []
     distinct: list[int] = []
     widths: list[tuple[int, int]] = []
+    tables: list[int] = []
     tensors = 0
     for arg in (*args, *kwargs.values()):
         if isinstance(arg, _Mark):
@@ -263,10 +263,12 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
             fake = node.meta.get("example_value")
             if not isinstance(fake, Tensor) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(fake):
                 return f"an argument is a {type(fake).__name__}"
-            if _from_topk(node):
+            if from_topk(node):
                 distinct.append(tensors)
-            if (width := _number_of_scores(node)) is not None:
+            if (width := number_of_scores(node)) is not None:
                 widths.append((tensors, width))
+            if from_one_hot(node):
+                tables.append(tensors)
             tensors += 1
             values.append(fake)
         elif isinstance(arg, SymNodeVariable) and arg.python_type() is float:
@@ -276,68 +278,7 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
         else:
             return f"an argument is neither a tensor nor a number ({arg.python_type_name()})"
     named = dict(zip(kwargs, values[len(args) :], strict=True))
-    return values[: len(args)], named, FromTopk(tuple(distinct), tuple(widths))
-
-
-_COPIES = ("to", "long", "int", "detach", "clone", "contiguous")
-_VIEWS = ("view", "reshape", "flatten", "squeeze", "unsqueeze")
-
-
-def _from_topk(node: torch.fx.Node) -> bool:
-    """Whether a value of Dynamo's graph is the indices of a topk, which are distinct in a row."""
-    topk, ids = _topk(node, _COPIES)
-    if topk is None or not isinstance(ids, Tensor):
-        return False
-    dim = topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1)
-    return dim in (-1, ids.dim() - 1)
-
-
-def _number_of_scores(node: torch.fx.Node) -> int | None:
-    """Of how many scores a topk took the ids, if they are a topk's in any shape and that is a constant."""
-    topk, ids = _topk(node, _COPIES + _VIEWS)
-    if topk is None or not isinstance(ids, Tensor):
-        return None
-    scores: Any = topk.args[0].meta.get("example_value")  # type: ignore[union-attr]
-    dim: Any = topk.kwargs.get("dim", topk.args[2] if len(topk.args) > 2 else -1)
-    width = scores.shape[dim] if isinstance(scores, Tensor) and isinstance(dim, int) else None
-    return width if isinstance(width, int) else None
-
-
-def _topk(node: torch.fx.Node, same: tuple[str, ...]) -> tuple[torch.fx.Node | None, Any]:
-    """(the topk of whose result a value is the indices, those indices), if nothing wrote to them."""
-    while node.op == "call_method" and node.target in same and isinstance(node.args[0], torch.fx.Node):
-        if _changed_in_place(node) or node.meta["example_value"].dtype not in (torch.int32, torch.int64):
-            return None, None
-        node = node.args[0]
-    source = node.args[0] if node.args else None
-    if not isinstance(source, torch.fx.Node) or node.target is not operator.getitem or _changed_in_place(node):
-        return None, None
-    is_topk = source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
-    return (source, node.meta.get("example_value")) if node.args[1] == 1 and is_topk else (None, None)
-
-
-def _changed_in_place(node: torch.fx.Node) -> bool:
-    """Whether anything before this call wrote to the value's memory, under whatever name."""
-    fake = node.meta.get("example_value")
-    if not isinstance(fake, Tensor):
-        return True
-    return fake._version != 0 if not fake.is_inference() else _written(node, fake)
-
-
-def _written(node: torch.fx.Node, fake: Tensor) -> bool:
-    """The same of a tensor of inference mode, which counts no versions: by what the graph does."""
-    storage = fake.untyped_storage()._cdata
-    for n in node.graph.nodes:
-        name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
-        inplace = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE or "out" in n.kwargs
-        for a in (*n.args[:1], n.kwargs.get("out")):
-            other = a.meta.get("example_value") if inplace and isinstance(a, torch.fx.Node) else None
-            if isinstance(other, Tensor) and other.untyped_storage()._cdata == storage:
-                return True
-    return False
-
-
-_IN_PLACE = frozenset(name for name in dir(operator) if name.startswith("i")) | {"setitem", "__setitem__"}
+    return values[: len(args)], named, Known(tuple(distinct), tuple(widths), tuple(tables))
 
 
 @contextlib.contextmanager

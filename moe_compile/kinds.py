@@ -18,11 +18,11 @@ from torch.fx import GraphModule
 
 from moe_compile import native
 from moe_compile.analysis import analyse
+from moe_compile.arguments import Known
 from moe_compile.cost import Gain, computing, product_flops
 from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
 from moe_compile.pipeline import canonicalise
-from moe_compile.ranges import FromTopk
 from moe_compile.read_walk import plain_attributes, reads
 from moe_compile.reads import SIMPLE, Read, hold
 from moe_compile.region import experts
@@ -63,7 +63,7 @@ def kind_of(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: tuple[int, ...] | FromTopk,
+    known: Known,
     skip: frozenset[str],
     holds: Callable[[Any], bool] = lambda guard: True,
 ) -> Kind | Declined:
@@ -71,17 +71,17 @@ def kind_of(
 
     `holds`: whether a condition on the caller's sizes is true for it.
     """
-    key = (fn.__code__, fn.__defaults__, _structure(module), _metadata([args, kwargs]), distinct, skip, _modes())
+    key = (fn.__code__, fn.__defaults__, _structure(module), _metadata([args, kwargs]), known, skip, _modes())
     alike = _known.setdefault(key, [])
-    for known in alike:
-        if all(map(holds, known.guards)) and hold(known.reads, fn, module):
-            return known
+    for kind in alike:
+        if all(map(holds, kind.guards)) and hold(kind.reads, fn, module):
+            return kind
     if len(_known) > 512:
         _known.clear()
     for dtype in {p.dtype for p in module.parameters() if p.device.type == "cpu"} & native.NUMBERS.keys():
         native.prepare(dtype)  # a compiler runs while the proof does
     started = time.perf_counter()
-    kind = _prove(fn, module, args, kwargs, distinct, skip)
+    kind = _prove(fn, module, args, kwargs, known, skip)
     took = 1e3 * (time.perf_counter() - started)
     log.info("%s: %s, %.0f ms", fn.__qualname__, kind.report.reason or "proven", took)
     _known.setdefault(key, alike)[:] = [kind, *alike[:15]]
@@ -98,13 +98,13 @@ def _prove(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: dict[str, Any],
-    distinct: tuple[int, ...] | FromTopk,
+    known: Known,
     skip: frozenset[str],
 ) -> Kind | Declined:
     read: tuple[Read, ...] = ()
     try:
         read = reads(fn, module)
-        found = analyse(fn, module, args, kwargs, distinct)
+        found = analyse(fn, module, args, kwargs, known)
         node = found.gm.graph.find_nodes(op="call_function", target=experts)[0]
         num_experts, ids = node.args[6], node.args[0]
         top_k = ids.meta["val"].shape[1]  # type: ignore[union-attr]
@@ -148,7 +148,7 @@ def _prove(
         None, found.before, f"{detected}\n\n{after}", tuple(map(str, reports)),
         body=tuple(computing(body.graph)), strategy="grouped", gain=gain,
     )  # fmt: skip
-    run = _function(found.gm, fn.__name__, spec.is_leaf())
+    run = _function(found.gm, fn.__name__ if fn.__name__.isidentifier() else "function", spec.is_leaf())
     return Kind(run, state, spec.is_leaf(), tuple(found.capture.guards()), read, report)
 
 

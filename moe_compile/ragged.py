@@ -144,8 +144,13 @@ def _grouped(b: Batcher, node: Node, x: Any, w: Any, transposed: bool) -> Node:
         raise Refusal("a product of two expert weights")
     rows = b.env[x].node
     assert isinstance(rows, Node)
-    if value(rows).dim() != 2:
-        raise Refusal(f"a product of rows of rank {value(rows).dim()} with expert weights")
+    rank, many = value(rows).dim(), value(rows).shape[1:-1].numel()
+    if rank < 2 or not isinstance(many, int):
+        raise Refusal(f"a product of rows of rank {rank} with expert weights")
+    offsets = b.offsets
+    if rank > 2:  # each row is a matrix: as many rows of the product
+        rows = b.emit(aten.reshape.default, rows, [-1, value(rows).shape[-1]])
+        offsets = b.emit(aten.mul.Tensor, offsets, many)
     weights = b.env[w].node
     stacks = [weights] if isinstance(weights, Node) else list(weights)
     if value(rows).dtype != dtype:
@@ -154,12 +159,13 @@ def _grouped(b: Batcher, node: Node, x: Any, w: Any, transposed: bool) -> Node:
         stacks = [b.emit(aten.to.dtype, b.stack(w), dtype)]
     if transposed:
         stacks = [b.transposed(s) for s in stacks]
-    return b.emit(moe_ep.grouped_gemm.default, rows, stacks, b.offsets)
+    product = b.emit(moe_ep.grouped_gemm.default, rows, stacks, offsets)
+    return product if rank == 2 else b.emit(aten.reshape.default, product, [-1, *value(node).shape[1:]])
 
 
 def _plus_bias(b: Batcher, node: Node, product: Node, bias: list[Any]) -> Batched:
     if bias and isinstance(bias[0], Node):
-        rows = b.rows(bias[0], 2)
+        rows = b.rows(bias[0], value(product).dim())
         if value(rows).dtype != value(product).dtype:
             rows = b.emit(aten.to.dtype, rows, value(product).dtype)
         product = b.emit(aten.add.Tensor, product, rows)

@@ -9,8 +9,7 @@ those that stand at a place; what would see their number is a refusal.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -28,23 +27,6 @@ _lib.define("chosen(Tensor ids, int classes) -> Tensor")
 torch.library.register_fake(
     "moe_ep_capture::chosen", lambda ids, classes: ids.new_empty((classes,), dtype=torch.bool), lib=_lib
 )
-
-
-@dataclass(frozen=True)
-class FromTopk:
-    """The positions, among tensor arguments, of ids that come from a topk and are distinct in a row; and of those that
-    come from one in any shape, with the number of scores that it took them from."""
-
-    distinct: tuple[int, ...]
-    widths: tuple[tuple[int, int], ...]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.distinct)
-
-
-def widths(distinct: Any) -> Mapping[int, int]:
-    """By position, of how many scores ids were taken; nothing if only the positions are given."""
-    return dict(distinct.widths) if isinstance(distinct, FromTopk) else {}
 
 
 _SAME_NUMBERS = frozenset(

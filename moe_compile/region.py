@@ -60,6 +60,22 @@ def outside_is_zero(rows: Tensor, bound: int) -> Tensor:
     return rows
 
 
+# Ids that no node of the program holds, until detection writes them out (detect/tables.py).
+
+
+def ids_in(table: Tensor) -> Tensor:
+    """The position of the one entry that is not zero in each row of `table` [..., E]; -1 where there is none."""
+    numbers = torch.arange(1, table.shape[-1] + 1, device=table.device)
+    return ((table != 0) * numbers).sum(-1) - 1
+
+
+def ids_kept(ids: Tensor, table: Tensor) -> Tensor:
+    """`ids`, without those whose entry in `table` is zero: [T, K, E], or [T, E] for all k alike; -1 in their place."""
+    inside = ids.clamp(min=0).long()
+    kept = table.gather(-1, inside if table.dim() == ids.dim() else inside.unsqueeze(-1)).view_as(ids)
+    return torch.where((ids >= 0) & (kept != 0), ids, -1)
+
+
 class Expr:
     """One value of a body: an ATen call on other values, or a leaf.  Equal values are one object (`Table`)."""
 
@@ -78,7 +94,8 @@ class Leaf(Expr):
     """A value the body receives.  `node` is where it comes from in the outer graph.
 
     role: "token" (a row of node), "pair" (an entry of node [T, K, ...]), "flat_pair" (of node [T*K, ...]),
-    "column" (node[t, id], node is [T, E]), "slice" (node[e]), "outer" (node itself).
+    "column" (node[t, id], node is [T, E]), "slice" (node[e]), "outer" (node itself); where experts have lists of tokens
+    "rows" (node[list of the expert]), "listed" (node itself, by row, another one for each expert).
     """
 
     __slots__ = ("node", "role")
@@ -157,9 +174,9 @@ class Body:
         return GraphModule(torch.nn.Module(), graph, "Body")
 
     def _level(self, leaf: Leaf) -> str:
-        if leaf in self.families or leaf.role == "slice":
+        if leaf.role == "slice" or (leaf in self.families and leaf.role != "listed"):
             return "param"
-        return {"token": "token", "outer": "shared"}.get(leaf.role, "pair")
+        return {"token": "token", "rows": "token", "listed": "token", "outer": "shared"}.get(leaf.role, "pair")
 
 
 def _map(arg: Any, made: dict[int, Node]) -> Any:

@@ -34,6 +34,7 @@ from moe_compile.detect.values import (
     Filled,
     Hits,
     Index,
+    ListSum,
     PairGrid,
     Pieces,
     Plain,
@@ -191,11 +192,14 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
         may_guard=True,
         visits=found.each(),
         empty=found.empty,
+        tables=found.tables,
     )
     run = Interpreter(found.gm.graph, rules(), facts)
     totals: list[tuple[Node, Sum]] = []
 
-    def record(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
+    def record(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Value:
+        if isinstance(total, ListSum):  # who decides on data does not know its lists
+            return Plain(node)
         if isinstance(total, DenseSum):
             gathered = dense.gather(run, node, total)
             if isinstance(gathered, Unknown):
@@ -252,6 +256,7 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
     for into, name in ((result.around, None), (result.without, result.start)):
         around = _Speller(found, nothing | {site: name or "the sum" for site, _ in totals})
         into += [around.node(n) for n in ends]
+    run.erase_ids()
     return result
 
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect import counts, dense, every, pairs, rows, selection, sorted_rows, sums
+from moe_compile.detect import counts, dense, every, lists, pairs, rows, selection, sorted_rows, sums, tables
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
-from moe_compile.detect.values import Region
+from moe_compile.detect.values import ListRegion, Region
 from moe_compile.region import Body, Expr, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
 
@@ -34,11 +34,12 @@ aten = torch.ops.aten
 
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
-    tables = (
-        counts.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES, sums.RULES, rows.RULES,
+    every_table = (
+        counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
+        sums.RULES, lists.RULES, rows.RULES,
     )  # fmt: skip
-    ops = {op for table in tables for op in table}
-    found = {op: tuple(rule for table in tables for rule in table.get(op, ())) for op in ops}
+    ops = {op for table in every_table for op in table}
+    found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}
     return _WithSlices({op: (*found[op], rows.on_slices) for op in ops})
 
 
@@ -66,6 +67,8 @@ class DetectExperts(RewritePass[Found]):
     def find(self, graph: Graph) -> Iterator[tuple[Node, Found]]:
         self.run = Interpreter(graph, rules(), self.facts)
         self.run.run(sums.finish)
+        if not self.run.regions and not self.run.refused:
+            lists.joined(self.run)
         for site, region in self.run.regions.items():
             yield site, Found(site, region, None)
         for site, reason in self.run.refused:
@@ -83,6 +86,9 @@ class DetectExperts(RewritePass[Found]):
         region, site = found.region, found.site
         assert region is not None
         with graph.inserting_before(site):
+            if isinstance(region, ListRegion):
+                site.replace_all_uses_with(lists.write(graph, region, site))
+                return
             ids = _ids(graph, region, site)
             node = _experts(graph, region, site, ids, region.body, 0, region.num_experts, region.num_classes)
             if region.tail is not None:
@@ -103,6 +109,8 @@ class DetectExperts(RewritePass[Found]):
             drop_dead(gm.graph, lambda n: n in sites or n in local)
             _drop_idle_grad_modes(gm.graph)
             gm.recompile()
+        if self.run is not None:
+            self.run.erase_ids()
         return report
 
 
@@ -152,7 +160,7 @@ def _drop_idle_grad_modes(graph: Graph) -> None:
 
 def _ids(graph: Graph, region: Region, site: Node) -> Node:
     """The expert of every pair [T, K], as the original reads its weights."""
-    ids = region.ids
+    ids = tables.written_out(graph, region.ids, site)
     if _rank(ids) == 1:
         ids = emit(graph, aten.unsqueeze.default, ids, 1, like=site)
     if isinstance(region.reads, tuple):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import moe_compile
-from moe_compile import MoeCompileError, dynamo_hook, kinds
+from moe_compile import MoeCompileError, arguments, dynamo_hook, kinds
 from tests import tiny
 from tests.tiny import (
     FF,
@@ -1076,7 +1076,7 @@ def test_only_a_topk_along_the_rows_gives_distinct_ids(dim: int, distinct: bool)
     scores = graph.placeholder("scores")
     ids = graph.call_function(operator.getitem, (graph.call_function(torch.topk, (scores, 2), {"dim": dim}), 1))
     ids.meta["example_value"] = torch.zeros(3, 2, dtype=torch.int64)
-    assert dynamo_hook._from_topk(ids) is distinct
+    assert arguments.from_topk(ids) is distinct
 
 
 class LastOfTwo(Experts):

@@ -39,13 +39,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         encoder_sparse_step=2, decoder_sparse_step=2, moe_token_dropout=0.0,
         dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
     ),
+    "switch_transformers": COMMON | dict(
+        d_model=WIDTH, d_kv=16, d_ff=24, num_heads=2, num_layers=2, num_decoder_layers=2, num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1, num_experts=4, expert_capacity=2, dropout_rate=0.0, router_jitter_noise=0.0,
+    ),
     "llama4_text": CAUSAL | dict(
         intermediate_size=24, intermediate_size_mlp=48, num_local_experts=4, num_experts_per_tok=2,
         interleave_moe_layer_step=1, attention_chunk_size=16,
     ),
 }  # fmt: skip
 PARTS = {"step3p7": "Step3p7TextModel"}  # the class, where no AutoModel knows it
-REWRITTEN = {"step3p7": 2, "dbrx": 2, "longcat_flash": 2, "nllb-moe": 2, "llama4_text": 2}  # how many layers
+REWRITTEN = {
+    "step3p7": 2,
+    "dbrx": 2,
+    "longcat_flash": 2,
+    "nllb-moe": 2,
+    "switch_transformers": 2,
+    "llama4_text": 2,
+}  # how many layers
 
 
 def build(family: str) -> tuple[nn.Module, dict[str, Tensor]]:

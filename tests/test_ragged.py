@@ -22,7 +22,9 @@ T, K, E, D, FF = 9, 2, 4, 6, 5
 Body = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # rows x [r, D]; of each expert: w [FF, D], v [D], s []
 
 CASES: dict[str, Body] = {
-    "linear": lambda x, w, v, s: F.linear(F.linear(x, w), w.t(), v),
+    "linear": lambda x, w, v, s: (
+        F.linear(F.linear(x, w), w.t(), v) + F.linear(F.linear(torch.stack([x, 2 * x], 1), w, w[:, 0]), w.t(), v).sum(1)
+    ),
     "matmul": lambda x, w, v, s: x @ w.t() @ w,
     "abs": lambda x, w, v, s: x * v.abs(),
     "add": lambda x, w, v, s: (x + v) * (v + s),
@@ -95,10 +97,6 @@ CASES: dict[str, Body] = {
 REFUSED: dict[str, tuple[Body, str]] = {
     "a product of weights": (lambda x, w, v, s: x @ (w.t() @ w), "a product of two expert weights"),
     "an op without a rule": (lambda x, w, v, s: x * v.cumsum(0), "no rule for aten.cumsum on expert weights"),
-    "rows of rank 3": (
-        lambda x, w, v, s: (x.unsqueeze(1) @ w.t()).sum(1) @ w,
-        "a product of rows of rank 3 with expert weights",
-    ),
 }
 
 

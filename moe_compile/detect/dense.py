@@ -29,6 +29,7 @@ from moe_compile.detect.values import (
     DenseWeight,
     Infinite,
     MaskedWeights,
+    Member,
     Plain,
     Rows,
     RowTuple,
@@ -146,6 +147,28 @@ def term(call: Call) -> Value | None:
     return None
 
 
+def unweighed(call: Call) -> Value | None:
+    """expert_e(x) * (ids == e)[:, None]."""
+    for i in (0, 1):
+        mask, value, node = call.arg(1 - i), call.arg(i), call.node.args[i]
+        if not (isinstance(mask, Member) and isinstance(value, Plain) and isinstance(node, Node)):
+            continue
+        val, rank = call.val(node), call.val(mask.ids).dim()
+        if not isinstance(val, Tensor) or val.dim() < 2 or not val.is_floating_point() or len(mask.dims) != val.dim():
+            return None
+        single = mask.dims[1:2] == (1,) and same_size(call.val(mask.ids).shape[1], 1)
+        by_pair = mask.kind == "mask" and (rank == 1 or single)
+        if not isinstance(mask.expert, int) or not (by_pair or (rank == 2 and mask.kind in ("count", "any"))):
+            return None
+        if mask.dims[0] != 0 or any(d != "one" for d in mask.dims[1 + single :]):
+            return None
+        if not equal_sizes(call.run, val.shape[:1], call.val(mask.ids).shape[:1]):
+            return None
+        role = "any" if mask.kind == "any" else "one"
+        return DenseTerm(call.node, node, DenseWeight(mask.ids, mask.expert, mask.classes, role, mask.ids))
+    return None
+
+
 def add(call: Call) -> Value | None:
     """total + term, term + term, 0 + term."""
     left, right = call.arg(0), call.arg(1)
@@ -247,13 +270,15 @@ def gather(run: Interpreter, node: Node, total: DenseSum) -> Sum | Unknown:
     ids = total.terms[0].weight.ids
     if any(t.weight.ids is not ids for t in total.terms):
         return Unknown("the experts of a dense sum are weighed by different ids")
-    if any(t.weight.role == "column" for t in total.terms) and (repeated := not_distinct(run, ids)):
-        return Unknown(f"a token that chose an expert twice has one entry in the table of weights: {repeated}")
+    roles = {t.weight.role for t in total.terms}
+    if roles & {"column", "any"} and (repeated := not_distinct(run, ids)):
+        what = "has one entry in the table of weights" if "column" in roles else "counts once"
+        return Unknown(f"a token that chose an expert twice {what}: {repeated}")
     needed = [ancestors(t.value) for t in total.terms]
     times = collections.Counter(n for mine in needed for n in mine)
     inside = [{n for n in mine if times[n] == 1} for mine in needed]
     span = {n for own in inside for n in own}
-    if why := _not_pure(run, node, span):
+    if why := not_pure(run, node, span):
         return Unknown(why)
     rows = []
     for t, own in zip(total.terms, inside, strict=True):
@@ -284,7 +309,11 @@ class _Rows:
         y = self.made.get(self.term.value)
         if not isinstance(y, Rows) or y.dim != 0 or y.expr.level != "row":
             return Unknown(f"{self.term.value.name} is not one value a token")
-        val = self.term.value.meta["val"].to(self.term.node.meta["val"].dtype)
+        dtype = self.term.node.meta["val"].dtype
+        val = self.term.value.meta["val"].to(dtype)
+        if self.term.weight.role in ("one", "any"):
+            same = y.expr.val.dtype == dtype
+            return y if same else Rows(self.selection, self.run.table.call(aten.to.dtype, (y.expr, dtype), {}, val))
         return Rows(self.selection, self.run.table.call(aten.mul.Tensor, (y.expr, self._weight(val)), {}, val))
 
     def _weight(self, like: Tensor) -> Expr:
@@ -333,7 +362,7 @@ def ancestors(node: Node) -> set[Node]:
     return found
 
 
-def _not_pure(run: Interpreter, site: Node, span: set[Node]) -> str | None:
+def not_pure(run: Interpreter, site: Node, span: set[Node]) -> str | None:
     """Why the experts' part of the graph cannot be read again, or None."""
     first = next((n for n in run.graph.nodes if n in span and n.op == "call_function"), None)
     outer = {s for n in run.graph.nodes if n not in span for s in storages(n)}
@@ -360,7 +389,7 @@ def _flat(tree: Any) -> Iterable[Any]:
 RULES: dict[str, tuple[Rule, ...]] = {
     **{op: (scatter,) for op in ("scatter", "scatter_", "scatter_add", "scatter_add_")},
     **{op: (keeps_zeros,) for op in ("to", "_to_copy", "div", "true_divide")},
-    "mul": (weigh_stack, term, keeps_zeros),
+    "mul": (weigh_stack, term, unweighed, keeps_zeros),
     **{op: (shape,) for op in ("unsqueeze", "view", "reshape", "t", "transpose", "permute", "select", "slice")},
     "unbind": (split,),
     **{op: (add,) for op in ("add", "add_")},

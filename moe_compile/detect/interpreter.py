@@ -25,6 +25,7 @@ from moe_compile.detect.values import (
     Filled,
     FlatIds,
     Index,
+    ListSum,
     Permutation,
     Pieces,
     Plain,
@@ -58,6 +59,7 @@ class Facts:
     classes: int | None = None  # ids outside [0, classes) are shown to be an error
     empty: frozenset[Node] = frozenset()  # numbers of rows that are zero here
     visits: Mapping[Node, Each] = field(default_factory=dict)  # inputs whose length is an index, plus VISIT_OFFSET
+    tables: frozenset[Node] = frozenset()  # of zeros and ones, with one at most in a row [..., E]
 
 
 @dataclass
@@ -97,6 +99,7 @@ class Interpreter:
         self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
         self.reads: dict[Node, set[Any]] = {}  # ids -> how rows of all experts choose weights by them (Region.reads)
         self.empty: set[tuple[Node, int]] = set()  # (ids, expert) of experts that have no rows here
+        self.written: dict[Node, Node | None] = {}  # ids that only we need -> those that they are a part of
         self.inside: set[Node] = set()  # plain nodes that belong to the experts of a dense sum
         self._version: dict[Any, int] = {}  # storage -> number of changes
         self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
@@ -106,7 +109,7 @@ class Interpreter:
         self.canonical: dict[Node, Node] = {}  # plain nodes -> an earlier node of equal value
         self._inputs = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in storages(n)}
 
-    def run(self, finish: Callable[["Interpreter", Node, Sum | DenseSum], Value]) -> None:
+    def run(self, finish: Callable[["Interpreter", Node, Sum | DenseSum | ListSum], Value]) -> None:
         self._finish = finish
         for node in self.graph.nodes:
             if node.op == "output":
@@ -136,7 +139,7 @@ class Interpreter:
     def settle(self, node: Node) -> Value:
         """The meaning of a node for somebody outside of the sum: a finished region if it is a sum."""
         value = self.values[node]
-        if isinstance(value, Sum | DenseSum):
+        if isinstance(value, Sum | DenseSum | ListSum):
             value = self.values[node] = self._finish(self, node, value)
             if isinstance(value, Region):
                 self.regions[node] = value
@@ -149,6 +152,8 @@ class Interpreter:
     def _meaning(self, node: Node) -> Value:
         if node.op == "placeholder":
             each = self.facts.visits.get(node)
+            if node in self.facts.tables and (rule := self.rules.get("table")):
+                return self._made(node, rule[0](Call(node, "table", [], {}, self)) or Plain(node))
             return self._made(node, Plain(node) if each is None else Visit(each, VISIT_OFFSET))
         if node.op == "get_attr":
             literal = (self.facts.constants or {}).get(str(node.target))
@@ -166,7 +171,7 @@ class Interpreter:
             return Plain(node)
         for source in node.all_input_nodes:
             if stale := self._stale(source):
-                if any(isinstance(self.values[n], Sum | DenseSum) for n in node.all_input_nodes):
+                if any(isinstance(self.values[n], Sum | DenseSum | ListSum) for n in node.all_input_nodes):
                     self.refused.append((node, stale))
                 return self._made(node, Unknown(stale))
         changed = self._change(node)
@@ -195,7 +200,7 @@ class Interpreter:
                 result = rule(call)
                 if result is not None:
                     return self._no_grad_check(node, result)
-            if not any(isinstance(v, Sum | DenseSum | Dense | Filled) for v in values):
+            if not any(isinstance(v, Sum | DenseSum | ListSum | Dense | Filled) for v in values):
                 break
         if folded := self.fold(node, call):
             return folded
@@ -332,6 +337,27 @@ class Interpreter:
         return not (storages(node) & self._inputs)
 
     # -- help for rules ---------------------------------------------------------------------
+
+    def write_ids(self, after: Node, target: Any, args: tuple[Any, ...], val: Tensor, of: Node | None) -> Node:
+        """A node for ids that the program does not name, as early as they are known; `erase_ids` drops it.
+
+        of: ids of which these are some, with -1 in the place of the others.
+        """
+        known = next((u for u in after.users if u.target is target and u.args == args), None)
+        if known is None:
+            inputs = after.op == "placeholder"
+            place = next(n for n in self.graph.nodes if n.op != "placeholder") if inputs else after.next
+            with self.graph.inserting_before(place):
+                known = self.graph.call_function(target, args)
+            known.meta = {k: v for k, v in after.meta.items() if k == "stack_trace"} | {"val": val}
+        self.written[known] = of
+        return known
+
+    def erase_ids(self) -> None:
+        """Take out what `write_ids` put into the graph and nobody uses."""
+        for node in reversed(self.written):
+            if not node.users and not node._erased:
+                self.graph.erase_node(node)
 
     def expr(self, call: Call, target: Any, args: Any, kwargs: dict[str, Any] | None = None, val: Any = None) -> Expr:
         """The call as an expression of the body; its value is this node's unless `val` says otherwise."""

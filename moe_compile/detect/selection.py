@@ -47,6 +47,18 @@ def ids_node(value: Any) -> Node | None:
     return node if isinstance(val, Tensor) and val.dtype in INTEGERS and 1 <= val.dim() <= 2 else None
 
 
+def ids_in_column(call: Call, value: Any) -> Any:
+    """Ids [T, 1, 1, ...] as a vector of ids, and how many dimensions follow; else the value itself and 0."""
+    node = value.node if isinstance(value, Plain) else None
+    val = node.meta.get("val") if node is not None else None
+    if node is None or not isinstance(val, Tensor) or val.dim() < 3 or val.dtype not in INTEGERS:
+        return value, 0
+    if not all(isinstance(s, int) and s == 1 for s in val.shape[1:]):
+        return value, 0
+    flat = call.run.write_ids(node, torch.ops.aten.reshape.default, (node, [-1]), val.reshape(-1), None)
+    return Plain(flat), val.dim() - 1
+
+
 def flat_as_ids(call: Call) -> Value:
     """The first argument; flat ids as a vector of ids, as good as any."""
     value = call.arg(0)
@@ -87,9 +99,12 @@ def equal(call: Call) -> Value | None:
         left, right = right, left
     if isinstance(right, Visit):
         number = number_in(right)
-    if (ids := ids_node(left)) is None or isinstance(number, bool) or not isinstance(number, Expert):
+    if isinstance(number, bool) or not isinstance(number, Expert):
         return None
-    return Member(ids, tuple(range(call.val(ids).dim())), number, None)
+    left, ones = ids_in_column(call, left)
+    if (ids := ids_node(left)) is None:
+        return None
+    return Member(ids, (*range(call.val(ids).dim()), *["one"] * ones), number, None)
 
 
 def positive(call: Call) -> Value | None:
@@ -223,7 +238,7 @@ def squeeze(call: Call) -> Value | None:
     value = call.arg(0)
     if isinstance(value, Visit):
         return visit(call)
-    if isinstance(value, Member):
+    if isinstance(value, Member) and call.op == "squeeze":
         dims = [call.number(1)] if len(call.args) > 1 and call.number(1) is not None else []
         dims = dims[0] if dims and isinstance(dims[0], list) else dims
         drop = {d % len(value.dims) for d in dims}
@@ -239,6 +254,20 @@ def squeeze(call: Call) -> Value | None:
     if isinstance(value, Index) and isinstance(value.dim, tuple) and len(value.dim) == 1:
         return Index(value.selection, value.dim[0]) if call.val().dim() == 1 else None
     return value if isinstance(value, Hits) and call.val().dim() == 1 else None
+
+
+def unsqueeze(call: Call) -> Value | None:
+    """mask[:, None], mask.view(-1, 1, 1)."""
+    value, val = call.arg(0), call.val()
+    if not isinstance(value, Member):
+        return None
+    if call.op == "unsqueeze":
+        at = call.number(1) % val.dim()
+        return _with(value, dims=(*value.dims[:at], "one", *value.dims[at:]))
+    more = val.dim() - len(value.dims)
+    before = call.val(call.node.args[0]).shape
+    same = more > 0 and all(map(same_size, val.shape, before)) and all(map(same_size, val.shape[-more:], [1] * more))
+    return _with(value, dims=(*value.dims, *["one"] * more)) if same else None
 
 
 def reduce(call: Call) -> Value | None:
@@ -326,10 +355,10 @@ def item(call: Call) -> Value | None:
 
 def gather_rows(call: Call) -> Value | None:
     """x[token], weights[token, k], table[:, e][token]; a mask in the index is what it selects."""
-    value, indices = call.arg(0), call.arg(1) if call.op == "index" else [call.arg(2)]
+    value = call.arg(0)
     if call.op == "index_select" and call.number(1) != 0:
         return None
-    picked, selection = index_vectors(indices)
+    picked, selection = index_vectors(call, 1 if call.op == "index" else 2)
     if selection is None:
         return None
     if isinstance(selection, Unknown):
@@ -411,12 +440,17 @@ def everyone(ids: Node, order: Any) -> Selection:
     return Selection(ids, None, None, "pair", order, k if isinstance(k, int) else 0)
 
 
-def index_vectors(indices: list[Any]) -> tuple[list[Any], Selection | Unknown | None]:
-    """For [Index, None, mask]: the ids' dimension behind each place, and the one selection they share."""
+def index_vectors(call: Call, position: int) -> tuple[list[Any], Selection | Unknown | None]:
+    """For an index [Index, None, mask] or a single one: the ids' dimension behind each place, and the one selection."""
     picked: list[Any] = []
     found: set[Selection] = set()
-    for index in indices:
+    indices, nodes = call.arg(position), call.node.args[position]
+    if not isinstance(indices, list):
+        indices, nodes = [indices], [nodes]
+    for index, node in zip(indices, nodes, strict=True):  # type: ignore[arg-type]
         if isinstance(index, Member):
+            if call.val(node).dtype not in (torch.bool, torch.uint8):
+                return [], Unknown("a mask of numbers is an index: it picks rows 0 and 1")
             chosen = choose(index)
             if not isinstance(chosen, Selection):
                 return [], chosen if isinstance(chosen, Unknown) else None
@@ -438,10 +472,12 @@ def index_vectors(indices: list[Any]) -> tuple[list[Any], Selection | Unknown | 
 
 
 def whole(call: Call) -> Value | None:
-    """hits[:], and table[:] of `table[:, 0]`: what was found from its start to its end."""
-    value, bounds = call.arg(0), [call.number(i, name, d) for i, name, d in _BOUNDS]
-    listed = isinstance(value, Hits) or (isinstance(value, Index) and isinstance(value.dim, tuple))
-    return value if listed and bounds in ([0, 0, _END, 1], [0, None, None, 1]) else None
+    """hits[:], mask[:], and table[:] of `table[:, 0]`: all of it, from its start to its end."""
+    value, (dim, *bounds) = call.arg(0), [call.number(i, name, d) for i, name, d in _BOUNDS]
+    if bounds not in ([0, _END, 1], [None, None, 1]):
+        return None
+    found = isinstance(value, Hits) or (isinstance(value, Index) and isinstance(value.dim, tuple))
+    return value if isinstance(value, Member) or (found and dim == 0) else None
 
 
 _END = 2**63 - 1
@@ -477,10 +513,16 @@ _SAME_IDS = (
 
 def not_distinct(run: Interpreter, ids: Node | None) -> str | None:
     """Why a token might choose one expert twice, or None if it cannot: its ids are those of a topk."""
-    if ids is None or ids.meta["val"].dim() == 1 or same_size(ids.meta["val"].shape[1], 1):
+    if ids is None:
         return None
     source: Any = ids
+    while run.written.get(source) is not None:
+        source = run.written[source]
+    if source.meta["val"].dim() == 1 or same_size(source.meta["val"].shape[1], 1):
+        return None
     while isinstance(source, Node) and source.op == "call_function" and str(source.target) in _SAME_IDS:
+        if source.meta["val"].dtype not in (torch.int32, torch.int64):
+            break  # a narrower type may make two ids one
         source = source.args[0]
     if source in run.facts.distinct_ids:
         return None
@@ -509,7 +551,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **{op: (reorder,) for op in ("permute", "transpose", "t")},
     "select": (take,),
     "slice": (whole,),
-    **{op: (squeeze,) for op in ("squeeze", "view", "reshape", "flatten")},
+    "unsqueeze": (unsqueeze,),
+    **{op: (squeeze, unsqueeze) for op in ("view", "reshape")},
+    **{op: (squeeze,) for op in ("squeeze", "flatten")},
     **{op: (reduce,) for op in ("sum", "any", "count_nonzero")},
     **{op: (nonzero,) for op in ("nonzero", "nonzero_numpy")},
     "where": (nonzero, masked_weights),

@@ -5,13 +5,15 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect import dense
+from moe_compile.detect import dense, lists
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
 from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not_distinct, same_size
+from moe_compile.detect.unify import leaves_of, parts_of, unify
 from moe_compile.detect.values import (
     Buffer,
     DenseSum,
     Each,
+    ListSum,
     PairGrid,
     Plain,
     Region,
@@ -22,7 +24,7 @@ from moe_compile.detect.values import (
     Unknown,
     Value,
 )
-from moe_compile.region import Expr, Leaf, flat, outside_is_zero
+from moe_compile.region import Expr, Leaf, outside_is_zero
 
 # -- accumulation ---------------------------------------------------------------------------
 
@@ -58,7 +60,7 @@ def add_term(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection) 
 
 def index_add(call: Call) -> Value | None:
     total = total_of(call)
-    picked, selection = index_vectors([call.arg(2)])
+    picked, selection = index_vectors(call, 2)
     if selection is None or total is None:
         return None
     rows = call.arg(3)
@@ -74,7 +76,7 @@ def index_add(call: Call) -> Value | None:
 def index_put(call: Call) -> Value | None:
     """total[token] = rows, with accumulation, as `total[token] += rows`, or as an assignment."""
     total = total_of(call)
-    picked, selection = index_vectors(call.arg(1))
+    picked, selection = index_vectors(call, 1)
     if selection is None or total is None:
         return None
     if isinstance(selection, Unknown):
@@ -127,7 +129,7 @@ def read(call: Call) -> Value | None:
     value = call.arg(0)
     if not isinstance(value, Buffer | Sum):
         return None
-    picked, selection = index_vectors(call.arg(1))
+    picked, selection = index_vectors(call, 1)
     if not isinstance(selection, Selection):
         return selection
     return SumRead(value, selection) if picked == [0] else Unknown("the sum is read along other dimensions")
@@ -195,8 +197,10 @@ def sum_of_grid(call: Call) -> Value | None:
 BY_TOKEN = {"token": 1, "pair": 2, "column": 1}  # how many dimensions a leaf's node shares with the ids
 
 
-def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
+def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Value:
     """The region that a sum is, or the first thing that could not be shown."""
+    if isinstance(total, ListSum):
+        return lists.finish(run, node, total)
     if isinstance(total, DenseSum):
         gathered = dense.gather(run, node, total)
         if isinstance(gathered, Unknown):
@@ -233,9 +237,9 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum) -> Value:
         body, families = bodies[0], merged
         if first.per == "token" and (repeated := not_distinct(run, first.ids)):
             return Unknown(f"a token that chose an expert twice counts once: {repeated}")
-    leaves = _leaves(body)
+    leaves = leaves_of(body)
     if tail is not None:
-        leaves = list({id(leaf): leaf for leaf in [*leaves, *_leaves(tail[1])]}.values())
+        leaves = list({id(leaf): leaf for leaf in [*leaves, *leaves_of(tail[1])]}.values())
         if tail[1].val.dtype != body.val.dtype or tail[1].val.shape[1:] != body.val.shape[1:]:
             return Unknown(f"expert {len(experts or [])} differs from expert 0 in its result's dtype or shape")
     stacks = {leaf.node: leaf.node.meta["val"].shape[0] for leaf in leaves if leaf.role == "slice"}
@@ -321,7 +325,7 @@ def zero_outside(expr: Any) -> bool:
 
 
 def _marks(root: Expr) -> set[int]:
-    return {e.args[1] for e in _parts(root) if e.target is outside_is_zero}
+    return {e.args[1] for e in parts_of(root) if e.target is outside_is_zero}
 
 
 def unmarked(run: Interpreter, root: Expr) -> Expr:
@@ -347,72 +351,9 @@ def without_tail(bodies: list[Expr]) -> tuple[list[Expr], Expr | None]:
     """The experts before the last ones that are all one function without weights, as of tokens passed on; and these."""
     last = bodies[-1]
     first = next(i for i, body in enumerate(bodies) if all(b is last for b in bodies[i:]))
-    if not first or not all(leaf.role in BY_TOKEN for leaf in _leaves(last)):
+    if not first or not all(leaf.role in BY_TOKEN for leaf in leaves_of(last)):
         return bodies, None
     return bodies[:first], last
-
-
-def unify(bodies: list[Expr]) -> "dict[Expr, list[Node]] | Unknown":
-    """Show that all experts compute the same function of their own weights.
-
-    Returns, for each leaf of the first body that is another node for another expert, the node of every expert.
-    """
-    seen: dict[Leaf, list[Node]] = {}
-    for e, body in enumerate(bodies):
-        met: dict[Leaf, Leaf] = {}
-        reason = _match(bodies[0], body, met, set())
-        if reason:
-            return Unknown(f"expert {e} differs from expert 0: {reason}")
-        for leaf, other in met.items():
-            seen.setdefault(leaf, []).append(other.node)
-    return {leaf: nodes for leaf, nodes in seen.items() if any(n is not leaf.node for n in nodes)}
-
-
-def _match(a: Any, b: Any, met: dict[Leaf, Leaf], done: set[tuple[int, int]]) -> str | None:
-    """Why b is not a with other leaves; fills `met` with the leaf of b for each leaf of a."""
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        if len(a) != len(b):
-            return f"{len(b)} arguments for {len(a)}"
-        return next((r for x, y in zip(a, b, strict=True) if (r := _match(x, y, met, done))), None)
-    if not (isinstance(a, Expr) and isinstance(b, Expr)):
-        same = type(a) is type(b) and (a == b or (a != a and b != b))
-        return None if same else f"{b!r} where that has {a!r}"
-    if (id(a), id(b)) in done:
-        return None
-    done.add((id(a), id(b)))
-    if isinstance(a, Leaf) and isinstance(b, Leaf):
-        if a.role != b.role or (a.role != "outer" and a.node is not b.node):
-            return f"it reads {b.role} {b.node.name}, that one {a.role} {a.node.name}"
-        if a.val.shape != b.val.shape or a.val.dtype != b.val.dtype:
-            said = [f"{x.node.name} is {x.val.dtype} {tuple(x.val.shape)}" for x in (b, a)]
-            return ", ".join(said)
-        if met.setdefault(a, b) is not b:
-            return f"{a.node.name} is used twice there, {b.node.name} and {met[a].node.name} here"
-        return None
-    if isinstance(a, Leaf) or isinstance(b, Leaf) or a.target is not b.target:
-        return f"{_called(b)} where that has {_called(a)}"
-    return _match((a.args, a.kwargs), (b.args, b.kwargs), met, done)
-
-
-def _called(expr: Expr) -> str:
-    return f"{expr.role} {expr.node.name}" if isinstance(expr, Leaf) else str(expr.target).removesuffix(".default")
-
-
-def _leaves(root: Expr) -> list[Leaf]:
-    return [part for part in _parts(root) if isinstance(part, Leaf)]
-
-
-def _parts(root: Expr) -> list[Expr]:
-    """All expressions inside of one, each once."""
-    found: dict[int, Expr] = {}
-    stack: list[Any] = [root]
-    while stack:
-        expr = stack.pop()
-        if isinstance(expr, Expr) and id(expr) not in found:
-            found[id(expr)] = expr
-            if not isinstance(expr, Leaf):
-                stack += flat([expr.args, expr.kwargs])
-    return list(found.values())
 
 
 def _short(numbers: list[Any]) -> str:

@@ -338,7 +338,8 @@ class Infinite(Dense):
 class DenseWeight(Dense):
     """The weight of one expert for every token, zero for tokens that did not choose it; [T] or [T, 1, ...].
 
-    role, node: the leaf that it is for the rows of that expert (`region.Leaf`).
+    role, node: the leaf that it is for the rows of that expert (`region.Leaf`); "one" or "any": it is 1, for every time
+    that the token chose the expert or for all of them.
     """
 
     ids: Node
@@ -438,6 +439,23 @@ class Sum(Value):
 
 
 @dataclass(frozen=True)
+class ListTerm:
+    """Rows `value` [C, ...] that were added to the tokens `index` [C]; None: that are joined with those of others."""
+
+    index: Node | None
+    value: Node
+    number: int | None = None  # index is row `number` of a table
+
+
+@dataclass(frozen=True)
+class ListSum(Value):
+    """`start` plus, for each term, rows at places of its own: each expert's list of tokens."""
+
+    start: Buffer
+    terms: tuple[ListTerm, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
 class SumRead(Value):
     """total[index], and after `added`: with the selection's new rows on top."""
 
@@ -459,3 +477,13 @@ class Region(Value):
     families: dict[Expr, list[Node]] = field(repr=False)
     tail: tuple[int, Expr] | None = None  # ids in [num_experts, tail[0]) run tail[1], which holds nothing of an expert
     plain = True
+
+
+@dataclass(frozen=True)
+class ListRegion(Region):
+    """A sum in which every expert has its own list of tokens, `lists` [C] by expert; its ids are the experts' numbers.
+
+    No lists: the experts' results are not added but joined, each for rows of its own.
+    """
+
+    lists: tuple[Node, ...] = ()

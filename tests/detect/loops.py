@@ -5,7 +5,7 @@ with T tokens of width D, K experts per token out of E.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from moe_compile import region
 from moe_compile.analysis import analyse
+from moe_compile.arguments import Known
 from moe_compile.pipeline import canonicalise
-from moe_compile.ranges import FromTopk
 
 T, K, E, D, FF = 11, 2, 4, 6, 10
 
@@ -28,7 +28,7 @@ T, K, E, D, FF = 11, 2, 4, 6, 10
 @dataclass(frozen=True)
 class Idiom:
     make: Callable[[], nn.Module]
-    distinct: bool | FromTopk = True  # its ids have to be known as those of a topk; `SCORES`: of E scores
+    distinct: bool | Known = True  # its ids have to be known as those of a topk; `SCORES`: of E scores
     top_k: int = K
     flat: bool = False  # ids are a vector [T]
     any_ids: bool = False  # ids out of range add nothing
@@ -43,19 +43,19 @@ class Mutant:
     reason: str
     top_k: int = K
     flat: bool = False
-    distinct: bool | FromTopk = True
+    distinct: bool | Known = True
     repeats: bool = False  # call with ids that repeat in a row
     forward_only: bool = False  # autograd refuses the original's backward
     tokens: int = T
     late: bool = False  # refused after the analysis: by a pass, or by what it reads in Python
 
 
-def positions(distinct: bool | FromTopk) -> Sequence[int] | FromTopk:
+def known(distinct: bool | Known) -> Known:
     """What `analyse` is told of the ids."""
-    return distinct if isinstance(distinct, FromTopk) else (1,) if distinct else ()
+    return distinct if isinstance(distinct, Known) else Known((1,) if distinct else ())
 
 
-SCORES = FromTopk((1,), ((1, E),))
+SCORES = Known((1,), ((1, E),))
 IDIOMS: dict[str, Idiom] = {}
 MUTANTS: dict[str, Mutant] = {}
 
@@ -174,11 +174,11 @@ class Proof:
         self,
         module: nn.Module,
         args: tuple[Tensor, ...],
-        distinct: bool | FromTopk,
+        distinct: bool | Known,
         edit: Callable[[GraphModule], None] | None = None,
     ) -> None:
         self.module = module
-        found = analyse(forward_of(module), module, any_length(args), {}, positions(distinct))
+        found = analyse(forward_of(module), module, any_length(args), {}, known(distinct))
         if edit is not None:
             edit(found.gm)
         self.detected = found.gm.graph.find_nodes(op="call_function", target=region.experts)

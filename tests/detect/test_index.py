@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_compile.analysis import analyse
+from moe_compile.arguments import Known
 from moe_compile.capture import capture
 from moe_compile.errors import Refusal
 from moe_compile.loop_state import dead_locals
@@ -24,7 +25,7 @@ def test_visits(name: str, caplog: pytest.LogCaptureFixture) -> None:
     module = case.make()
     with caplog.at_level(logging.DEBUG, "moe_compile.analysis"):
         try:
-            analyse(forward_of(module), module, list(arguments(case)), {}, distinct=(1,))
+            analyse(forward_of(module), module, list(arguments(case)), {}, Known((1,)))
         except Refusal:
             assert name in MUTANTS
     said = [text(r.getMessage().partition(": ")[2]) for r in caplog.records if "expert by expert" in r.getMessage()]

@@ -11,6 +11,8 @@ from moe_compile.analysis import analyse
 from moe_compile.errors import Refusal
 from tests.detect import (  # noqa: F401
     mutants_bodies,
+    mutants_capacity,
+    mutants_choice,
     mutants_counts,
     mutants_decisions,
     mutants_dense,
@@ -23,10 +25,11 @@ from tests.detect import (  # noqa: F401
     mutants_outside,
     mutants_pairs,
     mutants_rows,
+    mutants_slots,
     mutants_sorted,
     mutants_wrappers,
 )
-from tests.detect.loops import MUTANTS, arguments, differences, forward_of, outcome, positions
+from tests.detect.loops import MUTANTS, arguments, differences, forward_of, known, outcome
 from tests.detect.mutants_iterations import SEEN
 from tests.tiny import compiled, regions
 
@@ -37,7 +40,7 @@ def test_reason(name: str) -> None:
     torch.manual_seed(0)
     module = case.make()
     with pytest.raises(Refusal) as refusal:
-        analyse(forward_of(module), module, list(arguments(case)), {}, positions(case.distinct))
+        analyse(forward_of(module), module, list(arguments(case)), {}, known(case.distinct))
     assert text(str(refusal.value)) == case.reason
 
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from moe_compile.errors import Refusal
 from tests.detect import (  # noqa: F401  their idioms
+    idioms_capacity,
+    idioms_choice,
     idioms_counts,
     idioms_dense,
     idioms_every,
@@ -16,6 +18,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_helpers,
     idioms_lists,
     idioms_pairs,
+    idioms_slots,
     idioms_sorted,
     mutants_families,
     mutants_index,

@@ -1,0 +1,129 @@
+"""Rules for tables of zeros and ones [T, E] or [T, K, E] that say who is chosen, where no ids do.
+
+mask = one_hot(ids, E) * (position <= capacity)    # those who came too late chose nobody
+
+A row of such a table has one entry at most for each of its ids, so it has ids of its own, with -1 for nobody:
+`region.ids_kept`, or `region.ids_in` if the table came from outside.  They become nodes of the graph, so that rules,
+surveys and passes see ids as ever, and go again if no region needs them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.selection import equal_sizes
+from moe_compile.detect.values import Constant, Member, Plain, Value
+from moe_compile.region import ids_in, ids_kept
+from moe_compile.rewrite import emit
+
+aten = torch.ops.aten
+
+SAME_TRUTH = frozenset(
+    """
+    to _to_copy bool long int float half type_as clone contiguous detach alias unsqueeze view reshape expand t
+    transpose permute select slice
+""".split()
+)
+
+
+def table(call: Call) -> Value | None:
+    """An argument that the caller has shown to be a table (`Facts.tables`)."""
+    val = call.val()
+    if not isinstance(val, Tensor) or val.dim() not in (2, 3) or not isinstance(val.shape[-1], int):
+        return None
+    ids = call.run.write_ids(call.node, ids_in, (call.node,), val.new_empty(val.shape[:-1], dtype=torch.int64), None)
+    return Member(ids, (*range(val.dim() - 1), "e"), None, None)
+
+
+def keep(call: Call) -> Value | None:
+    """mask * truths, mask & truths: those of the chosen experts for which it is true."""
+    for i in (0, 1):
+        mask, other, node = call.arg(i), call.arg(1 - i), call.node.args[1 - i]
+        if not isinstance(mask, Member) or not isinstance(node, Node) or (i and _in_place(call)):
+            continue
+        ids, out = mask.ids, call.val()
+        rank = ids.meta["val"].dim()
+        whole = mask.kind == "mask" and mask.dims == (*range(rank), "e")
+        by_token = mask.kind in ("count", "any") and mask.dims == (0, "e") and rank == 2
+        kind = mask.kind
+        if kind == "count" and "mul" not in call.op:  # 2 & 1 is nothing
+            if "logical_and" not in call.op:
+                continue
+            kind = "any"
+        before = call.val(call.node.args[i])
+        if not (whole or by_token) or mask.expert is not None or not _is_truth(call, other, node):
+            continue
+        if not call.run.unchanged(ids):  # they are read here once more
+            continue
+        if out.dim() != before.dim() or not equal_sizes(call.run, out.shape, before.shape):
+            return None
+        kept = call.run.write_ids(call.node, ids_kept, (ids, call.node), ids.meta["val"], ids)
+        return Member(kept, mask.dims, None, None, kind)
+    return None
+
+
+def _in_place(call: Call) -> bool:
+    return call.op.endswith("_") and not call.op.endswith("__")
+
+
+def _is_truth(call: Call, value: Any, node: Node) -> bool:
+    """Whether all entries are 0 or 1."""
+    if isinstance(value, Member) and value.kind != "count":
+        return True
+    while isinstance(call.run.values[node], Plain | Constant) and isinstance(call.val(node), Tensor):
+        if call.val(node).dtype == torch.bool:
+            return True
+        viewed = op_of(node) in SAME_TRUTH and node.target is not aten.view.dtype
+        if not viewed or not isinstance(node.args[0], Node) or not call.run.unchanged(node):
+            return False
+        node = node.args[0]
+    return False
+
+
+# -- writing ids out ------------------------------------------------------------------------
+
+
+def written_out(graph: Graph, ids: Node, like: Node) -> Node:
+    """The ids as ATen ops, in the place of the node that stood for them."""
+    if ids.target not in (ids_in, ids_kept):
+        return ids
+    before = ids.args[0]
+    assert isinstance(before, Node)
+    if ids.target is ids_kept:
+        before = written_out(graph, before, like)
+    with graph.inserting_before(ids):
+        made = _in(graph, before, like) if ids.target is ids_in else _kept(graph, before, ids.args[1], like)
+    ids.replace_all_uses_with(made)
+    return made
+
+
+def _in(graph: Graph, table: Node, like: Node) -> Node:
+    val = table.meta["val"]
+    E = val.shape[-1]
+    numbers = emit(graph, aten.arange.start, 1, E + 1, like=like, val=val.new_empty(E, dtype=torch.int64))
+    numbers.kwargs = {"device": val.device}
+    found = emit(graph, aten.mul.Tensor, emit(graph, aten.ne.Scalar, table, 0, like=like), numbers, like=like)
+    return emit(graph, aten.sub.Tensor, emit(graph, aten.sum.dim_IntList, found, [-1], like=like), 1, like=like)
+
+
+def _kept(graph: Graph, ids: Node, table: Any, like: Node) -> Node:
+    inside = emit(graph, aten.clamp.default, ids, 0, like=like)
+    if inside.meta["val"].dtype != torch.int64:
+        inside = emit(graph, aten.to.dtype, inside, torch.int64, like=like)
+    if table.meta["val"].dim() > ids.meta["val"].dim():
+        inside = emit(graph, aten.unsqueeze.default, inside, -1, like=like)
+    kept = emit(graph, aten.gather.default, table, -1, inside, like=like)
+    if kept.meta["val"].dim() > ids.meta["val"].dim():
+        kept = emit(graph, aten.squeeze.dim, kept, -1, like=like)
+    kept = emit(graph, aten.ne.Scalar, kept, 0, like=like)
+    kept = emit(graph, aten.logical_and.default, emit(graph, aten.ge.Scalar, ids, 0, like=like), kept, like=like)
+    return emit(graph, aten.where.ScalarOther, kept, ids, -1, like=like)
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "table": (table,),
+    **{op: (keep,) for op in ("mul", "mul_", "__and__", "bitwise_and", "bitwise_and_", "logical_and", "logical_and_")},
+}

@@ -1,0 +1,90 @@
+"""Mutants of experts on slots: experts that mix rows or differ, slots elsewhere, and batches that need no rewrite."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.detect.idioms_choice import best, scores
+from tests.detect.idioms_slots import Slots, slots
+from tests.detect.loops import FF, D, E, mutant, weight
+
+NOTHING = "nothing is summed over experts"
+
+
+@mutant(NOTHING)
+class SlotMeans(Slots):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        y = super().run(e, x)
+        return y - y.mean(0)
+
+
+@mutant(NOTHING)
+class SlotsOfOther(Slots):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return super().run(e, x) * (2 if e == 1 else 1)
+
+
+@mutant(NOTHING)
+class SlotsOfOne(Slots):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return super().run(0, x)
+
+
+@mutant(NOTHING)
+class SlotsDropout(Slots):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return F.dropout(super().run(e, x), 0.5)
+
+
+@mutant(NOTHING)
+class SlotsForAll(Slots):
+    """Every expert on the same rows: a batch would copy them."""
+
+    def part(self, dispatched: Tensor, e: int) -> Tensor:
+        return dispatched[0]
+
+
+@mutant(NOTHING)
+class SlotsInChain(Slots):
+    """Each expert reads what the one before it made."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        combine = slots(ids, weights)
+        made: list[Tensor] = []
+        dispatched = torch.einsum("tec,td->ecd", combine.bool().to(x.dtype), x)
+        for e in range(E):
+            made.append(self.run(e, dispatched[e] + (made[-1] if made else 0)))
+        return torch.einsum("tec,ecd->td", combine, torch.stack(made))
+
+
+@mutant("einsum_1 is read after it was changed in place through another name", forward_only=True)
+class SlotsChange(Slots):
+    """In memory that all slots share."""
+
+    def part(self, dispatched: Tensor, e: int) -> Tensor:
+        return dispatched.view(-1, D).mul_(1.5).view_as(dispatched)[e]
+
+
+class Batched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = weight(E, D, FF), weight(E, FF, D)
+
+
+@mutant("aten.einsum at file.py multiplies the rows of all experts at once already")
+class SlotsInOneBatch(Batched):
+    """As GShard writes it: there is nothing to gather in the experts' products."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        combine = slots(ids, weights)
+        dispatched = torch.einsum("tec,td->ecd", combine.bool().to(x.dtype), x)
+        made = torch.einsum("ecf,efd->ecd", F.relu(torch.einsum("ecd,edf->ecf", dispatched, self.up)), self.down)
+        return torch.einsum("tec,ecd->td", combine, made)
+
+
+@mutant("aten.bmm at file.py multiplies the rows of all experts at once already")
+class ChoiceInOneBatch(Batched):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gates, tokens = best(scores(x, weights))
+        made = torch.bmm(F.relu(torch.bmm(x[tokens], self.up)), self.down) * gates.unsqueeze(-1)
+        return torch.zeros_like(x).index_add_(0, tokens.flatten(), made.flatten(0, 1))
