@@ -32,6 +32,8 @@ class Fakes:
         expr = size.node.expr
         for theirs in expr.free_symbols:
             if theirs not in self._theirs:
+                if not size.node.shape_env.var_to_range[theirs].lower >= 2:
+                    raise Refusal(f"a size of an argument ({expr}) may be 0 or 1; a symbol here stands for 2 and more")
                 hint = _hint(size, theirs)
                 self._theirs[theirs] = self.vector(f"their_{theirs}", hint).shape[0]  # type: ignore[assignment]
         ours = expr.xreplace({t: self._theirs[t].node.expr for t in expr.free_symbols})

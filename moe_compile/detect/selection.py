@@ -445,9 +445,9 @@ def index_vectors(call: Call, position: int) -> tuple[list[Any], Selection | Unk
     picked: list[Any] = []
     found: set[Selection] = set()
     indices, nodes = call.arg(position), call.node.args[position]
-    if not isinstance(indices, list):
-        indices, nodes = [indices], [nodes]
-    for index, node in zip(indices, nodes, strict=True):  # type: ignore[arg-type]
+    indices = indices if isinstance(indices, list) else [indices]
+    nodes = nodes if isinstance(nodes, (list, tuple)) else [nodes] * len(indices)
+    for index, node in zip(indices, nodes, strict=True):
         if isinstance(index, Member):
             if call.val(node).dtype not in (torch.bool, torch.uint8):
                 return [], Unknown("a mask of numbers is an index: it picks rows 0 and 1")

@@ -13,6 +13,7 @@ from moe_compile.detect.values import (
     Buffer,
     DenseSum,
     Each,
+    Index,
     ListSum,
     PairGrid,
     Plain,
@@ -111,6 +112,8 @@ def index_put(call: Call) -> Value | None:
 def index_copy(call: Call) -> Value | None:
     """total.index_copy_(0, token, rows): an assignment."""
     if call.number(1) not in (0, -call.val().dim()):
+        return None
+    if not isinstance(call.arg(2), Index):
         return None
     op = "index_put_" if call.op.endswith("_") else "index_put"
     put = Call(call.node, op, [call.arg(0), [call.arg(2)], call.arg(3)], {}, call.run)
