@@ -15,6 +15,7 @@ import weakref
 
 from torch import Tensor, nn
 
+from moe_compile.parallel.shards import dense
 from moe_compile.python_state import code_names, is_torch
 
 SELECTS = frozenset(
@@ -34,7 +35,8 @@ def is_candidate(fn: types.FunctionType, module: nn.Module) -> bool:
     """Whether `fn(module, ...)` may hold a sum over experts.  Cheap, and remembered."""
     known = _answers.setdefault(module, {})
     if fn.__code__ not in known:
-        known[fn.__code__] = _decide(fn, module)
+        with dense(module):
+            known[fn.__code__] = _decide(fn, module)
     return known[fn.__code__]
 
 

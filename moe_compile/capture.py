@@ -38,6 +38,7 @@ from moe_compile.errors import Refusal
 from moe_compile.fakes import Fakes
 from moe_compile.flat_ids import as_tables
 from moe_compile.host_reads import HostReads, Locals
+from moe_compile.parallel import gather
 from moe_compile.python_state import Functions, watch
 from moe_compile.ranges import READS, Numbers, Unsized, number_of_classes
 from moe_compile.region import EXAMPLE_ROWS
@@ -694,7 +695,8 @@ def check_module(module: nn.Module) -> None:
     for name, child in module.named_modules():
         label = name or type(module).__name__
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if child is not module and any(getattr(child, h, None) for h in hooks):
+        found = [hook for h in hooks for hook in getattr(child, h, {}).values() if hook not in gather.HOOKS]
+        if child is not module and found:
             raise Refusal(f"module {label} has hooks")
         if getattr(child, "_compiled_call_impl", None) is not None and child is not module:
             raise Refusal(f"module {label} is compiled on its own")

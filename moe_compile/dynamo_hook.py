@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource, CellContentsSource, DictGetItemSource, GetItemSource
 from torch._dynamo.variables.base import VariableTracker
+from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.functions import UserFunctionVariable, UserMethodVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
@@ -33,6 +35,8 @@ from moe_compile.candidates import is_candidate, is_stack, may_loop
 from moe_compile.errors import MoeCompileError
 from moe_compile.kinds import Declined, Kind, declined, kind_of
 from moe_compile.options import Options
+from moe_compile.parallel import gather
+from moe_compile.parallel.shards import placement
 from moe_compile.places import HERE, NOT_PASSED, NOTHING, Place
 from moe_compile.python_state import is_torch
 from moe_compile.reads import SIMPLE, Path
@@ -62,9 +66,11 @@ def install(options_of: OptionsOf) -> None:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         options = options_of(tx.output.compiler_fn)
         if options is not None and "detect_experts" not in options.skip:
+            if getattr(self, "fn", None) in gather.HOOKS and not gather.is_gathered(args[0].realize().value):
+                return ConstantVariable.create(None)
             result = _rewritten(self, tx, [*args], {**kwargs}, options)
             if isinstance(result, _Refused):
-                with result.unless_inside(options):
+                with result.unless_inside(options), result.gathered(tx):
                     return inline(self, tx, args, kwargs)
             if result is not None:
                 return result
@@ -150,13 +156,15 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
         return None
     found = _values(rest, kwargs)
     if isinstance(found, str):
-        return _Refused(_record(declined(found), fn, owner))
+        return _Refused(_record(declined(found), fn, owner), owner.value)
     values, named, known = found
+    sharded = placement(owner.value) is not None
+    options.check_strategy(sharded)
     if torch.nn.modules.module._has_any_global_hook():
-        return _Refused(_record(declined("hooks for all modules are registered"), fn, owner))
+        return _Refused(_record(declined("hooks for all modules are registered"), fn, owner), owner.value)
     with _outside_dynamo():
         kind: Kind | Declined = kind_of(
-            fn, owner.value, values, named, known, options.skip, functools.partial(_holds, tx)
+            fn, owner.value, values, named, known, options.skip, functools.partial(_holds, tx), options.strategy
         )
     if (owner.source is None and owner is not _NOBODY) or (
         var.source is None and any(r.path[0][0] == "fn" and len(r.path) > 1 for r in kind.reads)
@@ -164,7 +172,7 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
         kind = declined("what it reads in Python cannot be guarded: Dynamo has no name for where it comes from")
     report = _record(kind, fn, owner)
     if isinstance(kind, Declined):
-        return _Refused(report)
+        return _Refused(report, owner.value)
     for condition in kind.guards:  # what the trace assumed of sizes becomes a guard of this translation
         tx.output.shape_env.evaluate_expr(condition)
     _guard_reads(tx, var, owner, kind)
@@ -172,7 +180,27 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
         _attribute(tx, owner, name).realize()  # a guard that they are one tensor
     tensors = [v for v in (*rest, *kwargs.values()) if isinstance(v, TensorVariable)]
     state = [_attribute(tx, owner, name) for name in kind.state]
-    return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
+    if not sharded:
+        return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
+    state += [_shard(tx, owner, name) for name in kind.local]
+    env = tx.output.shape_env  # as it is with fullgraph=True; also for who traces this graph again
+    env.settings = dataclasses.replace(env.settings, allow_scalar_outputs=True)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):  # here only: the splits, which the host reads
+        return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
+
+
+def _shard(tx: Any, owner: Any, name: str) -> Any:
+    """This rank's shard of a DTensor parameter, taken in the outermost graph.
+
+    In the graph of a checkpointed region it must not be: what that saves would hold the DeviceMesh.
+    """
+    parameter = _attribute(tx, owner, name).realize()
+    tracers = tx.output.tracers
+    tx.output.tracers = tracers[:1]
+    try:
+        return parameter.call_method(tx, "to_local", [], {})
+    finally:
+        tx.output.tracers = tracers
 
 
 def _owner(var: Any, args: list[Any]) -> tuple[Any, list[Any]]:
@@ -291,9 +319,32 @@ def _outside_dynamo() -> Iterator[None]:
 class _Refused:
     """A candidate that is inlined as it is, for the reason in `report`."""
 
-    def __init__(self, report: RegionReport) -> None:
-        self.report = report
+    def __init__(self, report: RegionReport, module: nn.Module) -> None:
+        self.report, self.module = report, module
         self.boxes: list[list[Any]] = [box for box in (regions_here(), collector.get()) if box is not None]
+
+    @contextlib.contextmanager
+    def gathered(self, tx: Any) -> Iterator[None]:
+        """If inlining fails on weights that are sharded, do it again with the hooks that gather them."""
+        try:
+            yield
+        except RestartAnalysis:
+            raise
+        except Exception as error:
+            if self._inside() or not gather.fall_back(self.module, self.report.reason or ""):
+                raise
+            log.debug("%s gathers its experts: %s", self.report.module, self.report.reason)
+            tx.speculation_log.clear()
+            raise RestartAnalysis(restart_reason="sharded experts are gathered") from error
+
+    def _inside(self) -> bool:
+        """Whether a function that it calls turned out to hold the experts."""
+        for box in self.boxes:
+            reports = [entry[1] if isinstance(entry, tuple) else entry for entry in box]
+            at = next((i for i, r in enumerate(reports) if r is self.report), len(box))
+            if any(r.matched for r in reports[at + 1 :]):
+                return True
+        return False
 
     @contextlib.contextmanager
     def unless_inside(self, options: Options) -> Iterator[None]:

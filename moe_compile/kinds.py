@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from moe_compile import native
-from moe_compile.analysis import analyse
+from moe_compile.analysis import Analysis, analyse
 from moe_compile.arguments import Known
 from moe_compile.cost import Gain, computing, product_flops
 from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
-from moe_compile.pipeline import canonicalise
+from moe_compile.parallel.shards import Placement, dense, placement
+from moe_compile.pipeline import canonicalise, place
 from moe_compile.read_walk import plain_attributes, reads
 from moe_compile.reads import SIMPLE, Read, hold
 from moe_compile.region import experts
 from moe_compile.report import RegionReport
+from moe_compile.rewrite import PassReport
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Kind:
 
     run: Callable[..., Any]
     state: tuple[str, ...]
+    local: tuple[str, ...]  # after the state it takes this rank's shards of these DTensors
     single: bool  # returns one tensor, not a tuple
     guards: tuple[Any, ...]
     reads: tuple[Read, ...]  # what the original's Python could have looked at
@@ -66,12 +69,37 @@ def kind_of(
     known: Known,
     skip: frozenset[str],
     holds: Callable[[Any], bool] = lambda guard: True,
+    strategy: str = "auto",
 ) -> Kind | Declined:
     """The kind of a call: proven and rewritten once, remembered after.
 
-    `holds`: whether a condition on the caller's sizes is true for it.
+    `holds`: whether a condition on the caller's sizes is true for it.  A module with sharded experts is proven for its
+    dense meaning.
     """
-    key = (fn.__code__, fn.__defaults__, _structure(module), _metadata([args, kwargs]), known, skip, _modes())
+    where = placement(module)
+    with dense(module):
+        return _kind_of(fn, module, args, kwargs, known, _How(skip, where, strategy), holds)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What decides about a rewrite beside the call."""
+
+    skip: frozenset[str]
+    placement: Placement | None
+    strategy: str
+
+
+def _kind_of(
+    fn: types.FunctionType,
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    known: Known,
+    how: _How,
+    holds: Callable[[Any], bool],
+) -> Kind | Declined:
+    key = (fn.__code__, fn.__defaults__, _structure(module), _metadata([args, kwargs]), known, how, _modes())
     alike = _known.setdefault(key, [])
     for kind in alike:
         if all(map(holds, kind.guards)) and hold(kind.reads, fn, module):
@@ -81,7 +109,7 @@ def kind_of(
     for dtype in {p.dtype for p in module.parameters() if p.device.type == "cpu"} & native.NUMBERS.keys():
         native.prepare(dtype)  # a compiler runs while the proof does
     started = time.perf_counter()
-    kind = _prove(fn, module, args, kwargs, known, skip)
+    kind = _prove(fn, module, args, kwargs, known, how)
     took = 1e3 * (time.perf_counter() - started)
     log.info("%s: %s, %.0f ms", fn.__qualname__, kind.report.reason or "proven", took)
     _known.setdefault(key, alike)[:] = [kind, *alike[:15]]
@@ -99,7 +127,7 @@ def _prove(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     known: Known,
-    skip: frozenset[str],
+    how: _How,
 ) -> Kind | Declined:
     read: tuple[Read, ...] = ()
     try:
@@ -113,7 +141,8 @@ def _prove(
         body = getattr(found.gm, str(node.args[5].target))  # type: ignore[union-attr]
         flops = product_flops(node, found.form)
         detected = graph_text(found.gm.graph)
-        reports = canonicalise(found.gm, skip)
+        placed, strategy, local = _place(found, module, how)
+        reports = [*placed, *canonicalise(found.gm, how.skip)]
         for done in reports:
             if done.refused and done.name == "DispatchExperts":
                 raise Refusal(done.refused[0][1])
@@ -137,8 +166,8 @@ def _prove(
     if not (spec.is_leaf() or (spec.type in (tuple, list) and all(c.is_leaf() for c in spec.children()))):
         return declined("it returns a nested structure", read)
     placeholders = found.gm.graph.find_nodes(op="placeholder")
-    first_state = len(placeholders) - len(found.capture.state)
-    unused = [(n, i) for i, n in enumerate(placeholders) if i >= first_state and not n.users]
+    first_state = len(placeholders) - len(local) - len(found.capture.state)
+    unused = [(n, i) for i, n in enumerate(placeholders) if i >= first_state and not n.users and n not in local.values()]
     for n, _ in unused:
         found.gm.graph.erase_node(n)
     gone = {i - first_state for _, i in unused}
@@ -146,10 +175,28 @@ def _prove(
     report = RegionReport(
         True, "", "", found.form, int(num_experts), top_k if isinstance(top_k, int) else None,  # type: ignore[arg-type, call-overload]
         None, found.before, f"{detected}\n\n{after}", tuple(map(str, reports)),
-        body=tuple(computing(body.graph)), strategy="grouped", gain=gain,
+        body=tuple(computing(body.graph)), strategy=strategy, gain=gain,
     )  # fmt: skip
-    run = _function(found.gm, fn.__name__ if fn.__name__.isidentifier() else "function", spec.is_leaf())
-    return Kind(run, state, spec.is_leaf(), tuple(found.capture.guards()), read, report)
+    run = _function(found.gm, fn.__name__, spec.is_leaf())
+    return Kind(run, state, tuple(local), spec.is_leaf(), tuple(found.capture.guards()), read, report)
+
+
+def _place(found: Analysis, module: nn.Module, how: _How) -> tuple[list[PassReport], str, dict[str, Node]]:
+    """The passes of the stage place, if experts are sharded: (reports, strategy, the inputs for shards by family)."""
+    if how.placement is None:
+        return [], "grouped", {}
+    if "place_experts" in how.skip:
+        raise Refusal("the pass place_experts is left out")
+    inputs = found.gm.graph.find_nodes(op="placeholder")
+    state = dict(zip(found.capture.state, inputs[-len(found.capture.state) :], strict=True))
+    parameters = {name: state[name] for name, _ in module.named_parameters(remove_duplicate=False)}
+    report, strategy, local = place(found.gm, how.placement, parameters, how.strategy)
+    if report.refused:
+        raise Refusal(report.refused[0][1])
+    for name in (m for f in how.placement.families for m in f.members):
+        if name in parameters and parameters[name].users:
+            raise Refusal(f"{name}, which is sharded, is used outside of the experts too")
+    return [report], strategy if local else "grouped", local
 
 
 def _function(gm: GraphModule, name: str, single: bool) -> Callable[..., Any]:

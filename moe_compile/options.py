@@ -11,11 +11,15 @@ STRATEGIES = ("auto", "grouped", "alltoall", "allgather", "gather_weights")
 NUMERICS = ("exact", "fast")
 
 
+ON_ONE, ON_MANY = ("auto", "grouped"), ("auto", "alltoall", "gather_weights")
+
+
 @dataclass(frozen=True)
 class Options:
     """inner     who compiles the rewritten graph: "inductor", "aot_eager" or "eager"
     strict    raise if an expert region is found and not rewritten, or a graph has none (meant with fullgraph=True)
-    strategy  how experts meet tokens: "auto" or "grouped" on one process; the others need sharded experts
+    strategy  how experts meet tokens: "auto" or "grouped" on one process; with sharded experts "auto", "alltoall" or
+              "gather_weights"
     skip      names of passes to leave out, e.g. ["fold_routing_weights"]; "detect_experts" leaves all as it is
     numerics  "exact": bitwise reproducible, sums over a token's experts in order, in f32; "fast": may reorder
     """
@@ -25,6 +29,19 @@ class Options:
     strategy: str = "auto"
     skip: frozenset[str] = frozenset()
     numerics: str = "exact"
+
+    def check_strategy(self, sharded: bool) -> None:
+        """Raise if the strategy does not fit experts that are, or are not, sharded over a mesh."""
+        if not sharded and self.strategy not in ON_ONE:
+            raise MoeCompileError(
+                f"strategy {self.strategy!r} moves tokens or weights between processes; this model's experts are "
+                f"not sharded over a mesh: use 'auto' or 'grouped'"
+            )
+        if sharded and self.strategy not in ON_MANY:
+            raise MoeCompileError(
+                f"strategy {self.strategy!r} is not one for experts that are sharded over a mesh: use "
+                f"{', '.join(map(repr, ON_MANY))}"
+            )
 
     @staticmethod
     def parse(given: Mapping[str, Any] | None, passes: Sequence[str]) -> "Options":
@@ -39,11 +56,6 @@ class Options:
         _one_of("numerics", given.get("numerics", "exact"), NUMERICS)
         if not isinstance(given.get("strict", False), bool):
             raise MoeCompileError(f"option strict is {given['strict']!r}; it is True or False")
-        if given.get("strategy", "auto") not in ("auto", "grouped"):
-            raise MoeCompileError(
-                f"strategy {given['strategy']!r} moves tokens or weights between processes; this model's experts are "
-                f"not sharded over a mesh: use 'auto' or 'grouped'"
-            )
         skip = given.get("skip", ())
         if isinstance(skip, str) or not isinstance(skip, (list, tuple, set, frozenset)):
             raise MoeCompileError(f"option skip is {skip!r}; it is a list of pass names")

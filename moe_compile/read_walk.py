@@ -324,7 +324,7 @@ def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
     return [
         (k, v)
         for k, v in vars(module).items()
-        if k not in inner and not k.startswith("_backward") and not (k.startswith("_") and "hooks" in k)
+        if k not in inner and not k.startswith(("_backward", "_moe_ep")) and not (k.startswith("_") and "hooks" in k)
     ]
 
 

@@ -1,0 +1,102 @@
+"""`parallelize`: a model whose experts are split over the ranks of a mesh."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from moe_compile.errors import MoeCompileError
+from moe_compile.parallel import gather, gradients, state_dicts
+from moe_compile.parallel.find import Experts, find_experts
+from moe_compile.parallel.mesh import check_mesh, shard_sizes
+from moe_compile.parallel.shards import ATTRIBUTE, Family, Shards, as_shard
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Split the experts of a model over the ranks of `mesh["ep"]`, in place; returns the model.
+
+    Every rank calls it on the whole model, as `build_mesh` made the mesh.  Rank 0's weights become the model's; of
+    the experts each rank keeps its own, as DTensor parameters with `Shard(0)`.  All else stays replicated.  A model on
+    `meta` stays there: `to_empty`, then load or initialise it, then `moe_compile.parallel.gradients.broadcast(model)` if that
+    was random.  The order of a training script: parallelize, optimizer, `torch.compile(model, backend="moe_ep")`.
+
+    Each rank feeds its own batch, of any size, and takes part in every forward and backward.  Gradients are those of
+    the mean over the ranks of their losses, dense and expert ones alike, as DistributedDataParallel scales them: after
+    `loss.backward()` an ordinary optimizer takes the step of one process that averages the ranks' losses.
+
+    A list of expert modules becomes one stacked DTensor parameter of the list for each weight; the modules' own
+    parameters are None.  `state_dict()` has the model's own names and shapes: a stacked weight as a DTensor, of a list
+    the experts of this rank.  `load_state_dict` takes the weights of one process, whole, or what `state_dict` gave.
+
+    Experts are found by structure (find.py).  Raises `MoeCompileError` if there are none, or they do not fit the mesh.
+    """
+    check_mesh(mesh)
+    if gradients.ATTRIBUTE in vars(model):
+        raise MoeCompileError("this model is parallelized already")
+    found = find_experts(model)
+    if not found:
+        raise MoeCompileError(
+            f"no experts found in {type(model).__name__}: no function of its modules sums over stacked weights or lists"
+        )
+    for experts in found:  # before anything changes
+        for family in experts.families:
+            shard_sizes(family.num_experts, mesh["ep"].size())
+    averages = gradients.Averages(model, mesh)
+    vars(model)[gradients.ATTRIBUTE] = averages
+    readers: dict[nn.Module, None] = {}
+    for experts in found:
+        _shard(experts, mesh)
+        readers |= dict.fromkeys(experts.readers)
+    for reader in readers:
+        gather.watch(reader)
+    gradients.broadcast(model)
+    averages.attach()
+    model.register_load_state_dict_post_hook(lambda module, keys: averages.attach())
+    return model
+
+
+def _shard(experts: Experts, mesh: DeviceMesh) -> None:
+    holder = experts.holder
+    shards = Shards(mesh["ep"], experts.families)
+    packed = {f.name: nn.Parameter(_split(holder, f, shards), _needs_grad(holder, f)) for f in experts.families}
+    for family in experts.families:
+        if family.members != (family.name,):
+            for member in family.members:
+                owner, _, name = member.rpartition(".")
+                holder.get_submodule(owner)._parameters[name] = None
+        holder._parameters[family.name] = packed[family.name]
+    vars(holder)[ATTRIBUTE] = shards
+    state_dicts.install(holder, shards)
+
+
+def _needs_grad(holder: nn.Module, family: Family) -> bool:
+    return holder.get_parameter(family.members[0]).requires_grad
+
+
+def _split(holder: nn.Module, family: Family, shards: Shards) -> Tensor:
+    """The DTensor of a family: rank 0 sends each rank its experts, one shard at a time."""
+    weights = [holder.get_parameter(member).detach() for member in family.members]
+    sizes = shard_sizes(family.num_experts, shards.mesh.size())
+
+    def shard(i: int) -> Tensor:
+        start = sum(sizes[:i])
+        mine = slice(start, start + sizes[i])
+        return weights[0][mine].clone() if len(weights) == 1 else torch.stack(weights[mine])
+
+    return as_shard(_from_first(shard, shards), family, shards.mesh)
+
+
+def _from_first(shard: Callable[[int], Tensor], shards: Shards) -> Tensor:
+    """This rank's shard, as rank 0 has it."""
+    ranks, me = shards.mesh.size(), dist.get_rank()
+    mine = shard(shards.rank).contiguous()
+    if mine.device.type == "meta" or dist.get_world_size() == 1:
+        return mine
+    for rank in range(1, dist.get_world_size()):  # build_mesh: neighbours hold different experts
+        if me == 0:
+            dist.send(shard(rank % ranks).contiguous(), rank)
+        elif me == rank:
+            dist.recv(mine, 0)
+    return mine

@@ -1,0 +1,95 @@
+"""A sharded model means the dense model: around a forward that no proof covers, weights are gathered.
+
+Two hooks stand on every module that reads sharded experts.  In the compiled path they do nothing (dynamo_hook.py):
+tokens travel instead.  Where a region was refused, or nothing is compiled, the first gathers all experts of the
+module once, before any of its Python decides on data, so that all ranks take part alike; the second puts the shards
+back.  The gathered weights are differentiable: each rank gets the sum of all ranks' gradients for its own experts.
+"""
+
+import contextlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+from moe_compile.parallel.shards import Shards, holders
+
+UNDO = "_moe_ep_undo"
+
+_warned = False
+
+
+def watch(reader: nn.Module) -> None:
+    """Put the hooks on a module that reads sharded experts."""
+    vars(reader)[UNDO] = []
+    reader.register_forward_pre_hook(before)
+    reader.register_forward_hook(after, always_call=True)
+
+
+def before(module: nn.Module, args: Any) -> None:
+    _gather(module)
+
+
+def after(module: nn.Module, args: Any, output: Any) -> None:
+    _put_back(module)
+
+
+HOOKS = (before, after)
+
+
+def is_gathered(module: nn.Module) -> bool:
+    """Whether compiled code gathers, too: the region was refused."""
+    return any(shards.refused is not None for _, _, shards in holders(module))
+
+
+def fall_back(module: nn.Module, reason: str) -> bool:
+    """From now on compiled code gathers the experts of this module; False if it does already, or there are none."""
+    todo = [shards for _, _, shards in holders(module) if shards.state == "sharded" and shards.refused is None]
+    for shards in todo:
+        shards.refused = reason
+    return bool(todo)
+
+
+@torch._dynamo.disable
+def _gather(module: nn.Module) -> None:
+    undo = contextlib.ExitStack()
+    for name, holder, shards in list(holders(module)):
+        if shards.state == "sharded":
+            _warn(module, name, shards)
+            undo.callback(shards.put(holder, "gathered", whole(holder, shards)))
+    vars(module)[UNDO].append(undo)
+
+
+@torch._dynamo.disable
+def _put_back(module: nn.Module) -> None:
+    if undo := vars(module).get(UNDO):
+        undo.pop().close()
+
+
+def whole(holder: nn.Module, shards: Shards) -> dict[str, Tensor]:
+    """All experts' weights, by the model's own names."""
+    values: dict[str, Tensor] = {}
+    for family in shards.families:
+        packed = holder._parameters[family.name]
+        assert isinstance(packed, DTensor)
+        full = packed.full_tensor(grad_placements=[Partial()])
+        parts = [full] if len(family.members) == 1 else full.unbind(0)
+        values.update(zip(family.members, parts, strict=True))
+    return values
+
+
+def _warn(module: nn.Module, name: str, shards: Shards) -> None:
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    why = f"its region is not rewritten: {shards.refused}" if shards.refused else "it is not compiled by moe_ep"
+    warnings.warn(
+        f"{type(module).__name__} gathers the weights of all its experts from {shards.mesh.size()} ranks in every call, "
+        f"since {why}.  The result is right, and slow; this is said once.",
+        stacklevel=2,
+    )
+
+

@@ -1,0 +1,138 @@
+"""Gradients of an ordinary loop: those of the mean, over the ranks, of each rank's loss.
+
+That is what one process computes which adds up the ranks' losses and divides by their number.  A dense parameter's
+gradient is averaged over all ranks at the end of every backward, in one all-reduce for each dtype.  An expert's
+gradient has the tokens of all ranks of "ep" in it already: it is divided by their number as it arrives, and averaged
+over "dp_replicate".  Averaging is linear, so gradients may be accumulated over several backwards.
+
+All ranks have to call backward equally often.  A parameter that got no gradient on some ranks counts as zero there.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from moe_compile.errors import MoeCompileError
+from moe_compile.parallel.shards import holders
+
+ATTRIBUTE = "_moe_ep_gradients"
+MARK = "_moe_ep_averaged"
+
+
+class Averages:
+    """Averages the gradients of one model.  `attach` again, where parameters may have been replaced by others."""
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        self.model = weakref.ref(model)
+        self.ep = mesh["ep"].size()
+        replicated = "dp_replicate" in (mesh.mesh_dim_names or ()) and mesh["dp_replicate"].size() > 1
+        self.replicas = mesh["dp_replicate"].get_group() if replicated else None
+        self.checked = False
+        self._task = -1  # the backward that will average at its end
+
+    def attach(self) -> None:
+        """Put hooks on the parameters that have none yet."""
+        for parameter, is_expert in self._parameters():
+            if not parameter.requires_grad or getattr(parameter, MARK, False):
+                continue
+            if is_expert and self.ep > 1:
+                parameter.register_hook(lambda gradient: gradient / self.ep)
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+            setattr(parameter, MARK, True)
+
+    def _parameters(self) -> list[tuple[nn.Parameter, bool]]:
+        model = self.model()
+        if model is None:
+            return []
+        experts = {id(h._parameters[f.name]) for _, h, shards in holders(model) for f in shards.families}
+        return [(p, id(p) in experts) for p in model.parameters()]
+
+    def _arrived(self, parameter: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        self._task = -1
+        if not self.checked:
+            self.checked = True
+            check_equal(self.model())
+        pairs = self._parameters()
+        _all_reduce([p for p, is_expert in pairs if not is_expert and p.requires_grad], None)
+        if self.replicas is not None:
+            _all_reduce([p for p, is_expert in pairs if is_expert and p.requires_grad], self.replicas)
+
+
+def _all_reduce(parameters: list[nn.Parameter], group: Any) -> None:
+    """Replace gradients by their mean over a group, in one collective a dtype."""
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
+        return
+    for dtype in sorted({p.dtype for p in parameters}, key=str):
+        mine = [p for p in parameters if p.dtype == dtype]
+        grads = [None if p.grad is None else _local(p.grad) for p in mine]
+        parts = [g if g is not None else torch.zeros_like(_local(p)) for p, g in zip(mine, grads, strict=True)]
+        some = torch.tensor([float(g is not None) for g in grads], dtype=dtype, device=parts[0].device)
+        flat = torch.cat([some, *(p.reshape(-1) for p in parts)])
+        dist.all_reduce(flat, group=group)
+        some, *means = flat.split([len(mine), *(p.numel() for p in parts)])
+        for p, g, mean, count in zip(mine, grads, means, some.tolist(), strict=True):
+            if g is not None:
+                g.copy_(mean.view(g.shape) / ranks)
+            elif count:
+                p.grad = _like(p, mean.view(_local(p).shape) / ranks)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: Tensor, local: Tensor) -> Tensor:
+    """A gradient for a parameter, of the kind that it is."""
+    if not isinstance(parameter, DTensor):
+        return local
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+        stride=parameter.stride(),
+    )  # fmt: skip
+
+
+# -- equal weights --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def broadcast(model: nn.Module) -> None:
+    """Give all ranks the dense parameters and buffers of rank 0, and all copies of an expert those of the first."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor) and tensor.device.type != "meta":
+            dist.broadcast(tensor.data, 0)
+    averages: Averages = vars(model)[ATTRIBUTE]
+    if (group := averages.replicas) is not None:
+        for parameter, is_expert in averages._parameters():
+            if is_expert and parameter.device.type != "meta":
+                dist.broadcast(_local(parameter).data, dist.get_global_rank(group, 0), group=group)
+
+
+def check_equal(model: nn.Module | None) -> None:
+    """Raise if ranks hold different dense parameters: no average of gradients would make sense."""
+    named = [] if model is None else [(n, p) for n, p in model.named_parameters() if not isinstance(p, DTensor)]
+    if not named:
+        return
+    sums = torch.stack([p.detach().double().sum() for _, p in named])
+    low, high = sums.clone(), sums.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    differs = (low != high) & ~sums.isnan()
+    if differs.any():
+        name = named[int(differs.nonzero()[0])][0]
+        raise MoeCompileError(
+            f"{name} differs between ranks: after to_empty and an initialisation of one's own, call "
+            f"moe_compile.parallel.gradients.broadcast(model) once, or load the same weights on every rank"
+        )

@@ -1,0 +1,88 @@
+"""The device mesh of expert parallelism, and what fits it.
+
+Ranks are laid out as (dp_replicate, ep): neighbours hold different experts, ranks `ep` apart the same ones.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from moe_compile.errors import MoeCompileError
+
+DIMS = ("dp_replicate", "ep")
+
+
+def build_mesh(ep: int | None = None, tp: int = 1, dp_replicate: int | None = None) -> DeviceMesh:
+    """A mesh of all ranks with dimensions "dp_replicate" and "ep".
+
+    ep: over how many ranks the experts are split; by default over all that `dp_replicate` leaves.
+    dp_replicate: how many copies of each expert there are; by default what `ep` leaves.  tp: 1, as yet.
+    The process group must exist (`torchrun` and `dist.init_process_group`); it decides between CUDA and CPU.
+    Raises `MoeCompileError` with the nearest degrees that fit, if these do not multiply to the number of ranks.
+    """
+    if not dist.is_initialized():
+        raise MoeCompileError("build_mesh needs a process group: start with torchrun, call dist.init_process_group")
+    world = dist.get_world_size()
+    if tp != 1:
+        raise MoeCompileError(f"tp={tp}: tensor parallelism is not supported yet; the nearest that fits is tp=1")
+    for name, degree in (("ep", ep), ("dp_replicate", dp_replicate)):
+        if degree is not None and (not isinstance(degree, int) or degree < 1):
+            raise MoeCompileError(f"{name}={degree!r}: it is a number of ranks, 1 to {world}")
+    if ep is None:
+        ep = world // (dp_replicate or 1)
+    if dp_replicate is None:
+        dp_replicate = world // ep
+    if ep * dp_replicate != world:
+        raise MoeCompileError(
+            f"ep={ep} x dp_replicate={dp_replicate} is {ep * dp_replicate} ranks, there are {world}; "
+            f"the nearest that fits: {_nearest(ep, world)}"
+        )
+    return init_device_mesh(device_type(), (dp_replicate, ep), mesh_dim_names=DIMS)
+
+
+def device_type() -> str:
+    """Where the collectives of the default process group work."""
+    return "cuda" if torch.cuda.is_available() and "nccl" in str(dist.get_backend()) else "cpu"
+
+
+def _nearest(ep: int, world: int) -> str:
+    best = min(_divisors(world), key=lambda d: (abs(d - ep), -d))
+    return f"ep={best} with dp_replicate={world // best}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def check_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh, if experts can be placed on it: all ranks, dimension "ep", and no others than "dp_replicate"."""
+    names = mesh.mesh_dim_names or ()
+    if "ep" not in names or not set(names) <= set(DIMS):
+        raise MoeCompileError(
+            f'the mesh has dimensions {names or "without names"}; parallelize takes "ep", with or without '
+            f'"dp_replicate", as moe_compile.build_mesh makes them'
+        )
+    if mesh.size() != dist.get_world_size():
+        raise MoeCompileError(f"the mesh has {mesh.size()} ranks, there are {dist.get_world_size()}: all must take part")
+    return mesh
+
+
+def shard_sizes(num_experts: int, ranks: int) -> list[int]:
+    """How many experts each rank holds: DTensor's `Shard(0)`, as even as full shards first allow.
+
+    Raises `MoeCompileError` if a rank would hold none.
+    """
+    sizes = _sizes(num_experts, ranks)
+    if sizes[-1] == 0:
+        fits = [r for r in range(1, num_experts + 1) if _sizes(num_experts, r)[-1]]
+        nearest = min(fits, key=lambda r: (abs(r - ranks), -r))
+        raise MoeCompileError(
+            f"{num_experts} experts over ep={ranks} ranks: shards of {sizes[0]} leave {sizes.count(0)} ranks without "
+            f"an expert; the nearest that fits is ep={nearest}"
+        )
+    return sizes
+
+
+def _sizes(num_experts: int, ranks: int) -> list[int]:
+    longest = -(-num_experts // ranks)
+    return [max(0, min(longest, num_experts - r * longest)) for r in range(ranks)]

@@ -1,0 +1,45 @@
+"""State dicts of sharded experts, by the model's own names.
+
+A stacked weight keeps its name and is a DTensor.  The weights of a list of modules appear one by one, those of this
+rank's experts only: together the ranks' state dicts are the model's.  Loading takes the weights of one process too.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moe_compile.parallel.shards import Family, Shards, as_shard
+
+
+def install(holder: nn.Module, shards: Shards) -> None:
+    """Have a holder translate its families when state dicts are made and loaded."""
+
+    def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for family in shards.families:
+            if family.members != (family.name,) and (packed := state.pop(prefix + family.name, None)) is not None:
+                local = packed.to_local() if isinstance(packed, DTensor) else packed
+                for weight, e in zip(local.unbind(0), shards.own(family), strict=True):
+                    state[prefix + family.members[e]] = weight
+
+    def load(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for family in shards.families:
+            _load(state, prefix, family, shards)
+
+    holder.register_state_dict_post_hook(save)
+    holder.register_load_state_dict_pre_hook(load)
+
+
+def _load(state: dict[str, Any], prefix: str, family: Family, shards: Shards) -> None:
+    """Put this rank's experts, as a DTensor, in the place of what stands for the whole."""
+    own = shards.own(family)
+    if family.members == (family.name,):
+        whole = state.get(prefix + family.name)
+        if isinstance(whole, Tensor) and not isinstance(whole, DTensor) and whole.shape[:1] == (family.num_experts,):
+            state[prefix + family.name] = as_shard(whole[own.start : own.stop], family, shards.mesh)
+        return
+    found = [state.pop(prefix + member, None) for member in family.members]
+    mine = [weight for weight in found[own.start : own.stop] if weight is not None]
+    if len(mine) == len(own):
+        state[prefix + family.name] = as_shard(torch.stack(mine), family, shards.mesh)
