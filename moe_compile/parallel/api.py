@@ -47,7 +47,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     vars(model)[gradients.ATTRIBUTE] = averages
     readers: dict[nn.Module, None] = {}
     for experts in found:
-        _shard(experts, mesh)
+        _shard(experts, mesh).on_gather = averages.gather
         readers |= dict.fromkeys(experts.readers)
     for reader in readers:
         gather.watch(reader)
@@ -57,7 +57,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def _shard(experts: Experts, mesh: DeviceMesh) -> None:
+def _shard(experts: Experts, mesh: DeviceMesh) -> Shards:
     holder = experts.holder
     shards = Shards(mesh["ep"], experts.families)
     packed = {f.name: nn.Parameter(_split(holder, f, shards), _needs_grad(holder, f)) for f in experts.families}
@@ -69,6 +69,7 @@ def _shard(experts: Experts, mesh: DeviceMesh) -> None:
         holder._parameters[family.name] = packed[family.name]
     vars(holder)[ATTRIBUTE] = shards
     state_dicts.install(holder, shards)
+    return shards
 
 
 def _needs_grad(holder: nn.Module, family: Family) -> bool:

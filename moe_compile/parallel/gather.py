@@ -3,7 +3,8 @@
 Two hooks stand on every module that reads sharded experts.  In the compiled path they do nothing (dynamo_hook.py):
 tokens travel instead.  Where a region was refused, or nothing is compiled, the first gathers all experts of the
 module once, before any of its Python decides on data, so that all ranks take part alike; the second puts the shards
-back.  The gathered weights are differentiable: each rank gets the sum of all ranks' gradients for its own experts.
+back.  The gathered weights are leaves: what a rank's backward does with them, if anything, depends on its data, so
+their gradients are summed over the ranks at the end of the backward (gradients.py).
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 
 from moe_compile.parallel.shards import Shards, holders
 
@@ -74,7 +75,9 @@ def whole(holder: nn.Module, shards: Shards) -> dict[str, Tensor]:
     for family in shards.families:
         packed = holder._parameters[family.name]
         assert isinstance(packed, DTensor)
-        full = packed.full_tensor(grad_placements=[Partial()])
+        full = packed.detach().full_tensor()
+        if packed.requires_grad and torch.is_grad_enabled():
+            shards.on_gather(packed, full.requires_grad_())
         parts = [full] if len(family.members) == 1 else full.unbind(0)
         values.update(zip(family.members, parts, strict=True))
     return values

@@ -3,25 +3,44 @@
 That is what one process computes which adds up the ranks' losses and divides by their number.  A dense parameter's
 gradient is averaged over all ranks at the end of every backward, in one all-reduce for each dtype.  An expert's
 gradient has the tokens of all ranks of "ep" in it already: it is divided by their number as it arrives, and averaged
-over "dp_replicate".  Averaging is linear, so gradients may be accumulated over several backwards.
+over "dp_replicate".  Averaging is linear, so gradients may be accumulated over several backwards.  Where whole weights
+were gathered (gather.py), their gradients are summed over "ep" first.
 
 All ranks have to call backward equally often.  A parameter that got no gradient on some ranks counts as zero there.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from moe_compile.errors import MoeCompileError
 from moe_compile.parallel.shards import holders
 
 ATTRIBUTE = "_moe_ep_gradients"
 MARK = "_moe_ep_averaged"
+
+
+class Gathered:
+    """Whole weights of a forward that gathered them: the gradient that this rank has for them, not yet summed."""
+
+    def __init__(self, packed: DTensor, whole: Tensor, arrived: Callable[[Tensor], None]) -> None:
+        self.packed, self.whole = packed, weakref.ref(whole)
+        self.gradient: Tensor | None = None
+
+        def take(whole: Tensor) -> None:
+            assert whole.grad is not None
+            self.gradient = whole.grad if self.gradient is None else self.gradient + whole.grad
+            whole.grad = None
+            arrived(whole)
+
+        whole.register_post_accumulate_grad_hook(take)
+
 
 
 class Averages:
@@ -33,6 +52,7 @@ class Averages:
         replicated = "dp_replicate" in (mesh.mesh_dim_names or ()) and mesh["dp_replicate"].size() > 1
         self.replicas = mesh["dp_replicate"].get_group() if replicated else None
         self.checked = False
+        self.gathered: list[Gathered] = []  # in the order of the forwards, which is the same on all ranks
         self._task = -1  # the backward that will average at its end
 
     def attach(self) -> None:
@@ -64,10 +84,35 @@ class Averages:
         if not self.checked:
             self.checked = True
             check_equal(self.model())
+        self._sum_gathered()
         pairs = self._parameters()
         _all_reduce([p for p, is_expert in pairs if not is_expert and p.requires_grad], None)
         if self.replicas is not None:
             _all_reduce([p for p, is_expert in pairs if is_expert and p.requires_grad], self.replicas)
+
+
+    def gather(self, packed: DTensor, whole: Tensor) -> None:
+        """Note that a forward reads the whole of a parameter."""
+        self.gathered.append(Gathered(packed, whole, self._arrived))
+
+    def _sum_gathered(self) -> None:
+        """Each rank gets, for its own experts, the sum over the ranks; those without a gradient take part."""
+        if not self.gathered:
+            return
+        group = self.gathered[0].packed.device_mesh.get_group()
+        state = [(g.gradient is not None, g.whole() is not None) for g in self.gathered]
+        counts = torch.tensor(state, dtype=torch.int64, device=self.gathered[0].packed.device)
+        dist.all_reduce(counts, group=group)
+        for found, (some, _) in zip(self.gathered, counts.tolist(), strict=True):
+            if some:
+                packed, mine = found.packed, found.gradient
+                if mine is None:
+                    mine = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.device)
+                summed = DTensor.from_local(mine, packed.device_mesh, [Partial()], run_check=False)
+                summed = summed.redistribute(placements=packed.placements) / self.ep
+                packed.grad = summed if packed.grad is None else packed.grad + summed
+                found.gradient = None
+        self.gathered = [g for g, (_, alive) in zip(self.gathered, counts.tolist(), strict=True) if alive]
 
 
 def _all_reduce(parameters: list[nn.Parameter], group: Any) -> None:

@@ -1,0 +1,107 @@
+"""Checks that run on several ranks, all those of one world size in one spawn.
+
+A check is a function of `Ranks` in checks.py that raises on the rank that finds a fault.  The first fault ends the run,
+for ranks that left a collective half done cannot go on together; every wait has a time limit.
+"""
+
+import contextlib
+import datetime
+import multiprocessing
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+LIMIT_S = 240  # for all checks of one world size
+COLLECTIVE_S = 60
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What a check gets: this rank, and how many there are."""
+
+    rank: int
+    size: int
+
+
+def run(size: int, names: list[str]) -> dict[str, str]:
+    """What went wrong in each check, "" if nothing did."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.parallel.checks"])
+    results: Any = context.Queue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [context.Process(target=_work, args=(rank, size, port, names, results)) for rank in range(size)]
+    for worker in workers:
+        worker.start()
+    try:
+        return _collect(names, size, results)
+    finally:
+        for worker in workers:
+            worker.join(5)
+            if worker.is_alive():
+                worker.kill()
+
+
+def _collect(names: list[str], size: int, results: Any) -> dict[str, str]:
+    found: dict[str, str] = {}
+    done: dict[str, int] = dict.fromkeys(names, 0)
+    end = time.monotonic() + LIMIT_S
+    while min(done.values()) < size:
+        try:
+            name, rank, error = results.get(timeout=max(0.1, min(5.0, end - time.monotonic())))
+        except queue.Empty:
+            if time.monotonic() > end or found:
+                break
+            continue
+        done[name] += 1
+        if error:
+            found[name] = found.get(name, "") + f"rank {rank}:\n{error}\n"
+            end = min(end, time.monotonic() + 5)  # what the others have to say about it
+    for name in names:
+        if done[name] < size and name not in found:
+            first = next(iter(found), None)
+            found[name] = f"not run: {first} failed" if first else f"{done[name]} of {size} ranks finished in {LIMIT_S} s"
+    return {name: found.get(name, "") for name in names}
+
+
+def _work(rank: int, size: int, port: int, names: list[str], results: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    import torch
+    import torch.distributed as dist
+
+    from tests.parallel import checks
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=COLLECTIVE_S))
+    for name in names:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        check: Callable[[Ranks], None] = getattr(checks, name)
+        try:
+            check(Ranks(rank, size))
+            dist.barrier()
+        except BaseException:
+            results.put((name, rank, traceback.format_exc(limit=-12)))
+            break
+        results.put((name, rank, ""))
+    results.close()
+    results.join_thread()
+    os._exit(0)  # without waiting for ranks that hang
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A world of one rank, for this process."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
