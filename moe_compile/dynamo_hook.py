@@ -36,6 +36,7 @@ from moe_compile.errors import MoeCompileError
 from moe_compile.kinds import Declined, Kind, declined, kind_of
 from moe_compile.options import Options
 from moe_compile.parallel import gather
+from moe_compile.parallel.gradients import attach
 from moe_compile.parallel.shards import placement
 from moe_compile.places import HERE, NOT_PASSED, NOTHING, Place
 from moe_compile.python_state import is_torch
@@ -182,6 +183,7 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     state = [_attribute(tx, owner, name) for name in kind.state]
     if not sharded:
         return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
+    attach(owner.value)
     state += [_shard(tx, owner, name) for name in kind.local]
     env = tx.output.shape_env  # as it is with fullgraph=True; also for who traces this graph again
     env.settings = dataclasses.replace(env.settings, allow_scalar_outputs=True)
@@ -190,17 +192,13 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
 
 
 def _shard(tx: Any, owner: Any, name: str) -> Any:
-    """This rank's shard of a DTensor parameter, taken in the outermost graph.
+    """This rank's shard of a DTensor parameter: a plain tensor, and a leaf (gradients.py).
 
-    In the graph of a checkpointed region it must not be: what that saves would hold the DeviceMesh.
+    With the DTensor in the graph, what a checkpointed region saves would hold the DeviceMesh, which AOTAutograd refuses.
     """
-    parameter = _attribute(tx, owner, name).realize()
-    tracers = tx.output.tracers
-    tx.output.tracers = tracers[:1]
-    try:
-        return parameter.call_method(tx, "to_local", [], {})
-    finally:
-        tx.output.tracers = tracers
+    parameter = _attribute(tx, owner, name).realize()  # and guards on it
+    local = owner.value.get_parameter(name)._local_tensor
+    return VariableTracker.build(tx, local, AttrSource(parameter.source, "_local_tensor"))
 
 
 def _owner(var: Any, args: list[Any]) -> tuple[Any, list[Any]]:

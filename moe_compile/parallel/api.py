@@ -47,7 +47,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     vars(model)[gradients.ATTRIBUTE] = averages
     readers: dict[nn.Module, None] = {}
     for experts in found:
-        _shard(experts, mesh).on_gather = averages.gather
+        _shard(experts, mesh).averages = averages
         readers |= dict.fromkeys(experts.readers)
     for reader in readers:
         gather.watch(reader)

@@ -77,7 +77,7 @@ def whole(holder: nn.Module, shards: Shards) -> dict[str, Tensor]:
         assert isinstance(packed, DTensor)
         full = packed.detach().full_tensor()
         if packed.requires_grad and torch.is_grad_enabled():
-            shards.on_gather(packed, full.requires_grad_())
+            shards.averages.gather(packed, full.requires_grad_())
         parts = [full] if len(family.members) == 1 else full.unbind(0)
         values.update(zip(family.members, parts, strict=True))
     return values

@@ -1,10 +1,13 @@
 """Gradients of an ordinary loop: those of the mean, over the ranks, of each rank's loss.
 
 That is what one process computes which adds up the ranks' losses and divides by their number.  A dense parameter's
-gradient is averaged over all ranks at the end of every backward, in one all-reduce for each dtype.  An expert's
-gradient has the tokens of all ranks of "ep" in it already: it is divided by their number as it arrives, and averaged
-over "dp_replicate".  Averaging is linear, so gradients may be accumulated over several backwards.  Where whole weights
-were gathered (gather.py), their gradients are summed over "ep" first.
+gradient is averaged over all ranks at the end of every backward, in one all-reduce for each dtype.  Averaging is linear,
+so gradients may be accumulated over several backwards.
+
+Of an expert's DTensor the compiled code sees the local tensor alone, which is a leaf of its own.  Its gradient has the
+tokens of all ranks of "ep" in it already: divided by their number it is added to the DTensor's, and averaged over
+"dp_replicate" with the others.  Where whole weights were gathered (gather.py), they are leaves, and their gradients are
+summed over "ep" first.
 
 All ranks have to call backward equally often.  A parameter that got no gradient on some ranks counts as zero there.
 """
@@ -58,12 +61,27 @@ class Averages:
     def attach(self) -> None:
         """Put hooks on the parameters that have none yet."""
         for parameter, is_expert in self._parameters():
-            if not parameter.requires_grad or getattr(parameter, MARK, False):
-                continue
-            if is_expert and self.ep > 1:
-                parameter.register_hook(lambda gradient: gradient / self.ep)
-            parameter.register_post_accumulate_grad_hook(self._arrived)
-            setattr(parameter, MARK, True)
+            if is_expert:
+                self._attach_local(parameter)
+            if parameter.requires_grad and not getattr(parameter, MARK, False):
+                parameter.register_post_accumulate_grad_hook(self._arrived)
+                setattr(parameter, MARK, True)
+
+    def _attach_local(self, packed: Any) -> None:
+        local: Tensor = packed._local_tensor
+        local.requires_grad_(packed.requires_grad)
+        if not packed.requires_grad or getattr(local, MARK, None) is packed:
+            return
+
+        def take(local: Tensor) -> None:
+            assert local.grad is not None
+            if packed.requires_grad:
+                add(packed, _like(packed, local.grad / self.ep))
+            local.grad = None
+            self._arrived(local)
+
+        local.register_post_accumulate_grad_hook(take)
+        setattr(local, MARK, packed)
 
     def _parameters(self) -> list[tuple[nn.Parameter, bool]]:
         model = self.model()
@@ -109,10 +127,20 @@ class Averages:
                 if mine is None:
                     mine = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.device)
                 summed = DTensor.from_local(mine, packed.device_mesh, [Partial()], run_check=False)
-                summed = summed.redistribute(placements=packed.placements) / self.ep
-                packed.grad = summed if packed.grad is None else packed.grad + summed
+                add(packed, summed.redistribute(placements=packed.placements) / self.ep)
                 found.gradient = None
         self.gathered = [g for g, (_, alive) in zip(self.gathered, counts.tolist(), strict=True) if alive]
+
+
+def attach(module: nn.Module) -> None:
+    """Put hooks on the parameters of the model that a module with sharded experts belongs to."""
+    for averages in {shards.averages for _, _, shards in holders(module)}:
+        averages.attach()
+
+
+def add(parameter: Tensor, gradient: Tensor) -> None:
+    """Accumulate a gradient."""
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def _all_reduce(parameters: list[nn.Parameter], group: Any) -> None:

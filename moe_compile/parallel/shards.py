@@ -61,7 +61,7 @@ class Shards:
         self.families = families
         self.state = "sharded"
         self.refused: str | None = None  # why compiled code has to gather, if it has to
-        self.on_gather: Callable[[DTensor, Tensor], None] = lambda packed, whole: None  # set by gradients.py
+        self.averages: Any = None  # what takes the gradients (gradients.py)
         self._fakes: dict[str, Tensor] = {}
 
     @property
