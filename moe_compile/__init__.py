@@ -3,7 +3,8 @@
     model = torch.compile(model, backend="moe_ep")
     print(moe_compile.explain(model, **batch))
 
-Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `Report`, `RegionReport`, `MoeCompileError`; the backend "moe_ep".
+Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `Report`, `RegionReport`, `MoeCompileError`; the backend
+"moe_ep".
 """
 
 from moe_compile.errors import MoeCompileError

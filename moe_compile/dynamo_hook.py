@@ -194,7 +194,7 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
 def _shard(tx: Any, owner: Any, name: str) -> Any:
     """This rank's shard of a DTensor parameter: a plain tensor, and a leaf (gradients.py).
 
-    With the DTensor in the graph, what a checkpointed region saves would hold the DeviceMesh, which AOTAutograd refuses.
+    With the DTensor in the graph, a checkpointed region would save the DeviceMesh, which AOTAutograd refuses.
     """
     parameter = _attribute(tx, owner, name).realize()  # and guards on it
     local = owner.value.get_parameter(name)._local_tensor

@@ -167,7 +167,9 @@ def _prove(
         return declined("it returns a nested structure", read)
     placeholders = found.gm.graph.find_nodes(op="placeholder")
     first_state = len(placeholders) - len(local) - len(found.capture.state)
-    unused = [(n, i) for i, n in enumerate(placeholders) if i >= first_state and not n.users and n not in local.values()]
+    unused = [
+        (n, i) for i, n in enumerate(placeholders) if i >= first_state and not n.users and n not in local.values()
+    ]
     for n, _ in unused:
         found.gm.graph.erase_node(n)
     gone = {i - first_state for _, i in unused}

@@ -30,13 +30,13 @@ LOWER: tuple[type[RewritePass], ...] = (
 )
 
 
-
 def name_of(cls: type[RewritePass]) -> str:
     """The name of a pass: that of its file."""
     return cls.__module__.rsplit(".", 1)[-1]
 
 
-PASS_NAMES = tuple(name_of(cls) for cls in (DetectExperts, *PLACE, *CANONICALISE, *LOWER))
+ALL: tuple[type[RewritePass], ...] = (DetectExperts, *PLACE, *CANONICALISE, *LOWER)
+PASS_NAMES = tuple(map(name_of, ALL))
 
 
 def detect(gm: GraphModule, facts: Facts | None = None) -> PassReport:

@@ -14,12 +14,12 @@ After (strategy "alltoall"):
     out      = moe_ep.combine(y_RD * weights, None, order, offsets, K)
 
 Stage      place; needs the `experts` nodes of detect_experts.
-Numerics   the same products; weighing and the sum over a token's experts run where the token is, in the order of k: the
-           number of ranks does not show.
-Why        tokens are smaller than experts.  What an expert's result is multiplied with at last, values of the pair alone,
-           stays at home.  Strategy "gather_weights": weights travel instead, and the node stays as it is; no host read.
-Refuses    experts that are not sharded in their order; params that are not views, expert by expert, of a sharded stack or of
-           replicated parameters; experts that read what another rank may not have, or bools.
+Numerics   the same products; weighing and the sum over a token's experts run where the token is, in the order of k:
+           the number of ranks does not show.
+Why        tokens are smaller than experts.  What an expert's result is multiplied with at last, values of the pair
+           alone, stays at home.  Strategy "gather_weights": weights travel instead, the node stays as it is.
+Refuses    experts that are not sharded in their order; params that are not views, expert by expert, of a sharded stack
+           or of replicated parameters; experts that read what another rank may not have, or bools.
 """
 
 import operator
@@ -167,11 +167,11 @@ class _Exchange:
         self, graph: Graph, node: Node, params: list[Any], placement: Placement, replicated: set[Node]
     ) -> None:
         self.graph, self.node, self.placement, self.replicated = graph, node, placement, replicated
-        ids, tokens, pairs, _, shared, body_attr, self.num_experts, self.num_classes = node.args
-        self.ids: Any = ids
-        self.body = getattr(graph.owning_module, str(body_attr.target))  # type: ignore[union-attr]
+        args: Any = node.args
+        self.ids, tokens, pairs, _, shared, body, self.num_experts, self.num_classes = args
+        self.body = getattr(graph.owning_module, str(body.target))
         self.top_k = value(self.ids).shape[1]
-        self.sizes = shard_sizes(self.num_experts, placement.ranks)  # type: ignore[arg-type]
+        self.sizes = shard_sizes(self.num_experts, placement.ranks)
         inputs = iter(self.body.graph.find_nodes(op="placeholder"))
         groups: Any = (tokens, pairs, params, shared)
         self.tokens, self.pairs, self.params, self.shared = ({next(inputs): v for v in g} for g in groups)

@@ -29,9 +29,6 @@ BAD = {
     "option strict is 1; it is True or False": {"strict": 1},
     "option skip is 'dispatch_experts'; it is a list of pass names": {"skip": "dispatch_experts"},
     f"option skip: 'dispatch' is not one of {', '.join(map(repr, PASS_NAMES))}": {"skip": ["dispatch"]},
-    "strategy 'alltoall' moves tokens or weights between processes; this model's experts are not sharded": {
-        "strategy": "alltoall"
-    },
 }
 
 
@@ -50,6 +47,15 @@ def test_bad_options_are_heard_by_the_user(bad: dict[str, Any], what: Any) -> No
     with pytest.raises(Exception, match=r"moe_ep knows|is not one of") as error:
         torch.compile(model, backend="moe_ep", options=bad)(*inputs)
     assert isinstance(error.value, MoeCompileError) or "MoeCompileError" in str(error.value)
+
+
+@pytest.mark.parametrize("strategy", ["alltoall", "gather_weights"])
+def test_strategies_for_many_processes_on_one(strategy: str) -> None:
+    with pytest.raises(Exception, match=f"strategy '{strategy}' moves tokens or weights between processes"):
+        compiled(Experts(), strategy=strategy, fullgraph=True)(*routed())
+    text = "'grouped' is not one for experts that are sharded over a mesh: use 'auto', 'alltoall', 'gather_weights'"
+    with pytest.raises(MoeCompileError, match=text):
+        Options.parse({"strategy": "grouped"}, PASS_NAMES).check_strategy(sharded=True)
 
 
 def test_options_that_are_not_a_dict_of_options() -> None:

@@ -12,7 +12,7 @@ from moe_compile import pipeline
 from moe_compile.passes.detect_experts import DetectExperts
 
 ROOT = Path(__file__).parent.parent
-PASSES = [DetectExperts, *pipeline.CANONICALISE, *pipeline.LOWER]
+PASSES = [DetectExperts, *pipeline.PLACE, *pipeline.CANONICALISE, *pipeline.LOWER]
 LOWER = {cls.__module__.rsplit(".", 1)[-1] for cls in pipeline.LOWER}
 
 

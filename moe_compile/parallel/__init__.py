@@ -1,11 +1,11 @@
 """Expert parallelism: `moe_compile.build_mesh` and `moe_compile.parallelize`.
 
-    api.py          parallelize
-    mesh.py         the mesh and what fits it
-    find.py         which parameters are experts', by structure
-    shards.py       experts' weights as DTensors; the dense meaning of a sharded module
-    gather.py       uncompiled, or refused: weights are gathered around a forward
-    gradients.py    what makes an ordinary training loop right
-    state_dicts.py  the model's own names
-    exchange.py     what the graph of a placed region calls between its collectives
+api.py          parallelize
+mesh.py         the mesh and what fits it
+find.py         which parameters are experts', by structure
+shards.py       experts' weights as DTensors; the dense meaning of a sharded module
+gather.py       uncompiled, or refused: weights are gathered around a forward
+gradients.py    what makes an ordinary training loop right
+state_dicts.py  the model's own names
+exchange.py     what the graph of a placed region calls between its collectives
 """

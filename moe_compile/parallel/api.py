@@ -19,8 +19,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
     Every rank calls it on the whole model, as `build_mesh` made the mesh.  Rank 0's weights become the model's; of
     the experts each rank keeps its own, as DTensor parameters with `Shard(0)`.  All else stays replicated.  A model on
-    `meta` stays there: `to_empty`, then load or initialise it, then `moe_compile.parallel.gradients.broadcast(model)` if that
-    was random.  The order of a training script: parallelize, optimizer, `torch.compile(model, backend="moe_ep")`.
+    `meta` stays there: `to_empty`, then load it, or initialise it and call
+    `moe_compile.parallel.gradients.broadcast(model)`, which gives all ranks the dense weights of rank 0.
+    The order of a training script: parallelize, optimizer, `torch.compile(model, backend="moe_ep")`.
 
     Each rank feeds its own batch, of any size, and takes part in every forward and backward.  Gradients are those of
     the mean over the ranks of their losses, dense and expert ones alike, as DistributedDataParallel scales them: after

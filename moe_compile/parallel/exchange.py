@@ -1,9 +1,9 @@
 """What stands between the collectives of a placed region: plain functions that Dynamo traces.
 
 Letters    R rows of this rank, S rows that it received, P ranks, L experts of a rank, M the most that a rank has.
-Message    What a rank tells each other about the rows to come: [P, M + 2], one line a rank.  M counts, one an expert; then
-           how many rows no expert takes: they travel with those of the last rank, behind which they are sorted, and come
-           back as zeros; then a fingerprint of what its experts compute, which has to be the same on all ranks.
+Message    What a rank tells each other about the rows to come: [P, M + 2], one line a rank.  M counts, one an expert;
+           then how many rows no expert takes: they travel with those of the last rank, behind which they are sorted,
+           and come back as zeros; then a fingerprint of what its experts compute, which has to be the same everywhere.
 """
 
 import hashlib

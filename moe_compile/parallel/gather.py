@@ -90,9 +90,7 @@ def _warn(module: nn.Module, name: str, shards: Shards) -> None:
     _warned = True
     why = f"its region is not rewritten: {shards.refused}" if shards.refused else "it is not compiled by moe_ep"
     warnings.warn(
-        f"{type(module).__name__} gathers the weights of all its experts from {shards.mesh.size()} ranks in every call, "
-        f"since {why}.  The result is right, and slow; this is said once.",
+        f"{type(module).__name__} gathers the weights of all its experts from {shards.mesh.size()} ranks in every "
+        f"call, since {why}.  The result is right, and slow; this is said once.",
         stacklevel=2,
     )
-
-

@@ -1,8 +1,8 @@
 """Gradients of an ordinary loop: those of the mean, over the ranks, of each rank's loss.
 
 That is what one process computes which adds up the ranks' losses and divides by their number.  A dense parameter's
-gradient is averaged over all ranks at the end of every backward, in one all-reduce for each dtype.  Averaging is linear,
-so gradients may be accumulated over several backwards.
+gradient is averaged over all ranks at the end of every backward, in one all-reduce for each dtype.  Averaging is
+linear, so gradients may be accumulated over several backwards.
 
 Of an expert's DTensor the compiled code sees the local tensor alone, which is a leaf of its own.  Its gradient has the
 tokens of all ranks of "ep" in it already: divided by their number it is added to the DTensor's, and averaged over
@@ -43,7 +43,6 @@ class Gathered:
             arrived(whole)
 
         whole.register_post_accumulate_grad_hook(take)
-
 
 
 class Averages:
@@ -107,7 +106,6 @@ class Averages:
         _all_reduce([p for p, is_expert in pairs if not is_expert and p.requires_grad], None)
         if self.replicas is not None:
             _all_reduce([p for p, is_expert in pairs if is_expert and p.requires_grad], self.replicas)
-
 
     def gather(self, packed: DTensor, whole: Tensor) -> None:
         """Note that a forward reads the whole of a parameter."""

@@ -63,7 +63,9 @@ def check_mesh(mesh: DeviceMesh) -> DeviceMesh:
             f'"dp_replicate", as moe_compile.build_mesh makes them'
         )
     if mesh.size() != dist.get_world_size():
-        raise MoeCompileError(f"the mesh has {mesh.size()} ranks, there are {dist.get_world_size()}: all must take part")
+        raise MoeCompileError(
+            f"the mesh has {mesh.size()} ranks, there are {dist.get_world_size()}: all must take part"
+        )
     return mesh
 
 

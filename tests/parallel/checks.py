@@ -21,9 +21,10 @@ import moe_compile
 from moe_compile.parallel import gather
 from moe_compile.parallel.shards import holders
 from tests.parallel.ranks import Ranks
-from tests.tiny import D, FF, Block, Experts, Net, Separate, close, compiled, regions
+from tests.tiny import FF, Block, D, Experts, Net, close, compiled, regions
 
 E = 7  # not divisible by 2 or 4
+SGD = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 Batches = list[tuple[Any, ...]]
 
 
@@ -123,7 +124,7 @@ def parity(
     parts: int = 1,
     run: Callable[[nn.Module], Any] | None = None,
     expect: str = "alltoall",
-    optimizer: Callable[[Any], torch.optim.Optimizer] = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+    optimizer: Callable[[Any], torch.optim.Optimizer] = SGD,
     **options: Any,
 ) -> nn.Module:
     """Losses, gradients and weights after `steps` steps are those of one process.  Returns the sharded model.
@@ -324,7 +325,7 @@ def refused(ranks: Ranks) -> None:
 
     for inner in ("eager", "aot_eager"):
         torch._dynamo.reset()
-        parity(ranks, net(), tokens(ranks, [2, 3]), run=lambda model: compiled(model, inner), expect="")
+        parity(ranks, net(), tokens(ranks, [2, 3]), run=functools.partial(compiled, inner=inner), expect="")
 
 
 def one_refused(ranks: Ranks) -> None:

@@ -66,7 +66,9 @@ def _collect(names: list[str], size: int, results: Any) -> dict[str, str]:
     for name in names:
         if done[name] < size and name not in found:
             first = next(iter(found), None)
-            found[name] = f"not run: {first} failed" if first else f"{done[name]} of {size} ranks finished in {LIMIT_S} s"
+            found[name] = (
+                f"not run: {first} failed" if first else f"{done[name]} of {size} ranks finished in {LIMIT_S} s"
+            )
     return {name: found.get(name, "") for name in names}
 
 

@@ -1,0 +1,278 @@
+"""Golden graphs for passes/place_experts.py.
+
+Refresh with EXPECTTEST_ACCEPT=1, then read the diff before committing it.  tests/parallel has the numbers.
+"""
+
+import torch
+from expecttest import TestCase
+from torch import nn
+
+import moe_compile
+from moe_compile import pipeline
+from moe_compile.graph_text import graph_text
+from moe_compile.parallel.shards import Family, Placement
+from tests.golden import Stacked, captured, inputs
+from tests.golden import detected as _detected
+
+assert moe_compile
+
+
+def placed(module, fn, families, strategy="alltoall", ranks=2, rank=1, names=None):
+    """(graph, report, new inputs) of the pass, as one of some ranks runs it."""
+    args = inputs(names and len(names) or 4)
+    state = captured(module, fn, *args).state
+    gm, found = _detected(module, fn, *args)
+    assert found.applied, found
+    nodes = gm.graph.find_nodes(op="placeholder")
+    where = Placement(ranks, rank, "group", families)
+    known = dict(zip(state, nodes[len(args) : len(args) + len(state)], strict=True))
+    report, _, local = pipeline.place(gm, where, known, strategy)
+    return gm, report, local
+
+
+UP, DOWN = Family("up", ("up",), 4), Family("down", ("down",), 4)
+
+
+def loop(self, x, ids, weights):
+    out = torch.zeros_like(x)
+    for e in range(4):
+        t, k = torch.where(ids == e)
+        y = torch.relu(x[t] @ self.up[e].T) @ self.down[e].T
+        out.index_add_(0, t, y * weights[t, k, None])
+    return out
+
+
+class TestPlaceExperts(TestCase):
+    maxDiff = None
+
+    def refuses(self, fn, reason, families=(UP, DOWN), module=None, **kwargs):
+        gm, report, _ = placed(module or Stacked(4), fn, families, **kwargs)
+        self.assertEqual(report.applied, [])
+        self.assertEqual([why for _, why in report.refused], [reason])
+        assert "all_to_all" not in graph_text(gm.graph)
+
+    def test_tokens_travel(self):
+        gm, report, local = placed(Stacked(4), loop, (UP, DOWN))
+        self.assertExpectedInline(
+            graph_text(gm.graph, types=False),
+            """\
+x
+ids
+weights
+up
+down
+up_local
+down_local
+unsqueeze = aten.unsqueeze(weights, 2)
+dispatch_default = moe_ep.dispatch(x, ids, 4)
+getitem_8 = dispatch_default[0]
+getitem_9 = dispatch_default[1]
+getitem_10 = dispatch_default[2]
+message = message(getitem_9, getitem_8, 2, 2, 1683125818)
+all_to_all_single_default = _c10d_functional_autograd.all_to_all_single(message, [4, 4], [4, 4], group)
+wait_tensor_default = _c10d_functional.wait_tensor(all_to_all_single_default)
+host_read = host_read(message, wait_tensor_default, getitem_8, 2)
+getitem_11 = host_read[0]
+getitem_12 = host_read[1]
+all_to_all_single_default_1 = _c10d_functional_autograd.all_to_all_single(getitem_8, getitem_12, getitem_11, group)
+wait_tensor_default_1 = _c10d_functional.wait_tensor(all_to_all_single_default_1)
+expert_of_row = expert_of_row(wait_tensor_default, wait_tensor_default_1, 2)
+local_body_0
+    token_0
+    param_0
+    param_1
+    numpy_t_default = aten.numpy_T(param_0)
+    matmul_default = aten.matmul(token_0, numpy_t_default)
+    relu_default = aten.relu(matmul_default)
+    numpy_t_default_1 = aten.numpy_T(param_1)
+    matmul_default_1 = aten.matmul(relu_default, numpy_t_default_1)
+    return matmul_default_1
+experts_1 = experts(expert_of_row, [wait_tensor_default_1], [], [up_local, down_local], [], local_body_0, 2, None)
+all_to_all_single_default_2 = _c10d_functional_autograd.all_to_all_single(experts_1, getitem_11, getitem_12, group)
+wait_tensor_default_2 = _c10d_functional.wait_tensor(all_to_all_single_default_2)
+reshape_default = aten.reshape(unsqueeze, [-1, 1])
+index_tensor = aten.index(reshape_default, [getitem_10])
+mul_tensor = aten.mul(wait_tensor_default_2, index_tensor)
+combine_default = moe_ep.combine(mul_tensor, None, getitem_10, getitem_9, 2)
+return [combine_default]""",
+        )
+        self.assertEqual(list(local), ["up", "down"])
+        self.assertExpectedInline(
+            str(report),
+            """\
+PlaceExperts: 1 applied, 0 refused
+  + experts""",
+        )
+
+    def test_what_a_rank_runs_is_an_experts_node_again(self):
+        gm, _, _ = placed(Stacked(4), loop, (UP, DOWN))
+        reports = pipeline.canonicalise(gm, frozenset({"fuse_experts"}))
+        self.assertEqual([len(r.applied) for r in reports], [1, 1])  # the routing weights: in the `combine` at home
+        self.assertExpectedInline(
+            "\n".join(graph_text(gm.graph, types=False).splitlines()[-16:]),
+            """\
+wait_tensor_default_1 = _c10d_functional.wait_tensor(all_to_all_single_default_1)
+expert_of_row = expert_of_row(wait_tensor_default, wait_tensor_default_1, 2)
+dispatch_default_1 = moe_ep.dispatch(wait_tensor_default_1, expert_of_row, 2)
+getitem_13 = dispatch_default_1[0]
+getitem_14 = dispatch_default_1[1]
+getitem_15 = dispatch_default_1[2]
+grouped_gemm_default = moe_ep.grouped_gemm(getitem_13, [up_local], getitem_14)
+relu_default = aten.relu(grouped_gemm_default)
+grouped_gemm_default_1 = moe_ep.grouped_gemm(relu_default, [down_local], getitem_14)
+combine_default_1 = moe_ep.combine(grouped_gemm_default_1, None, getitem_15, getitem_14, 1)
+all_to_all_single_default_2 = _c10d_functional_autograd.all_to_all_single(combine_default_1, getitem_11, getitem_12, group)
+wait_tensor_default_2 = _c10d_functional.wait_tensor(all_to_all_single_default_2)
+reshape_default = aten.reshape(unsqueeze, [-1, 1])
+reshape_default_1 = aten.reshape(reshape_default, [-1, 2])
+combine_default_2 = moe_ep.combine(wait_tensor_default_2, reshape_default_1, getitem_10, getitem_9, 2)
+return [combine_default_2]""",
+        )
+
+    def test_weights_travel(self):
+        gm, _, _ = placed(Stacked(4), loop, (UP, DOWN), "gather_weights")
+        self.assertExpectedInline(
+            graph_text(gm.graph, types=False),
+            """\
+x
+ids
+weights
+up
+down
+up_local
+down_local
+unsqueeze = aten.unsqueeze(weights, 2)
+experts_body_0
+    token_0
+    pair_0
+    param_0
+    param_1
+    numpy_t_default = aten.numpy_T(param_0)
+    matmul_default = aten.matmul(token_0, numpy_t_default)
+    relu_default = aten.relu(matmul_default)
+    numpy_t_default_1 = aten.numpy_T(param_1)
+    matmul_default_1 = aten.matmul(relu_default, numpy_t_default_1)
+    mul_tensor = aten.mul(matmul_default_1, pair_0)
+    return mul_tensor
+reshape_default = aten.reshape(up_local, [2, -1])
+all_gather_into_tensor_default = _c10d_functional_autograd.all_gather_into_tensor(reshape_default, 2, group)
+wait_tensor_default = _c10d_functional.wait_tensor(all_gather_into_tensor_default)
+slice_tensor = aten.slice(wait_tensor_default, 0, 0, 4)
+reshape_default_1 = aten.reshape(slice_tensor, [4, 3, 4])
+reshape_default_2 = aten.reshape(down_local, [2, -1])
+all_gather_into_tensor_default_1 = _c10d_functional_autograd.all_gather_into_tensor(reshape_default_2, 2, group)
+wait_tensor_default_1 = _c10d_functional.wait_tensor(all_gather_into_tensor_default_1)
+slice_tensor_1 = aten.slice(wait_tensor_default_1, 0, 0, 4)
+reshape_default_3 = aten.reshape(slice_tensor_1, [4, 4, 3])
+experts_1 = experts(ids, [x], [unsqueeze], [reshape_default_1, reshape_default_3], [], experts_body_0, 4, None)
+return [experts_1]""",
+        )
+
+    def test_uneven_shards(self):
+        up, down = Family("up", ("up",), 3), Family("down", ("down",), 3)
+
+        def three(self, x, ids, weights):
+            out = torch.zeros_like(x)
+            for e in range(3):
+                t, k = torch.where(ids == e)
+                out.index_add_(0, t, torch.relu(x[t] @ self.up[e].T) @ self.down[e].T)
+            return out
+
+        for rank, number in ((0, 2), (1, 1)):
+            gm, _, local = placed(Stacked(3), three, (up, down), rank=rank)
+            self.assertEqual(local["up"].meta["val"].shape[0], number)
+            gm, _, local = placed(Stacked(3), three, (up, down), "gather_weights", rank=rank)
+            self.assertEqual("constant_pad_nd" in graph_text(gm.graph), rank == 1)
+
+    def test_one_rank_has_no_collectives(self):
+        gm, report, local = placed(Stacked(4), loop, (UP, DOWN), ranks=1, rank=0)
+        assert report.applied and "c10d" not in graph_text(gm.graph)
+        self.assertEqual(local["up"].meta["val"].shape[0], 4)
+
+    def test_replicated_values_of_experts_are_sliced(self):
+        gm, _, local = placed(Stacked(4), loop, (UP,))
+        self.assertEqual(list(local), ["up"])
+        assert "aten.slice(down, 0, 2, 4)" in graph_text(gm.graph)
+
+    def test_a_list_becomes_one_stack(self):
+        class Listed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.experts = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(4))
+
+            def loop(self, x, ids, weights):
+                out = torch.zeros_like(x)
+                for e, expert in enumerate(self.experts):
+                    t, k = torch.where(ids == e)
+                    out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
+                return out
+
+            def reversed(self, x, ids, weights):
+                out = torch.zeros_like(x)
+                for e in range(4):
+                    t, k = torch.where(ids == e)
+                    out.index_add_(0, t, self.experts[3 - e](x[t]) * weights[t, k, None])
+                return out
+
+        family = Family("experts.weight", tuple(f"experts.{e}.weight" for e in range(4)), 4)
+        gm, _, local = placed(Listed(), Listed.loop, (family,))
+        self.assertEqual(tuple(local["experts.weight"].meta["val"].shape), (2, 4, 4))
+        assert "[experts_weight_local]" in graph_text(gm.graph)
+        self.refuses(
+            Listed.reversed, "the experts' weights are not sharded in the order of the experts", (family,), Listed()
+        )
+
+    def test_refuses_another_number_of_experts_than_are_sharded(self):
+        self.refuses(loop, "4 experts run, 4 and 5 are sharded", (Family("up", ("up",), 5), DOWN))
+
+    def test_refuses_what_every_rank_has_its_own_of(self):
+        def shared(self, x, ids, weights):
+            out, mean = torch.zeros_like(x), x.mean(0)
+            for e in range(4):
+                t, k = torch.where(ids == e)
+                out.index_add_(0, t, torch.relu((x[t] + mean) @ self.up[e].T) @ self.down[e].T)
+            return out
+
+        self.refuses(shared, "experts read mean, of which every rank has its own")
+
+        def late(self, x, ids, weights):  # behind the last product: it stays at home
+            out, mean = torch.zeros_like(x), x.mean(0)
+            for e in range(4):
+                t, k = torch.where(ids == e)
+                y = torch.relu(x[t] @ self.up[e].T) @ self.down[e].T
+                out.index_add_(0, t, y * weights[t, k, None] * mean)
+            return out
+
+        gm, report, _ = placed(Stacked(4), late, (UP, DOWN))
+        assert report.applied
+
+    def test_refuses_values_of_experts_made_from_tokens(self):
+        def scaled(self, x, ids, weights):
+            out, scale = torch.zeros_like(x), self.down * x.mean()
+            for e in range(4):
+                t, k = torch.where(ids == e)
+                out.index_add_(0, t, torch.relu(x[t] @ self.up[e].T) @ scale[e].T)
+            return out
+
+        self.refuses(scaled, "what belongs to an expert is computed from the tokens of a rank", (UP,))
+        self.refuses(scaled, "mul (aten.mul.Tensor) is not shown to work on every expert's weight alike")
+
+    def test_refuses_stacks_that_mix_experts(self):
+        def rolled(self, x, ids, weights):
+            out, up = torch.zeros_like(x), self.up.roll(1, 0)
+            for e in range(4):
+                t, k = torch.where(ids == e)
+                out.index_add_(0, t, torch.relu(x[t] @ up[e].T) @ self.down[e].T)
+            return out
+
+        self.refuses(rolled, "roll (aten.roll.default) is not shown to work on every expert's weight alike")
+
+        def flipped(self, x, ids, weights):
+            out, up = torch.zeros_like(x), self.up.transpose(1, 2).chunk(3, 2)[0]
+            for e in range(4):
+                t, k = torch.where(ids == e)
+                out.index_add_(0, t, torch.relu(x[t] @ up[e]) @ self.down[e].T[:1])
+            return out
+
+        gm, report, _ = placed(Stacked(4), flipped, (UP, DOWN))  # views that leave the experts first
+        assert report.applied, report
