@@ -37,10 +37,10 @@ class Gathered:
         self.gradient: Tensor | None = None
 
         def take(whole: Tensor) -> None:
+            arrived(whole)
             assert whole.grad is not None
             self.gradient = whole.grad if self.gradient is None else self.gradient + whole.grad
             whole.grad = None
-            arrived(whole)
 
         whole.register_post_accumulate_grad_hook(take)
 
@@ -92,6 +92,8 @@ class Averages:
     def _arrived(self, parameter: Tensor) -> None:
         task = torch._C._current_graph_task_id()
         if task != self._task:
+            if self._task == -1:
+                self._forget()
             self._task = task
             torch.autograd.Variable._execution_engine.queue_callback(self._average)
 
@@ -109,7 +111,14 @@ class Averages:
 
     def gather(self, packed: DTensor, whole: Tensor) -> None:
         """Note that a forward reads the whole of a parameter."""
+        if torch._C._current_graph_task_id() == -1:
+            self._forget()
         self.gathered.append(Gathered(packed, whole, self._arrived))
+
+    def _forget(self) -> None:
+        """Drop what a backward left that did not come to its end."""
+        for found in self.gathered:
+            found.gradient = None
 
     def _sum_gathered(self) -> None:
         """Each rank gets, for its own experts, the sum over the ranks; those without a gradient take part."""

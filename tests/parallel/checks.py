@@ -9,17 +9,21 @@ import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.fx import Graph, Node
 from torch.utils.checkpoint import checkpoint
 
 import moe_compile
-from moe_compile.parallel import gather
+from moe_compile import kinds, pipeline
+from moe_compile.parallel import gather, gradients
 from moe_compile.parallel.shards import holders
+from moe_compile.passes.place_experts import PlaceExperts
 from tests.parallel.ranks import Ranks
 from tests.tiny import FF, Block, D, Experts, Net, close, compiled, regions
 
@@ -339,13 +343,289 @@ def another_backend(ranks: Ranks) -> None:
     parity(ranks, stacked(), tokens(ranks), run=lambda m: torch.compile(m, backend="aot_eager"), expect="")
 
 
+# -- what travels, and what must not ---------------------------------------------------------
+
+
+class Biased(nn.Module):
+    """Weights, biases and a scale for each expert, a scale for all, and routing weights before the last product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(E, FF, D))
+        self.down = nn.Parameter(torch.randn(E, FF, D))
+        self.bias = nn.Parameter(torch.randn(E, FF))
+        self.last = nn.Parameter(torch.randn(E, D))
+        self.scale = nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where(ids == e)
+            h = F.gelu(F.linear(x[t] * self.scale, self.up[e], self.bias[e])) * weights[t, k, None]
+            out.index_add_(0, t, h @ self.down[e] + self.last[e])
+        return out
+
+
+def everything_of_an_expert(ranks: Ranks) -> None:
+    parity(ranks, Net(1, lambda: Block(Biased(), num_experts=E)), tokens(ranks, [7, 5]))
+
+
+class Centred(Experts):
+    """What the experts read of all tokens is another value on each rank."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out, mean = torch.zeros_like(x), x.mean(0)
+        for e in range(self.num_experts):
+            t, k = torch.where(ids == e)
+            y = F.linear(torch.relu(F.linear(x[t] - mean, self.w13[e, :FF])), self.w2[e])
+            out.index_add_(0, t, y * weights[t, k, None])
+        return out
+
+
+def a_value_of_each_rank(ranks: Ranks) -> None:
+    """Tokens must not travel, so weights do."""
+    model = Net(1, lambda: Block(Centred(E), num_experts=E))
+    parity(ranks, model, tokens(ranks, [7, 5]), expect="gather_weights")
+
+
+class Backwards(nn.Module):
+    """Expert e has the weights of the last but e."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where(ids == E - 1 - e)
+            out.index_add_(0, t, torch.tanh(self.experts[e](x[t])) * weights[t, k, None])
+        return out
+
+
+def experts_in_another_order(ranks: Ranks) -> None:
+    model = Net(1, lambda: Block(Backwards(), num_experts=E))
+    parity(ranks, model, tokens(ranks, [7, 5]), run=lambda m: compiled(m, "eager"), expect="")
+
+
+class PerBatch(Experts):
+    """An expert divides by the number of tokens of the batch, which is another one on each rank."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(self.num_experts):
+            t, k = torch.where(ids == e)
+            y = F.linear(torch.relu(F.linear(x[t], self.w13[e, :FF]) / x.shape[0]), self.w2[e])
+            out.index_add_(0, t, y * weights[t, k, None])
+        return out
+
+
+def ranks_that_compute_something_else(ranks: Ranks) -> None:
+    """Where batches are of one size the experts are the same function; where not, it is an error, not a wrong number."""
+    model = Net(1, lambda: Block(PerBatch(E), num_experts=E))
+    sharded = parity(ranks, copy.deepcopy(model), tokens(ranks))
+    call = compiled(sharded, "aot_eager", fullgraph=True, dynamic=False)
+    try:
+        call(torch.randn(6 + ranks.rank, D))
+    except RuntimeError as error:
+        assert f"something else on ranks [{1 - ranks.rank}]" in str(error), error
+    else:
+        raise AssertionError("rows were divided by the number of tokens of another rank")
+
+
+def ids_of_no_expert(ranks: Ranks) -> None:
+    """A loop over all experts leaves ids out that none has; rows of nobody come home as zeros."""
+    ids = torch.tensor([[0, 99], [-3, 2], [E, -1], [6, 1]])
+    batches: Batches = [(torch.randn(4, D), ids) for _ in range(ranks.size)]
+
+    class All(Experts):
+        def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            for e in range(self.num_experts):
+                t, k = torch.where(ids == e)
+                gate, up = F.linear(x[t], self.w13[e]).chunk(2, -1)
+                out.index_add_(0, t, F.linear(F.silu(gate) * up, self.w2[e]) * weights[t, k, None])
+            return out
+
+    model = Fixed()
+    model.experts = All(E)
+    parity(ranks, model, batches, lambda model, x, ids: model(x, ids).square().sum())
+
+
+# -- states ---------------------------------------------------------------------------------
+
+
+def states(ranks: Ranks) -> None:
+    """Names and shapes are the model's own; a model on meta is loaded from them and trains."""
+    for make in (stacked, listed):
+        torch.manual_seed(0)
+        model = make()
+        whole = {n: t.clone() for n, t in model.state_dict().items()}
+        sharded = moe_compile.parallelize(copy.deepcopy(model), moe_compile.build_mesh())
+        mine = sharded.state_dict()
+        assert all(mine[n].shape == whole[n].shape for n in mine)
+        names: list[Any] = [None] * ranks.size
+        dist.all_gather_object(names, list(mine))
+        assert set().union(*names) == whole.keys()
+        with torch.device("meta"):
+            empty = make()
+        moe_compile.parallelize(empty, moe_compile.build_mesh())
+        empty.to_empty(device="cpu")
+        empty.load_state_dict(whole)
+        same(own_names(empty, lambda p: p.data), whole, "loaded")
+        empty.load_state_dict({n: t.clone() for n, t in mine.items()})
+        same(own_names(empty, lambda p: p.data), whole, "loaded from its own")
+        assert agree(ranks, empty, compiled(empty, "aot_eager", fullgraph=True), model, tokens(ranks))
+
+
+def agree(ranks: Ranks, model: nn.Module, call: Any, reference: nn.Module, batches: Batches, **kwargs: Any) -> bool:
+    """Whether losses and gradients are those of one process, on all ranks."""
+    loss = kwargs.get("loss", square)
+    for m in (model, reference):
+        m.zero_grad()
+    got = loss(call, *batches[ranks.rank])
+    want = sum(loss(reference, *batch) for batch in batches) / ranks.size
+    got.backward()
+    want.backward()
+    total = got.detach().clone()
+    dist.all_reduce(total)
+    right = close(total / ranks.size, want)
+    grads = own_names(model, lambda p: p.grad)
+    for name, parameter in reference.named_parameters():
+        mine = grads[name]
+        right &= (mine is None) == (parameter.grad is None) and (mine is None or close(mine, parameter.grad))
+    bad = torch.tensor(float(not right))
+    dist.all_reduce(bad)
+    return not bad.item()
+
+
+def misfits(ranks: Ranks) -> None:
+    """Meshes and models that do not fit are refused with the numbers, and nothing is changed."""
+    texts = {
+        "ep=3 x dp_replicate=1 is 3 ranks, there are 4; the nearest that fits: ep=4 with dp_replicate=1": {"ep": 3},
+        "tp=2: tensor parallelism is not supported yet": {"tp": 2},
+        "dp_replicate=0: it is a number of ranks, 1 to 4": {"dp_replicate": 0},
+    }
+    for text, degrees in texts.items():
+        assert text in refusal(lambda d=degrees: moe_compile.build_mesh(**d)), text
+    mesh = moe_compile.build_mesh()
+    few = Net(1, lambda: Block(Experts(5), num_experts=5))
+    text = "5 experts over ep=4 ranks: shards of 2 leave 1 ranks without an expert; the nearest that fits is ep=5"
+    assert text in refusal(lambda: moe_compile.parallelize(few, mesh))
+    assert not any(isinstance(p, DTensor) for p in few.parameters())
+    assert "no experts found in Linear" in refusal(lambda: moe_compile.parallelize(nn.Linear(2, 2), mesh))
+    other = torch.distributed.device_mesh.init_device_mesh("cpu", (4,), mesh_dim_names=("model",))
+    assert 'parallelize takes "ep"' in refusal(lambda: moe_compile.parallelize(stacked(), other))
+    twice = moe_compile.parallelize(stacked(), mesh)
+    assert "parallelized already" in refusal(lambda: moe_compile.parallelize(twice, mesh))
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except moe_compile.MoeCompileError as error:
+        return str(error)
+    raise AssertionError("not refused")
+
+
+def different_dense_weights(ranks: Ranks) -> None:
+    """Ranks that initialised a model on meta for themselves hear of it; `broadcast` makes it right."""
+    with torch.device("meta"):
+        model = stacked()
+    moe_compile.parallelize(model, moe_compile.build_mesh())
+    model.to_empty(device="cpu")
+    torch.manual_seed(ranks.rank)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.normal_(0, 0.3)
+    text = refusal(lambda: square(model, torch.randn(3, D)).backward())
+    assert "layers.0.router.weight differs between ranks" in text, text
+    gradients.broadcast(model)
+    torch.manual_seed(0)
+    reference = stacked()
+    reference.load_state_dict(own_names(model, lambda p: p.data))
+    assert agree(ranks, model, compiled(model, "aot_eager", fullgraph=True), reference, tokens(ranks))
+
+
+# -- sabotage -------------------------------------------------------------------------------
+
+
+class Four(nn.Module):
+    """Experts 0 to 3, by ids that are given: both ranks send as many rows to each, for other experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.scale = Experts(4), nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.experts(x * self.scale, ids, x[:, :2].sigmoid())
+
+
+FOUR_IDS = torch.tensor([[0, 2], [0, 3], [1, 3]])
+
+
+def cut(number: int) -> type[PlaceExperts]:
+    """The pass, which then leaves out one of its collectives: a rank keeps what it should have sent."""
+
+    def kept(rows: Tensor, out: list[int], into: list[int], group: str) -> Tensor:
+        return rows.clone()
+
+    class Cut(PlaceExperts):
+        def rewrite(self, graph: Graph, node: Node) -> None:
+            super().rewrite(graph, node)
+            found = [n for n in graph.nodes if "all_to_all_single" in str(n.target)]
+            assert len(found) == 3
+            found[number].target = kept
+
+    return Cut
+
+
+def sabotage(ranks: Ranks) -> None:
+    """A collective that is missing, a gradient that is not averaged, experts on the wrong rank: each is noticed."""
+    batches: Batches = [(torch.randn(3, D), FOUR_IDS) for _ in range(ranks.size)]
+
+    def right(after: Callable[[nn.Module], None] = lambda model: None) -> bool:
+        torch._dynamo.reset()
+        kinds.forget()
+        torch.manual_seed(0)
+        reference = Four()
+        model = moe_compile.parallelize(copy.deepcopy(reference), moe_compile.build_mesh())
+        after(model)
+        call = compiled(model, "eager", fullgraph=True)
+        return agree(ranks, model, call, reference, batches, loss=lambda m, x, ids: m(x, ids).square().sum())
+
+    assert right()
+    for number in range(3):
+        with mock.patch.object(pipeline, "PlaceExperts", cut(number)):
+            assert not right(), f"without collective {number}"
+    with mock.patch.object(gradients, "_all_reduce", lambda parameters, group: None):
+        assert not right(), "without the average of dense gradients"
+
+    def exchange(model: nn.Module) -> None:
+        with torch.no_grad():
+            for parameter in (model.experts.w13, model.experts.w2):
+                both = [torch.empty_like(parameter.to_local()) for _ in range(2)]
+                dist.all_gather(both, parameter.to_local().contiguous())
+                parameter.to_local().copy_(both[1 - ranks.rank])
+
+    assert not right(exchange), "with exchanged experts"
+
+    def unscaled(model: nn.Module) -> None:
+        vars(model)[gradients.ATTRIBUTE].ep = 1
+
+    assert not right(unscaled), "with experts' gradients that are sums"
+    assert right()
+
+
 CHECKS = {
     1: [stacked_loop, module_list, mixtral_eager, uncompiled, bitwise],
     2: [
         stacked_loop, module_list, mixtral_eager, mixtral_grouped, inductor, a_rank_without_tokens,
         experts_nobody_chose, everybody_chose_one, gradient_accumulation, without_gradients, frozen_experts,
         activation_checkpointing, mixtral_checkpointing, layer_by_layer, weights_travel, bitwise, uncompiled, refused,
-        one_refused, another_backend,
+        one_refused, another_backend, everything_of_an_expert, a_value_of_each_rank, experts_in_another_order,
+        ids_of_no_expert, states, different_dense_weights, sabotage, ranks_that_compute_something_else,
     ],
-    4: [stacked_loop, module_list, mixtral_eager, unequal_batches, copies_of_experts, bitwise, uncompiled],
+    4: [misfits, stacked_loop, module_list, unequal_batches, copies_of_experts, bitwise, uncompiled],
 }  # fmt: skip
