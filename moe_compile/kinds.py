@@ -198,7 +198,7 @@ def _place(found: Analysis, module: nn.Module, how: _How) -> tuple[list[PassRepo
     for name in (m for f in how.placement.families for m in f.members):
         if name in parameters and parameters[name].users:
             raise Refusal(f"{name}, which is sharded, is used outside of the experts too")
-    return [report], strategy if local else "grouped", local
+    return [report], strategy if local and how.placement.ranks > 1 else "grouped", local
 
 
 def _function(gm: GraphModule, name: str, single: bool) -> Callable[..., Any]:

@@ -3,7 +3,7 @@
 Before:
     experts = experts(ids, [x], [weights], [w13, w2], [], body, E)     # w13, w2: sharded over P ranks by expert
 
-After (strategy "alltoall"):
+After:
     x_RD, offsets, order = moe_ep.dispatch(x, ids, E)
     sent     = message(offsets, x_RD, P, M, fingerprint)               # how many rows, expert by expert
     received = wait(_c10d_functional_autograd.all_to_all_single(sent, ..., group))
@@ -17,7 +17,8 @@ Stage      place; needs the `experts` nodes of detect_experts.
 Numerics   the same products; weighing and the sum over a token's experts run where the token is, in the order of k:
            the number of ranks does not show.
 Why        tokens are smaller than experts.  What an expert's result is multiplied with at last, values of the pair
-           alone, stays at home.  Strategy "gather_weights": weights travel instead, the node stays as it is.
+           alone, stays at home.  This is strategy "alltoall"; with "gather_weights" the shards are gathered from all
+           ranks instead, and the node stays as it is.
 Refuses    experts that are not sharded in their order; params that are not views, expert by expert, of a sharded stack
            or of replicated parameters; experts that read what another rank may not have, or bools.
 """

@@ -138,7 +138,7 @@ return where_self""",
         self.assertEqual(graph_text(gm.graph), before)
 
     def test_decides_every_op_that_carries_values(self):
-        decided = {*OPS, *FUSED, "check_ids", "sort_by_expert"}  # the last two have one form everywhere
+        decided = {*OPS, *FUSED, "check_ids", "check_messages", "sort_by_expert"}  # the last have one form everywhere
         mine = {
             str(name).split("::")[1]
             for name in torch._C._dispatch_get_all_op_names()

@@ -19,7 +19,7 @@ assert moe_compile
 
 def placed(module, fn, families, strategy="alltoall", ranks=2, rank=1, names=None):
     """(graph, report, new inputs) of the pass, as one of some ranks runs it."""
-    args = inputs(names and len(names) or 4)
+    args = inputs((names and len(names)) or 4)
     state = captured(module, fn, *args).state
     gm, found = _detected(module, fn, *args)
     assert found.applied, found
