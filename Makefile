@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 TRITON ?= triton>=3.7,<3.8
 NUMPY  ?= numpy
 
-.PHONY: setup demo test check bench gpu cross-compile coverage test-4x clean
+.PHONY: setup demo demo-ep test check bench gpu cross-compile coverage test-4x clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +21,9 @@ $(VENV)/.ready: pyproject.toml
 
 demo: setup          ## train two unmodified models with and without moe_ep; report in moe_compile_demo/index.html
 	$(BIN)/moe-compile demo $(ARGS)
+
+demo-ep: setup       ## train a Mixtral whose experts are split over 4 processes on this machine
+	$(BIN)/torchrun --nproc-per-node 4 examples/train_ep.py
 
 test: setup          ## everything CI runs: style, types, tests
 	$(BIN)/ruff check .

@@ -85,7 +85,7 @@ def whole(holder: nn.Module, shards: Shards) -> dict[str, Tensor]:
 
 def _warn(module: nn.Module, name: str, shards: Shards) -> None:
     global _warned
-    if _warned:
+    if _warned or shards.mesh.size() == 1:
         return
     _warned = True
     why = f"its region is not rewritten: {shards.refused}" if shards.refused else "it is not compiled by moe_ep"

@@ -242,6 +242,26 @@ def without_gradients(ranks: Ranks) -> None:
         assert all(r.matched for r in found)
 
 
+def sizes_that_vary(ranks: Ranks) -> None:
+    """One compiled function, batches of other sizes in every call: sizes become symbols, on each rank on its own."""
+    model = stacked()
+    reference = copy.deepcopy(model)
+    moe_compile.parallelize(model, moe_compile.build_mesh())
+    call = compiled(model, "aot_eager", fullgraph=True)
+    for size in (6, 9, 4, 1, 12):
+        assert agree(ranks, model, call, reference, tokens(ranks, [size, size + 3])), size
+
+
+def autocast(ranks: Ranks) -> None:
+    """Products in bfloat16, and what each rank gets is what one process gets, bit by bit."""
+    model, (x,) = stacked(), tokens(ranks)[0]
+    alone = compiled(copy.deepcopy(model), fullgraph=True)
+    moe_compile.parallelize(model, moe_compile.build_mesh())
+    with torch.autocast("cpu", torch.bfloat16), regions() as found:
+        assert torch.equal(compiled(model, fullgraph=True)(x), alone(x))
+    assert {r.strategy for r in found} == {"alltoall", "grouped"}
+
+
 def frozen_experts(ranks: Ranks) -> None:
     model = stacked()
     for name, parameter in model.named_parameters():
@@ -614,6 +634,7 @@ CHECKS = {
     2: [
         stacked_loop, module_list, mixtral_eager, mixtral_grouped, inductor, a_rank_without_tokens,
         experts_nobody_chose, everybody_chose_one, gradient_accumulation, without_gradients, frozen_experts,
+        sizes_that_vary, autocast,
         activation_checkpointing, mixtral_checkpointing, layer_by_layer, weights_travel, bitwise, uncompiled, refused,
         one_refused, another_backend, everything_of_an_expert, a_value_of_each_rank, experts_in_another_order,
         ids_of_no_expert, states, different_dense_weights, sabotage, ranks_that_compute_something_else,
