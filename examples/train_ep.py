@@ -59,5 +59,7 @@ for step in range(50):
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         if rank == 0:
-            print(f"step {step + 1:3d}  loss {mean.item() / ranks:.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {step + 1:3d}  loss {mean.item() / ranks:.3f}  {time.perf_counter() - start:.0f} s", flush=True
+            )
 dist.destroy_process_group()
