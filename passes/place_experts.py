@@ -169,13 +169,14 @@ class _Exchange:
     ) -> None:
         self.graph, self.node, self.placement, self.replicated = graph, node, placement, replicated
         args: Any = node.args
-        self.ids, tokens, pairs, _, shared, body, self.num_experts, self.num_classes = args
+        self.ids, tokens, pairs, whole, shared, body, self.num_experts, self.num_classes = args
         self.body = getattr(graph.owning_module, str(body.target))
         self.top_k = value(self.ids).shape[1]
         self.sizes = shard_sizes(self.num_experts, placement.ranks)
         inputs = iter(self.body.graph.find_nodes(op="placeholder"))
         groups: Any = (tokens, pairs, params, shared)
         self.tokens, self.pairs, self.params, self.shared = ({next(inputs): v for v in g} for g in groups)
+        self.whole = dict(zip(self.params, whole, strict=True))
 
     def write(self) -> Node:
         inner, late, last = _split(self.body)
@@ -184,7 +185,7 @@ class _Exchange:
             if inside.name in kept and not _sources(outside) <= self.replicated:
                 raise Refusal(f"experts read {outside.name}, of which every rank has its own")
         self._route()
-        self._tell(inner)
+        self._tell(inner, kept)
         tokens = {n: self._there(self._token_rows(n), v, 1) for n, v in self.tokens.items() if n.name in kept}
         pairs = {n: self._there(self._pair_rows(v), v, 2) for n, v in self.pairs.items() if n.name in kept}
         params, shared = ([v for n, v in g.items() if n.name in kept] for g in (self.params, self.shared))
@@ -216,10 +217,11 @@ class _Exchange:
         routed = self._call(moe_ep.dispatch.default, first, self.ids, self.num_experts)
         self.x_RD, self.offsets, self.order = (self._call(operator.getitem, routed, i) for i in range(3))
 
-    def _tell(self, inner: GraphModule) -> None:
+    def _tell(self, inner: GraphModule, kept: set[str]) -> None:
         """How many rows come and go: `received`, `send`, `receive`."""
+        read = [_spelled(v) for g in (self.whole, self.shared) for n, v in g.items() if n.name in kept]
         ranks, most = self.placement.ranks, self.sizes[0]
-        mark = fingerprint(f"{self.num_experts}\n{graph_text(inner.graph)}")
+        mark = fingerprint(f"{self.num_experts} {read}\n{graph_text(inner.graph)}")
         sent = self._call(message, self.offsets, self.x_RD, ranks, most, mark)
         equal = [most + 2] * ranks
         val = sent.meta["val"]
@@ -350,6 +352,15 @@ def _sources(param: Any) -> set[Node]:
     """The inputs that a value, or each of a list, is computed from."""
     nodes = [param] if isinstance(param, Node) else list(param)
     return {n for node in nodes for n in _upstream(node) if n.op == "placeholder"}
+
+
+def _spelled(value: Any) -> Any:
+    """How a value, or each of a list, is computed from the inputs."""
+    if isinstance(value, (list, tuple)):
+        return [_spelled(v) for v in value]
+    if not isinstance(value, Node) or value.op in ("placeholder", "get_attr"):
+        return str(value)
+    return [str(value.target), _spelled(value.args), sorted((k, _spelled(v)) for k, v in value.kwargs.items())]
 
 
 def _each_alike(node: Node) -> bool:

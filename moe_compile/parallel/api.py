@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_compile.errors import MoeCompileError
 from moe_compile.parallel import gather, gradients, state_dicts
 from moe_compile.parallel.find import Experts, find_experts
-from moe_compile.parallel.mesh import check_mesh, shard_sizes
+from moe_compile.parallel.mesh import check_mesh, shard_of, shard_sizes
 from moe_compile.parallel.shards import ATTRIBUTE, Family, Shards, as_shard
 
 
@@ -61,7 +61,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 def _shard(experts: Experts, mesh: DeviceMesh) -> Shards:
     holder = experts.holder
     shards = Shards(mesh["ep"], experts.families)
-    packed = {f.name: nn.Parameter(_split(holder, f, shards), _needs_grad(holder, f)) for f in experts.families}
+    packed = {f.name: nn.Parameter(_split(holder, f, shards, mesh), _needs_grad(holder, f)) for f in experts.families}
     for family in experts.families:
         if family.members != (family.name,):
             for member in family.members:
@@ -77,7 +77,7 @@ def _needs_grad(holder: nn.Module, family: Family) -> bool:
     return holder.get_parameter(family.members[0]).requires_grad
 
 
-def _split(holder: nn.Module, family: Family, shards: Shards) -> Tensor:
+def _split(holder: nn.Module, family: Family, shards: Shards, mesh: DeviceMesh) -> Tensor:
     """The DTensor of a family: rank 0 sends each rank its experts, one shard at a time."""
     weights = [holder.get_parameter(member).detach() for member in family.members]
     sizes = shard_sizes(family.num_experts, shards.mesh.size())
@@ -87,18 +87,18 @@ def _split(holder: nn.Module, family: Family, shards: Shards) -> Tensor:
         mine = slice(start, start + sizes[i])
         return weights[0][mine].clone() if len(weights) == 1 else torch.stack(weights[mine])
 
-    return as_shard(_from_first(shard, shards), family, shards.mesh)
+    return as_shard(_from_first(shard, mesh), family, shards.mesh)
 
 
-def _from_first(shard: Callable[[int], Tensor], shards: Shards) -> Tensor:
+def _from_first(shard: Callable[[int], Tensor], mesh: DeviceMesh) -> Tensor:
     """This rank's shard, as rank 0 has it."""
-    ranks, me = shards.mesh.size(), dist.get_rank()
-    mine = shard(shards.rank).contiguous()
+    me = dist.get_rank()
+    mine = shard(shard_of(mesh, me)).contiguous()
     if mine.device.type == "meta" or dist.get_world_size() == 1:
         return mine
-    for rank in range(1, dist.get_world_size()):  # build_mesh: neighbours hold different experts
+    for rank in range(1, dist.get_world_size()):
         if me == 0:
-            dist.send(shard(rank % ranks).contiguous(), rank)
+            dist.send(shard(shard_of(mesh, rank)).contiguous(), rank)
         elif me == rank:
             dist.recv(mine, 0)
     return mine

@@ -66,7 +66,15 @@ def check_mesh(mesh: DeviceMesh) -> DeviceMesh:
         raise MoeCompileError(
             f"the mesh has {mesh.size()} ranks, there are {dist.get_world_size()}: all must take part"
         )
+    if mesh.mesh.flatten().tolist() != list(range(mesh.size())):
+        raise MoeCompileError(f"the mesh has its ranks in another order than 0..{mesh.size() - 1}")
     return mesh
+
+
+def shard_of(mesh: DeviceMesh, rank: int) -> int:
+    """Which shard of the experts a rank of the whole mesh holds."""
+    place = (mesh.mesh == rank).nonzero()[0].tolist()
+    return int(place[(mesh.mesh_dim_names or ()).index("ep")])
 
 
 def shard_sizes(num_experts: int, ranks: int) -> list[int]:

@@ -422,26 +422,47 @@ def experts_in_another_order(ranks: Ranks) -> None:
 class PerBatch(Experts):
     """An expert divides by the number of tokens of the batch, which is another one on each rank."""
 
+    def number(self, x: Tensor) -> Any:
+        return x.shape[0]
+
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
+        out, number = torch.zeros_like(x), self.number(x)
         for e in range(self.num_experts):
             t, k = torch.where(ids == e)
-            y = F.linear(torch.relu(F.linear(x[t], self.w13[e, :FF]) / x.shape[0]), self.w2[e])
+            y = F.linear(torch.relu(F.linear(x[t], self.w13[e, :FF]) / number), self.w2[e])
             out.index_add_(0, t, y * weights[t, k, None])
         return out
 
 
+class PerBatchTensor(PerBatch):
+    def number(self, x: Tensor) -> Any:
+        return torch.full((), float(x.shape[0]))
+
+
+class PerBatchWeight(PerBatch):
+    """Large batches use the other half of a weight."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.scales = nn.ParameterList(torch.rand(FF) for _ in range(2))
+
+    def number(self, x: Tensor) -> Any:
+        return self.scales[0] if x.shape[0] > 6 else self.scales[1]
+
+
 def ranks_that_compute_something_else(ranks: Ranks) -> None:
     """Where batches are of one size the experts are the same function; where not, it is an error, not a wrong number."""
-    model = Net(1, lambda: Block(PerBatch(E), num_experts=E))
-    sharded = parity(ranks, copy.deepcopy(model), tokens(ranks))
-    call = compiled(sharded, fullgraph=True, dynamic=False)
-    try:
-        call(torch.randn(6 + ranks.rank, D))
-    except RuntimeError as error:
-        assert f"something else on ranks [{1 - ranks.rank}]" in str(error), error
-    else:
-        raise AssertionError("rows were divided by the number of tokens of another rank")
+    for cls in (PerBatch, PerBatchTensor, PerBatchWeight):
+        torch.manual_seed(0)
+        model = Net(1, lambda cls=cls: Block(cls(E), num_experts=E))  # type: ignore[misc]
+        sharded = parity(ranks, model, tokens(ranks), steps=1)
+        call = compiled(sharded, fullgraph=True, dynamic=False)
+        try:
+            call(torch.randn(6 + ranks.rank, D))
+        except RuntimeError as error:
+            assert f"something else on ranks [{1 - ranks.rank}]" in str(error), error
+        else:
+            raise AssertionError(f"{cls.__name__}: rows were treated as those of another rank")
 
 
 def ids_of_no_expert(ranks: Ranks) -> None:
@@ -527,6 +548,8 @@ def misfits(ranks: Ranks) -> None:
     assert "no experts found in Linear" in refusal(lambda: moe_compile.parallelize(nn.Linear(2, 2), mesh))
     other = torch.distributed.device_mesh.init_device_mesh("cpu", (4,), mesh_dim_names=("model",))
     assert 'parallelize takes "ep"' in refusal(lambda: moe_compile.parallelize(stacked(), other))
+    turned = torch.distributed.device_mesh.DeviceMesh("cpu", [1, 0, 2, 3], mesh_dim_names=("ep",))
+    assert "another order than 0..3" in refusal(lambda: moe_compile.parallelize(stacked(), turned))
     twice = moe_compile.parallelize(stacked(), mesh)
     assert "parallelized already" in refusal(lambda: moe_compile.parallelize(twice, mesh))
 
