@@ -1,0 +1,100 @@
+"""Which parameters are taken for experts', and which are not."""
+
+import torch
+from torch import Tensor, nn
+
+from moe_compile.parallel.find import find_experts
+from tests.tiny import Block, D, Experts, Net, Separate
+
+
+def found(model: nn.Module) -> dict[str, list[str]]:
+    """Families by the module that holds them."""
+    names = {module: name for name, module in model.named_modules()}
+    return {names[e.holder]: [f.name for f in e.families] for e in find_experts(model)}
+
+
+def test_stacked_and_listed() -> None:
+    assert found(Net(2)) == {f"layers.{i}.experts": ["w13", "w2"] for i in (1, 0)}
+    names = ["0_weight", "0_bias", "2_weight", "2_bias"]
+    assert found(Net(1, lambda: Block(Separate()))) == {"layers.0.experts.experts": names}
+    experts = find_experts(Separate())[0]
+    assert experts.families[0].members == tuple(f"{e}.0.weight" for e in range(4))
+
+
+class Chosen(nn.Module):
+    """A loop over layers, by which rows are selected, too."""
+
+    def __init__(self, layer: type[nn.Module] = Block) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x.index_add(0, torch.where(x[:, 0] > 0)[0], layer(x[x[:, 0] > 0]))
+        return x
+
+
+def test_layers_that_hold_experts_are_none() -> None:
+    assert sorted(found(Chosen())) == ["layers.0.experts", "layers.1.experts"]
+
+
+class Stacks(nn.Module):
+    """Layers whose results are stacked: no rows are chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers]).sum(0)
+
+
+def test_layers_whose_results_are_stacked_are_none() -> None:
+    assert found(Stacks()) == {}
+
+
+def test_tied_weights_are_left_alone() -> None:
+    model = Separate()
+    model.experts[1][0].weight = model.experts[0][0].weight
+    assert found(model) == {}
+    stacked = Net(2)
+    stacked.layers[1].experts = stacked.layers[0].experts  # each parameter has two names
+    assert found(stacked) == {}
+
+
+def test_lists_of_unlike_modules_are_none() -> None:
+    model = Separate()
+    model.experts[2] = nn.Sequential(nn.Linear(D, 5), nn.SiLU(), nn.Linear(5, D))
+    assert found(model) == {}
+    frozen = Separate()
+    frozen.experts[0].requires_grad_(False)
+    assert found(frozen) == {}
+
+
+class Convolution(nn.Module):
+    """Three dimensions, and no experts: `conv1d` reads it, in a function of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(D, D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def test_convolutions_are_none() -> None:
+    assert found(Convolution()) == {}
+
+
+def test_other_parameters_of_the_module_are_left_alone() -> None:
+    class Routed(Experts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Parameter(torch.randn(4, D))
+            self.one = nn.Parameter(torch.randn(1, D, D))
+
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            weights, ids = (x @ self.router.T @ self.router @ self.one[0]).softmax(-1).topk(2)
+            return super().forward(x, ids, weights) + (x @ self.w13[0, :D].T) * self.w2.sum()
+
+    assert found(Routed()) == {"": ["w13", "w2"]}
