@@ -86,7 +86,8 @@ class Averages:
         model = self.model()
         if model is None:
             return []
-        experts = {id(h._parameters[f.name]) for _, h, shards in holders(model) for f in shards.families}
+        held = [(h, s) for _, h, s in holders(model) if s.state == "sharded"]
+        experts = {id(h._parameters[f.name]) for h, s in held for f in s.families}
         return [(p, id(p) in experts) for p in model.parameters()]
 
     def _arrived(self, parameter: Tensor) -> None:
