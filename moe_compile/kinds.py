@@ -179,7 +179,7 @@ def _prove(
         None, found.before, f"{detected}\n\n{after}", tuple(map(str, reports)),
         body=tuple(computing(body.graph)), strategy=strategy, gain=gain,
     )  # fmt: skip
-    run = _function(found.gm, fn.__name__, spec.is_leaf())
+    run = _function(found.gm, fn.__name__ if fn.__name__.isidentifier() else "function", spec.is_leaf())
     return Kind(run, state, tuple(local), spec.is_leaf(), tuple(found.capture.guards()), read, report)
 
 
