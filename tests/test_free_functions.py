@@ -1,5 +1,6 @@
 """Loops in functions that belong to no module: weights or modules are arguments, or a closure holds them."""
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -63,6 +64,33 @@ def test_weights_are_arguments() -> None:
     up, down = parameters()
     check(by_weights, *routed(), up, down, leaves=[up, down])
     check(lambda x, ids, p, up: by_weights(x, ids, p, up, down=down) * 2, *routed(), up, leaves=[up, down])
+
+
+def test_a_function_without_a_name() -> None:
+    up, down = parameters()
+    run = lambda x, ids, p, up, down: by_weights(x, ids, p, up, down)  # noqa: E731
+    nameless = types.FunctionType(by_weights.__code__, globals(), "<lambda>")
+    args = *routed(), up, down
+    assert close(compiled(run)(*args), run(*args))
+    check(lambda *args: nameless(*args), *routed(), up, down, leaves=[up, down])
+
+
+def test_a_size_that_may_be_one_is_no_symbol_of_two_and_more() -> None:
+    """Between two reads of data Dynamo's symbols stand for 0 and 1, too."""
+    up, down = parameters()
+
+    def run(x: Tensor, ids: Tensor, weights: Tensor, numbers: Tensor) -> Tensor:
+        n = numbers.tolist()[0]
+        torch._check(n >= 0)
+        torch._check(n <= x.shape[0])
+        return by_weights(x[:n], ids[:n], weights[:n], up, down)
+
+    with regions() as found, torch._dynamo.config.patch(capture_scalar_outputs=True):
+        for n in (5, 1, 0):
+            args = *routed(), torch.tensor([n])
+            assert close(compiled(run)(*args), run(*args))
+    assert {r.matched for r in found} == {False}
+    assert "may be 0 or 1" in str(found[0].reason)
 
 
 def test_modules_are_an_argument() -> None:

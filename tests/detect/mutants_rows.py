@@ -190,6 +190,21 @@ class RepeatedIdsByToken(Listed):
 
 
 @mutant(
+    "a token that chose an expert twice counts once: the ids (to) are not shown to be distinct, as those of topk are"
+)
+class NarrowIds(Listed):
+    """In a narrower type two ids become one."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        scores = F.one_hot(ids[:, 0], 512) + 0.5 * F.one_hot(ids[:, 0] + 256, 512)
+        out, chosen = torch.zeros_like(x), torch.topk(scores, 2)[1].to(torch.uint8)
+        for e, expert in enumerate(self.experts):
+            mask = (chosen == e).any(-1)
+            out[mask] += expert(x[mask])
+        return out
+
+
+@mutant(
     "a token that chose an expert twice counts once: the ids (getitem_1) are not shown to be distinct, as those of topk are",
     distinct=False,
     repeats=True,
