@@ -22,7 +22,7 @@ from moe_compile.detect.values import Constant, Emptiness, Hits, Index, ListRegi
 from moe_compile.errors import Refusal
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
-from moe_compile.python_state import Functions, check_effects, check_loops, reachable, unchanged
+from moe_compile.python_state import Functions, check_effects, check_loops, check_tensors, reachable, unchanged
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ def analyse(
     """
     functions = reachable(fn, module)
     check_effects(functions)
+    check_tensors(functions, module)
     with unchanged(functions, module):
         return _prove(fn, module, args, kwargs, known, functions)
 
@@ -101,17 +102,20 @@ def _proven(
         region = _only_region(detect)
         _check_answers(main, detect.run, region)
         if asked is not None:
-            few = worlds.sample(main.visits) if main.visits else None
-            apart, seen = trace(truth=nonempty, visited=few) if few is not None else (main, asked)
+            few = worlds.sample(main.visits, worlds.FEW if main.asks else 1) if main.visits else None
+            apart, seen = (main, asked) if few is None else trace(truth=nonempty, visited=few, by_number=main.by_number)
             assert seen is not None
-            check_loops(functions, apart.locals.only_offsets)
+            if main.asks:
+                check_loops(functions, apart.locals.only_offsets)
             if few is not None:
                 worlds.check_sample(asked, seen, few)
-            again = functools.partial(
-                capture, fn, module, args, kwargs, truth=nonempty, classes=apart.classes, visited=few,
-                rows=SYMBOLIC if apart.sees_rows else EXAMPLE, selections=apart.selections, known=known,
-            )  # fmt: skip
-            worlds.check(seen, apart, known.distinct, again, few)
+            if main.asks:
+                again = functools.partial(
+                    capture, fn, module, args, kwargs, truth=nonempty, classes=apart.classes, visited=few,
+                    rows=SYMBOLIC if apart.sees_rows else EXAMPLE, selections=apart.selections, known=known,
+                    by_number=main.by_number,
+                )  # fmt: skip
+                worlds.check(seen, apart, known.distinct, again, few)
         _nothing_left(main)
     listed = isinstance(region, ListRegion)
     form = "dense" if not listed and detect.run is not None and detect.run.inside else _form(region, before)
@@ -135,7 +139,7 @@ def _launches(main: Capture) -> int:
     starts = {visit.begin: len(visit.numbers) for visit in main.visits} | {visit.end: 1 for visit in main.visits}
     for node in main.gm.graph.nodes:
         times = starts.get(node, times)
-        made_up = str(node.target).startswith(("moe_ep_capture.visit", "aten.sym_size"))
+        made_up = str(node.target).startswith(("moe_ep_capture.visit", "moe_ep_capture.pick", "aten.sym_size"))
         found += times * (computes(node) and not made_up)
     return found
 
@@ -163,20 +167,24 @@ def _trace(
     truth: bool,
     visited: Sequence[int] | None = None,
     visit: Functions | None = None,
+    by_number: bool = False,
 ) -> tuple[Capture, worlds.Survey | None]:
     """The function with some rows for every expert; with a symbol for their number if it looks at it.
 
-    And a survey of its graph as it was, if it decides on data.  `visited`, `visit`: as in `capture`.
+    And a survey of its graph as it was, if it decides on data or was not traced whole.  `visited`, `visit`,
+    `by_number`: as in `capture`.
     """
-    trace = functools.partial(capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, known=known)
+    trace = functools.partial(
+        capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, known=known, by_number=by_number
+    )
     found = trace(may_fail=visited is None)
     last = found.fails_at  # `worlds.check` shows that it always fails there
     if last is not None:
         found = trace(classes=last)
     if found.sees_rows:
         found = trace(rows=SYMBOLIC, selections=found.selections, classes=last)
-    asks = found.answered or found.sees_rows or found.iterated or found.decided or found.reads_length
-    return found, worlds.survey(found, known.distinct) if asks else None
+    needed = found.asks or found.visits or by_number
+    return found, worlds.survey(found, known.distinct) if needed else None
 
 
 def _detect(found: Capture, known: Known) -> tuple[DetectExperts, str | None]:

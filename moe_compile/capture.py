@@ -25,24 +25,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from moe_compile import places
+from moe_compile import numbers, places
 from moe_compile.arguments import NOTHING_KNOWN, Known
 from moe_compile.detect.values import Each
 from moe_compile.errors import Refusal
 from moe_compile.fakes import Fakes
 from moe_compile.flat_ids import as_tables
 from moe_compile.host_reads import HostReads, Locals
+from moe_compile.numbers import EQUAL, has_loops, long_enough, numbers_in, program
 from moe_compile.parallel import gather
 from moe_compile.python_state import Functions, watch
 from moe_compile.ranges import READS, Numbers, Unsized, number_of_classes
 from moe_compile.region import EXAMPLE_ROWS
-from moe_compile.visits import MOST, OFFSET, OneByOne, Visit, Visits, check_guards
+from moe_compile.stand_ins import Lists, watched, write_columns
+from moe_compile.visit_checks import check_guards
+from moe_compile.visits import MOST, OFFSET, OneByOne, Visit, Visits
 
 _lib = torch.library.Library("moe_ep_capture", "DEF")
 _lib.define("nonzero(Tensor mask, SymInt rows) -> Tensor")
@@ -87,6 +90,12 @@ class Capture:
     constants: dict[str, Tensor] = field(default_factory=dict)
     tables: frozenset[Node] = frozenset()  # arguments that are shown to be tables (`Facts.tables`)
     visits: list[Visit] = field(default_factory=list)  # iterations that stand for many; their inputs are the last ones
+    by_number: bool = False  # they are those of a loop over numbers
+
+    @property
+    def asks(self) -> bool:
+        """Whether Python asked anything of the data."""
+        return bool(self.answered or self.sees_rows or self.iterated or self.decided or self.reads_length)
 
     def each(self) -> dict[Node, Each]:
         """The experts behind the inputs that hold the indices of visits."""
@@ -113,6 +122,7 @@ class Answers(TorchFunctionMode):
         self.widths, self.unsized = widths or {}, Unsized()
         self.rows, self.truth, self.script, self.classes, self.visited = rows, truth, script, classes, visited
         self.visits: Visits | None = None
+        self.by_number = False  # the loop that visits some experts alone runs over numbers
         self.last_class: int | None = None  # of those that a loop over chosen experts would visit
         self.asked: dict[tuple[str, Any], Tensor] = {}
         self._place: dict[Hashable, int] = {}  # selections, in the order in which they were first made
@@ -146,6 +156,9 @@ class Answers(TorchFunctionMode):
         if self.visits is not None and func is torch.Tensor.__getitem__ and self.visits.has_index(args[1]):
             selected, rest = self.visits.select(*args)
             return selected[rest] if rest else selected
+        if func in EQUAL and numbers_in(args):
+            assert self.visits is not None
+            return self.visits.equal(*args)
         if func is torch.where and len(args) == 1 and not kwargs:
             return self._nonzero(args[0]).unbind(1)
         if func in _NONZERO and args[0].dim():
@@ -286,10 +299,24 @@ class Answers(TorchFunctionMode):
         if self.visits is not None:
             self.asked.setdefault(self._question("each", mask), mask)
             return self.visits.over(mask, table, range(mask.shape[0]))
-        every = range(mask.shape[0])[: self.classes] if self.visited is None else self.visited
+        few = None if self.by_number else self.visited
+        every = range(mask.shape[0])[: self.classes] if few is None else few
         visited = self._answer("each", mask, every)
         self.last_class = mask.shape[0] - 1
         return _Visited(torch.tensor([i] if table.dim() > 1 else i) for i in visited)
+
+    def over_numbers(self, frame: Any, head: int, run: Sequence[int], modules: Any) -> Any:
+        """What a `for` over numbers runs over (`numbers.program`)."""
+        if self.visits is not None:
+            return self.visits.over_numbers(frame, head, run, modules)
+        if self.visited is None or not long_enough(run):
+            return None
+        few, self.visited = self.visited, None
+        return iter(few if modules is None else [(n, modules[n]) for n in few])
+
+    def watching(self) -> contextlib.AbstractContextManager[None]:
+        """Notes how the program reaches into lists of modules."""
+        return watched(self.visits.reached) if self.visits is not None else contextlib.nullcontext()
 
     def _answer(self, kind: str, about: Tensor, otherwise: Any) -> Any:
         question = self._question(kind, about)
@@ -457,13 +484,15 @@ def capture(
     visited: Sequence[int] | None = None,
     visit: Functions | None = None,
     known: Known = NOTHING_KNOWN,
+    by_number: bool = False,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
     be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
     anything from 2 on and decide nothing, for that many `selections`; `truth`: the answer to every question;
     `classes`: how many classes a loop over chosen experts visits, if not all; `may_fail`: an IndexError after such a
-    loop began is noted, not a refusal; `visited`: the experts that such a loop visits; `visit`: all functions that can
-    run, if one visit may stand for many experts (visits.py); `known`: what the caller's graph shows of the tensors.
+    loop began is noted, not a refusal; `visited`: the experts that such a loop visits, or the first one over numbers if
+    `by_number`; `visit`: all functions that can run, if one visit may stand for many experts (visits.py); `known`: what
+    the caller's graph shows of the tensors.
 
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
@@ -473,27 +502,44 @@ def capture(
     tensors = [i for i, a in enumerate(fake_args) if isinstance(a, Tensor)]
     inputs = [world.fake(fake_args[i], i) for i in tensors]
     state = {n: t for n, t in _state(module)}
+    by_loop = (visit is not None or by_number) and has_loops(fn)
+    lists = Lists(module, numbers.FEW) if by_loop else None
+    absent: Mapping[int, Tensor] = {}
+    if lists is not None:
+        lists.keep([0] if visited is None else visited)
+        absent = lists.absent
     unique: dict[int, Tensor] = {}
-    state_fakes = [unique.setdefault(id(t), world.fake(t, None)) for t in state.values()]
+    for t in state.values():
+        t = absent.get(id(t), t)
+        unique[id(t)] = unique[id(t)] if id(t) in unique else world.fake(t, None)
+    present = [n for n, t in state.items() if id(t) not in absent]
+    state_fakes = [unique[id(state[n])] for n in present]
+    missing = {i: world.fake(t, None) for i, t in {id(t): t for t in absent.values()}.items()}
     lengths = [world.vector(f"{ROWS}_{i}", EXAMPLE) for i in range(selections if rows == SYMBOLIC else 0)]
     indices = [world.vector(f"{VISIT}_{i}", OFFSET) for i in range(MOST if visit is not None else 0)]
     answers = Answers(rows, truth, script, classes, visited, dict(known.widths))
+    answers.by_number = by_number
     seen: dict[str, Any] = {}
 
     def run_on_fakes(
         inputs: list[Tensor], state_values: list[Tensor], lengths: list[Tensor], indices: list[Tensor]
     ) -> Any:
         if visit is not None:
-            answers.visits = Visits(visit, module, [t.shape[0] for t in indices])
+            answers.visits = Visits(visit, module, indices, lists)
         answers.rows = [t.shape[0] for t in lengths] if rows == SYMBOLIC else rows
         leaves = list(fake_args)
         for i, t in zip(tensors, inputs, strict=True):
             leaves[i] = t
         call_args, call_kwargs = tree_unflatten(leaves, spec)
+        here = dict(zip(present, state_values, strict=True))
+        here |= {n: missing[id(absent[id(t)])] for n, t in state.items() if n not in here}
+        if lists is not None:
+            lists.begin({id(t): here[n] for n, t in state.items()})
         try:
             hidden = _lengths_hidden(answers, rows == SYMBOLIC)
-            with _state_replaced(module, dict(zip(state, state_values, strict=True))), hidden, answers:
-                result = places.call(fn, module, call_args, call_kwargs)
+            with _state_replaced(module, here), hidden, answers, answers.watching():
+                run = program(fn, answers.over_numbers) if by_loop else fn  # type: ignore[arg-type]
+                result = places.call(run, module, call_args, call_kwargs)
         except IndexError:
             if not may_fail or answers.last_class is None:
                 raise
@@ -516,6 +562,8 @@ def capture(
         )
     gm.graph.set_codegen(torch.fx.graph.CodeGen())
     as_tables(gm, len(inputs))
+    if lists is not None:
+        _add_inputs(gm.graph, lists, state, len(tensors), missing)
     named = [*_argument_names(fn, args, kwargs, tensors), *state]
     named += [f"{ROWS}_{i}" for i in range(len(lengths))]
     _name_inputs(gm, [*named, *(f"{VISIT}_{i}" for i in range(len(indices)))])
@@ -526,7 +574,11 @@ def capture(
     iterated, answered, counted, decided, empty, markers = (results[i:j] for i, j in itertools.pairwise(ends))
     visits = [Visit(v.numbers, *markers[2 * i : 2 * i + 2]) for i, v in enumerate(seen["visits"])]
     constants = {k: v for k, v in vars(gm).items() if k.startswith("_tensor_constant")} | dict(gm.named_buffers())
-    world.guards(lengths, indices)  # a decision on the number of rows is a refusal, here
+    if visit is not None and absent and not visits:
+        raise OneByOne("no loop over numbers runs over the list of modules")
+    with _one_by_one(answers):
+        world.guards(lengths, indices)  # a decision on the number of rows is a refusal, here
+        literals = _literals(gm, constants)
     if visits:
         check_guards(visits, [t.shape[0] for t in indices], world.all_guards(), world.env.replacements)
     return Capture(
@@ -547,10 +599,28 @@ def capture(
         classes=classes,
         fails_at=seen.get("fails_at"),
         guards=lambda: world.guards(lengths, indices),
-        constants=_literals(gm, constants),
+        constants=literals,
         visits=visits,
         tables=frozenset(gm.graph.find_nodes(op="placeholder")[i] for i in known.tables),
+        by_number=answers.visits is not None and answers.visits.by_number,
     )
+
+
+def _add_inputs(
+    graph: Graph, lists: Lists, state: Mapping[str, Tensor], first: int, missing: Mapping[int, Tensor]
+) -> None:
+    """Inputs for the tensors that the trace did without, and what is picked of them."""
+    rest = iter(list(graph.nodes)[first:])
+    nodes: dict[str, Node] = {}
+    after = next(rest)
+    for name, tensor in state.items():
+        if id(tensor) in lists.absent:
+            with graph.inserting_before(after):
+                nodes[name] = graph.placeholder(name.replace(".", "_"))
+            nodes[name].meta["val"] = missing[id(lists.absent[id(tensor)])]
+        else:
+            nodes[name], after = after, next(rest)
+    write_columns(graph, lists, state, nodes)
 
 
 def _argument_names(
@@ -631,11 +701,17 @@ def _compiling() -> Iterator[None]:
 @contextlib.contextmanager
 def _refusals(answers: Answers) -> Iterator[None]:
     """What can go wrong in a run on fake tensors, as reasons.  What went wrong in a visit need not be wrong in all."""
+    with _one_by_one(answers), _reasons():
+        yield
+
+
+@contextlib.contextmanager
+def _one_by_one(answers: Answers) -> Iterator[None]:
     try:
-        with _reasons():
-            yield
+        yield
     except Refusal as refusal:
-        if answers.visits is not None and answers.visits.done:
+        visits = answers.visits
+        if visits is not None and (visits.done or (visits.lists is not None and visits.lists.absent)):
             raise OneByOne(str(refusal)) from refusal
         raise
 

@@ -24,7 +24,7 @@ from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
 from moe_compile.parallel.shards import Placement, dense, placement
 from moe_compile.pipeline import canonicalise, place
-from moe_compile.read_walk import plain_attributes, reads
+from moe_compile.read_walk import TORCH_OWN, plain_attributes, reads
 from moe_compile.reads import SIMPLE, Read, hold
 from moe_compile.region import experts
 from moe_compile.report import RegionReport
@@ -234,7 +234,7 @@ def _structure(module: nn.Module) -> Any:
     for name, child in module.named_modules(remove_duplicate=False):
         plain = tuple((k, v if isinstance(v, SIMPLE) else type(v)) for k, v in plain_attributes(child))
         tensors = tuple(
-            (k, number.setdefault(id(t), len(number)), _metadata(t))
+            (k, number.setdefault(id(t), len(number)), _metadata(t), *(a for a in vars(t) if a not in TORCH_OWN))
             for group in (child._parameters, child._buffers)
             for k, t in group.items()
             if t is not None

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_compile.numbers import Number
 from moe_compile.python_state import Functions, code_names, is_torch
-from moe_compile.read_walk import NOT_RUN
+from moe_compile.read_walk import NOT_RUN, WALKS
 
 
 class OneByOne(BaseException):
@@ -40,7 +41,7 @@ ATOMS = (
     torch.dtype, torch.device, torch.layout, torch.memory_format, torch.SymInt, torch.SymFloat, torch.SymBool,
     types.CodeType, types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodDescriptorType,
     types.WrapperDescriptorType, types.ClassMethodDescriptorType, types.GenericAlias, types.UnionType,
-    torch._ops.OpOverload, torch._ops.OpOverloadPacket,
+    torch._ops.OpOverload, torch._ops.OpOverloadPacket, Number,
 )  # fmt: skip
 BOXES = (list, tuple, set, frozenset, collections.deque)
 TABLES = (dict, types.MappingProxyType)
@@ -69,13 +70,18 @@ class State:
         return all(k in after.seen and _equal(held, after.seen[k][1]) for k, held in objects)
 
 
-def shared(frame: types.FrameType, head: int, functions: Functions, module: nn.Module) -> State:
-    """The state of a frame that stands at the head of a `for` loop, the instruction at `head`."""
+def shared(
+    frame: types.FrameType, head: int, functions: Functions, module: nn.Module, skip: frozenset[int] | None = None
+) -> State:
+    """The state of a frame that stands at the head of a `for` loop, the instruction at `head`.
+
+    `skip`: objects that are not looked into, by id, where the loop runs over numbers (`check_numbers`).
+    """
     dead = dead_locals(frame.f_code, head)
     live = {k: v for k, v in frame.f_locals.items() if k not in dead}
     names: frozenset[str] = frozenset()
     while True:  # what is found by a name mentions names: to a fixed point
-        walk = _Walk(names, frame.f_code)
+        walk = _Walk(names, frame.f_code, skip)
         for root in (live, module, *functions):
             walk.visit(root)
         if walk.mentioned <= names:
@@ -128,7 +134,8 @@ def _modes() -> Any:
 class _Walk:
     """Everything that can be reached, each object once, with what it holds."""
 
-    def __init__(self, names: frozenset[str], running: types.CodeType) -> None:
+    def __init__(self, names: frozenset[str], running: types.CodeType, skip: frozenset[int] | None) -> None:
+        self.skip = skip
         self.names, self.running, self.mentioned = names, running, set[str]()
         self.wrappers: set[types.CodeType] = set()
         self.seen: dict[int, tuple[Any, tuple[Any, ...]]] = {}
@@ -137,7 +144,7 @@ class _Walk:
         todo = [root]
         while todo:
             item = todo.pop()
-            if type(item) in ATOMS or id(item) in self.seen:
+            if type(item) in ATOMS or id(item) in self.seen or (self.skip and id(item) in self.skip):
                 continue
             held = self._held(item)
             self.seen[id(item)] = (item, held)
@@ -209,6 +216,8 @@ class _Walk:
             self.wrappers.add(f.__code__)
             return tuple(vars(f).values())
         _check_code(f.__code__)
+        if self.skip is not None:
+            _check_numbers(f.__code__, bool(self.skip))
         self.mentioned |= code_names(f.__code__)
         cells = [c.cell_contents for c in f.__closure__ or () if _filled(c)]
         named = [f.__globals__[n] for n in sorted(code_names(f.__code__)) if n in f.__globals__]
@@ -244,6 +253,8 @@ def _check_code(code: types.CodeType) -> None:
     if found := LOOKS_BEHIND & code_names(code):
         raise OneByOne(f"{code.co_qualname} uses {min(found)}")
     steps = list(dis.get_instructions(code))
+    if any(step.opname == "MATCH_CLASS" for step in steps):
+        raise OneByOne(f"{code.co_qualname} matches a class, by names that are nowhere mentioned")
     for step, after in itertools.pairwise(steps):
         if step.opname == "PUSH_EXC_INFO" and after.opname != "WITH_EXCEPT_START":
             raise OneByOne(f"{code.co_qualname} has a try statement")
@@ -251,6 +262,22 @@ def _check_code(code: types.CodeType) -> None:
         if isinstance(const, types.CodeType):
             _check_code(const)
 
+
+@functools.cache
+def _check_numbers(code: types.CodeType, modules: bool) -> None:
+    """The index of a visit is no int, and a stand-in not one of the `modules`: what could tell them apart."""
+    names = code_names(code)
+    if found := names & (TELLS | WALKS | {"getattr"} if modules else TELLS):
+        raise OneByOne(f"{code.co_qualname} uses {min(found)}")
+    for step, after in itertools.pairwise(dis.get_instructions(code)):
+        if after.opname == "IS_OP" and not (step.opname == "LOAD_CONST" and type(step.argval) in (type(None), bool)):
+            raise OneByOne(f"{code.co_qualname} asks whether two values are one object")
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            _check_numbers(const, modules)
+
+
+TELLS = frozenset("is_ is_not __torch_function__ _is".split())
 
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
@@ -263,12 +290,18 @@ def loop_head(frame: types.FrameType) -> int:
     at = next((i for i, s in enumerate(steps) if s.offset == frame.f_lasti), None)
     if at is None or steps[at].opname != "GET_ITER" or steps[at + 1].opname != "FOR_ITER":
         raise OneByOne("the list is not what a for statement runs over")
+    check_loop(code, steps[at + 1].offset)
+    return steps[at + 1].offset
+
+
+def check_loop(code: types.CodeType, at: int) -> None:
+    """Raise `OneByOne` unless the FOR_ITER at an offset is that of a `for` statement of a plain function."""
     if code.co_name.startswith("<") or code.co_flags & _GENERATORS:
         raise OneByOne("the loop is in a comprehension, a lambda or a generator")
-    head = steps[at + 1]
+    steps = _steps(code)
+    head = next(s for s in steps if s.offset == at)
     if any(s.opname in ("LIST_APPEND", "SET_ADD", "MAP_ADD") and head.offset < s.offset < head.argval for s in steps):
         raise OneByOne("a comprehension is in the loop")
-    return head.offset
 
 
 @functools.cache

@@ -97,6 +97,16 @@ def check_effects(functions: Functions) -> None:
                     raise Refusal(f"{where} sets the state of random numbers ({step.argval})")
 
 
+def check_tensors(functions: Functions, module: nn.Module) -> None:
+    """Refuse functions that could read what was set on a parameter or buffer: a trace has tensors of its own."""
+    names = {n for f in functions for n in code_names(f.__code__)}
+    by_any_name = names & {"getattr", "hasattr", "attrgetter", "vars", "__dict__"}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        for attribute in vars(tensor):
+            if attribute in names or (by_any_name and not attribute.startswith("_")):
+                raise Refusal(f"it could read {attribute}, an attribute of {name}")
+
+
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     yield code
     for const in code.co_consts:

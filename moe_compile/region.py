@@ -94,14 +94,15 @@ class Leaf(Expr):
     """A value the body receives.  `node` is where it comes from in the outer graph.
 
     role: "token" (a row of node), "pair" (an entry of node [T, K, ...]), "flat_pair" (of node [T*K, ...]),
-    "column" (node[t, id], node is [T, E]), "slice" (node[e]), "outer" (node itself); where experts have lists of tokens
+    "column" (node[t, id], node is [T, E]), "slice" (node[e]), "picked" (entry e of the list that node picks from),
+    "outer" (node itself); where experts have lists of tokens
     "rows" (node[list of the expert]), "listed" (node itself, by row, another one for each expert).
     """
 
     __slots__ = ("node", "role")
 
     def __init__(self, role: str, node: Node, val: Any) -> None:
-        level = {"slice": "param", "outer": "shared"}.get(role, "row")
+        level = {"slice": "param", "picked": "param", "outer": "shared"}.get(role, "row")
         super().__init__("leaf", (role, node.name), (), level, val)
         self.role, self.node = role, node
 

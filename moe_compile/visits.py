@@ -4,27 +4,27 @@
 
 The loop gets an index without a value.  Whatever Python asks about it (`e == num_experts`) is evaluated for all experts
 that the visit stands for; those with another answer wait for a visit of their own.  A visit stands for its experts if
-it leaves the Python state as it found it (loop_state.py), if no index became a number, and if `check_visits` finds no
-computation that differs from visit to visit.  Else `OneByOne`: the loop is traced expert by expert.
+it leaves the Python state as it found it (loop_state.py), if no index became a number, and if no computation can differ
+from visit to visit (visit_checks.py).  Else `OneByOne`: the loop is traced expert by expert.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moe_compile.detect.interpreter import VISIT_OFFSET, is_random, storages
-from moe_compile.detect.values import Sum, SumRead, Value
-from moe_compile.loop_state import Calls, OneByOne, State, loop_head, shared
+from moe_compile.detect.interpreter import VISIT_OFFSET
+from moe_compile.loop_state import Calls, OneByOne, State, check_loop, loop_head, shared
+from moe_compile.numbers import EQUAL, Number, long_enough, numbers_in, symbol_of
 from moe_compile.python_state import Functions
+from moe_compile.stand_ins import Lists
 
 MOST = 3  # classes of experts that are visited together
 OFFSET = VISIT_OFFSET  # an index is a size less this
@@ -48,15 +48,19 @@ class Visit:
 
 
 class Visits:
-    """The visits of one trace.  `sizes`: a symbol for the index of each, plus `OFFSET`."""
+    """The visits of one trace.  `lengths`: vectors as long as the index of each, plus `OFFSET`."""
 
-    def __init__(self, functions: Functions, module: nn.Module, sizes: Sequence[Any]) -> None:
-        self.functions, self.module, self.sizes = functions, module, sizes
+    def __init__(self, functions: Functions, module: nn.Module, lengths: Sequence[Tensor], lists: Lists | None) -> None:
+        self.functions, self.module, self.lengths = functions, module, lengths
         self.done: list[Visit] = []
         self.failed: OneByOne | None = None
         self._indices: dict[int, tuple[Tensor, Any]] = {}  # tensors that are an index, and the index as a number
         self._open: Visit | None = None
         self.calls = Calls()
+        self.by_number = False  # the loop runs over numbers
+        self.number: Number | None = None
+        self.lists = lists
+        self._stand_ins: dict[int, nn.Module] = {}
 
     def fail(self, why: str) -> OneByOne:
         self.failed = OneByOne(why)
@@ -80,18 +84,48 @@ class Visits:
             raise self.failed
         return self.done
 
+    def over_numbers(
+        self, frame: FrameType, head: int, numbers: Sequence[int], modules: nn.ModuleList | None
+    ) -> "_Numbers | None":
+        """The numbers, or the modules with their numbers, for a `for` statement; None: it is too short to matter."""
+        if not long_enough(numbers):
+            return None
+        if self.by_number or self.done:
+            raise self.fail("there are two loops over experts")
+        self.by_number = True
+        try:
+            check_loop(frame.f_code, head)
+            return _Numbers(self, list(numbers), head, modules)
+        except OneByOne as why:
+            raise self.fail(str(why)) from None
+
     # -- the index ---------------------------------------------------------------------------
 
+    def _next(self, numbers: list[int]) -> Any:
+        """A number for the next visit, which begins."""
+        if len(self.done) == len(self.lengths):
+            raise self.fail(f"there are more than {len(self.lengths)} kinds of experts")
+        self._open = Visit(numbers)
+        self.done.append(self._open)
+        return self.lengths[len(self.done) - 1].shape[0] - OFFSET
+
     def begin(self, hits: Tensor, scalar: bool, numbers: list[int]) -> Tensor:
-        if len(self.done) == len(self.sizes):
-            raise self.fail(f"there are more than {len(self.sizes)} kinds of experts")
-        number = self.sizes[len(self.done)] - OFFSET
+        number = self._next(numbers)
         with torch._C.DisableTorchFunction():
             index = torch.ops.moe_ep_capture.visit(hits, number, scalar)
         self._indices[id(index)] = (index, number)
-        self._open = Visit(numbers, index)
-        self.done.append(self._open)
+        assert self._open is not None
+        self._open.begin = index
         return index
+
+    def begin_number(self, numbers: list[int]) -> Number:
+        symbol = self._next(numbers)
+        assert self._open is not None
+        with torch._C.DisableTorchFunction():
+            self._open.begin = torch.ops.moe_ep_capture.visit(self.lengths[len(self.done) - 1], symbol, True)
+        self._stand_ins.clear()
+        self.number = Number(self, symbol)
+        return self.number
 
     def end(self) -> None:
         assert self._open is not None
@@ -104,6 +138,9 @@ class Visits:
 
     def check_call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """An index may be compared and computed with; nothing else may get hold of it, or of its memory."""
+        if self.by_number and numbers_in((args, kwargs)):
+            if kwargs or (func not in EQUAL and func is not torch.Tensor.__getitem__):
+                raise self.fail(f"an index is used by {getattr(func, '__name__', func)}")
         nested = [a for arg in (*args, *kwargs.values()) for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
         if not any(map(self.is_index, nested)):
             return
@@ -120,14 +157,64 @@ class Visits:
     def select(self, source: Tensor, index: Any) -> tuple[Tensor, Any]:
         """source[index] with the index of a visit in it: what it selects from the source, and the rest of the index."""
         places = index if isinstance(index, tuple) else (index,)
-        at = next(i for i, place in enumerate(places) if self.is_index(place))
+        at = next(i for i, place in enumerate(places) if type(place) is Number or self.is_index(place))
         if any(not isinstance(p, slice) or p != slice(None) for p in places[:at]):
             raise self.fail("an index stands behind others")
-        selected = source.select(at, self._indices[id(places[at])][1])
+        symbol = symbol_of(places[at]) if type(places[at]) is Number else self._indices[id(places[at])][1]
+        selected = source.select(at, symbol)
         return selected, (*places[:at], *places[at + 1 :])
 
     def has_index(self, index: Any) -> bool:
-        return any(self.is_index(i) and i.dim() == 0 for i in (index if isinstance(index, tuple) else (index,)))
+        places = index if isinstance(index, tuple) else (index,)
+        return any(type(i) is Number or (self.is_index(i) and i.dim() == 0) for i in places)
+
+    # -- a number as the index ---------------------------------------------------------------
+
+    def equal(self, tensor: Tensor, number: Number) -> Tensor:
+        """ids == e"""
+        self._check_current(number)
+        if not tensor.dim() or tensor.dtype not in (torch.int32, torch.int64):
+            raise self.fail(f"an index is compared with a tensor of {tensor.dtype}")
+        with torch._C.DisableTorchFunction():
+            return tensor == torch.ops.moe_ep_capture.visit(tensor, symbol_of(number), True)
+
+    def ask(self, number: Number, test: Callable[[int], Any]) -> Any:
+        """What a question about the number alone has for an answer, for the experts of this visit."""
+        self._check_current(number)
+        assert self._open is not None
+        return self._split({n: test(n) for n in self._open.numbers})
+
+    def _check_current(self, number: Number) -> None:
+        if self._open is None or number is not self.number:
+            raise self.fail("Python asks about an index after its visit")
+
+    def _split(self, answers: dict[int, Any]) -> Any:
+        """The answer of the first expert; those with another wait for a visit of their own."""
+        assert self._open is not None
+        first = answers[self._open.numbers[0]]
+        self._later += [n for n, answer in answers.items() if answer is not first]
+        self._open.numbers = [n for n, answer in answers.items() if answer is first]
+        return first
+
+    def reached(self, found: nn.ModuleList, index: Any) -> nn.Module | None:
+        """What stands for the member of a list that an index of a visit chooses; None for any other index."""
+        if type(index) is Number:
+            return self.stand_in(found, index)
+        first = type(index) is int and index == 0 and self._open is None
+        if self.lists is not None and id(found) in self.lists.known and not first:
+            raise self.fail("a list of modules is reached in other ways than by the index")
+        return None
+
+    def stand_in(self, found: nn.ModuleList, number: Number) -> nn.Module:
+        self._check_current(number)
+        assert self.lists is not None and self._open is not None
+        if id(found) not in self.lists.known:
+            raise self.fail("the modules of a list are not alike")
+        if max(self._open.numbers) >= len(found):
+            raise self.fail("a list has fewer modules than the loop has numbers")
+        if id(found) not in self._stand_ins:
+            self._stand_ins[id(found)] = self.lists.stand_in(found, symbol_of(number))
+        return self._stand_ins[id(found)]
 
     def truth(self, asked: Tensor) -> bool | None:
         """The answer to a question about the index alone, for the experts of this visit; None: it is about more."""
@@ -139,16 +226,13 @@ class Visits:
             raise self.fail("Python asks about an index after its visit")
         with _disable_current_modes():
             answers = {n: bool(_value(root, n)) for n in self._open.numbers}
-        first = answers[self._open.numbers[0]]
-        self._later += [n for n, answer in answers.items() if answer is not first]
-        self._open.numbers = [n for n, answer in answers.items() if answer is first]
-        return first
+        return self._split(answers)  # type: ignore[no-any-return]
 
     _later: list[int]
 
 
 class _Loop:
-    """The iterator of one loop."""
+    """The iterator of one loop over chosen experts."""
 
     def __init__(self, visits: Visits, hits: Tensor, scalar: bool, numbers: list[int], head: int) -> None:
         self.visits, self.hits, self.scalar, self.head = visits, hits, scalar, head
@@ -158,12 +242,12 @@ class _Loop:
     def __iter__(self) -> "_Loop":
         return self
 
-    def __next__(self) -> Tensor:
+    def __next__(self) -> Any:
         visits, frame = self.visits, sys._getframe(1)
         try:
             if self.before is not None:
                 visits.calls.end()
-            now = shared(frame, self.head, visits.functions, visits.module)
+            now = self._state(frame)
             if self.before is not None:
                 if not self.before.same(now):
                     raise OneByOne("an iteration leaves something for the next")
@@ -175,7 +259,33 @@ class _Loop:
             visits.calls.begin(now.wrappers)
         except OneByOne as why:
             raise visits.fail(str(why)) from None
-        return visits.begin(self.hits, self.scalar, numbers)
+        return self._visit(numbers)
+
+    def _state(self, frame: FrameType) -> State:
+        return shared(frame, self.head, self.visits.functions, self.visits.module)
+
+    def _visit(self, numbers: list[int]) -> Any:
+        return self.visits.begin(self.hits, self.scalar, numbers)
+
+
+class _Numbers(_Loop):
+    """The iterator of one loop over numbers, or over modules with their numbers."""
+
+    def __init__(self, visits: Visits, numbers: list[int], head: int, modules: nn.ModuleList | None) -> None:
+        self.visits, self.head, self.modules = visits, head, modules
+        visits._later = numbers
+        self.before = None
+
+    def _state(self, frame: FrameType) -> State:
+        visits = self.visits
+        assert visits.lists is not None
+        now = shared(frame, self.head, visits.functions, visits.module, visits.lists.skipped())
+        visits.lists.check_reach(now.seen.values())
+        return now
+
+    def _visit(self, numbers: list[int]) -> Any:
+        number = self.visits.begin_number(numbers)
+        return number if self.modules is None else (number, self.visits.stand_in(self.modules, number))
 
 
 _SAME_INDEX = {
@@ -240,61 +350,3 @@ def _value(node: Node, number: int) -> Any:
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _value(n, number))
     kwargs = {k: v for k, v in kwargs.items() if k != "device"}
     return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-# -- what the trace has to show -------------------------------------------------------------
-
-
-def check_guards(visits: Sequence[Visit], sizes: Sequence[Any], guards: Sequence[Any], replaced: Any) -> None:
-    """Every decision on the size that stands for an index is right for all experts of its visit."""
-    for visit, size in zip(visits, sizes, strict=False):
-        symbol = size.node._expr
-        if symbol in replaced:
-            raise OneByOne(f"an index became a number ({symbol} is {replaced[symbol]})")
-        for guard in {g for g in guards if symbol in g.free_symbols}:
-            if guard.free_symbols != {symbol}:
-                raise OneByOne(f"{guard} compares an index with a size")
-            holds = sympy.lambdify(symbol, guard, "math")
-            if not all(holds(n + OFFSET) for n in visit.numbers):
-                raise OneByOne(f"{guard} does not hold for all experts of a visit")
-
-
-def check_visits(graph: Graph, values: Mapping[Node, Value], visits: Sequence[Visit]) -> None:
-    """Refuse a body that could compute something else at another visit: at random, or by what an earlier one left."""
-    order = list(graph.nodes)
-    for visit in visits:
-        begin, end = order.index(visit.begin), order.index(visit.end)
-        old = {s for n in order[:begin] for s in storages(n)}
-        body = [n for n in order[begin:end] if n.op == "call_function"]
-        for node in body:
-            if not _plain_op(node):
-                raise OneByOne(f"{node.name} is not known to be the same at every visit")
-        changed = {s for n in body for s in _written(n)} & old
-        for node in body:
-            touches = {s for n in (node, *node.all_input_nodes) for s in storages(n)} & changed
-            if touches and not isinstance(values.get(node), Sum | SumRead):
-                raise OneByOne(f"{node.name} reads or changes what visits change")
-
-
-def _plain_op(node: Node) -> bool:
-    if getattr(node.target, "__module__", "") == "_operator" or node.target in _MODES:
-        return True
-    known = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in ("aten", "moe_ep_capture")
-    return known and not is_random(node)
-
-
-_MODES: tuple[Callable[..., Any], ...] = (
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-)
-
-
-def _written(node: Node) -> Iterator[Any]:
-    schema = getattr(node.target, "_schema", None)
-    for position, argument in enumerate(schema.arguments if schema is not None and schema.is_mutable else ()):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            source = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            for n in source if isinstance(source, (list, tuple)) else [source]:
-                if isinstance(n, Node):
-                    yield from storages(n)

@@ -48,7 +48,8 @@ from moe_compile.detect.values import (
 from moe_compile.errors import Refusal
 from moe_compile.passes.detect_experts import rules
 from moe_compile.region import Expr, Leaf
-from moe_compile.visits import Visit, check_visits
+from moe_compile.visit_checks import check_visits
+from moe_compile.visits import Visit
 
 World = frozenset[int]
 FEW = 3  # experts at either end that have rows in a world, where there are many
@@ -112,11 +113,11 @@ def check_sample(together: Survey, apart: Survey, experts: Sequence[int]) -> Non
     _compare(together, apart, frozenset(experts), "its experts are visited one by one")
 
 
-def sample(visits: Sequence[Visit]) -> list[int]:
+def sample(visits: Sequence[Visit], few: int = FEW) -> list[int]:
     """Experts to visit one by one: the first and the last ones, of all and of each class that was visited at once."""
     numbers = sorted(n for visit in visits for n in visit.numbers)
     ends = [n for visit in visits for n in (min(visit.numbers), max(visit.numbers))]
-    return sorted({*numbers[:FEW], *numbers[-FEW:], *ends})
+    return sorted({*numbers[:few], *numbers[-few:], *ends})
 
 
 def _check_failure(
@@ -211,6 +212,7 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
     run.run(record)
     check_visits(found.gm.graph, run.values | dict(totals), found.visits)
     result, spell = Survey(sums=len(totals), ids=set(ids or ())), _Speller(found)
+    few = set(sample(found.visits)) if found.visits else None
     for site, total in totals:
         own = total.start.node is site  # zeros that the sum itself starts from
         result.start = f"zeros like {site.meta['val']}" if own else spell.node(total.start.node)
@@ -219,10 +221,10 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
             if e is None or chosen.ids is None:
                 continue
             result.ids.add(spell.node(unflattened(run, chosen.ids)))
-            before = result.terms.get(_numbers(e)[0], "")
-            said = f"{before} {chosen.classes} {chosen.per} {term.dim} {spell.expr(term.expr)}"
-            for number in _numbers(e):
-                result.terms[number] = said
+            said = {n: spell.expr(term.expr, n) for n in _numbers(e) if few is None or n in few}
+            for n in _numbers(e):
+                how = f"{chosen.classes} {chosen.per} {term.dim} {said.get(n, 'not visited alone')}"
+                result.terms[n] = f"{result.terms.get(n, '')} {how}"
     result.num_classes = max(result.terms, default=-1) + 1
     all_terms = [term.selection for _, total in totals for term in total.terms]
     result.covered = bool(all_terms) and all(
@@ -324,19 +326,22 @@ class _Speller:
             self.known[n] = _digest(n.op, str(n.target) if n.op == "call_function" else "", parts)
         return self.known[node]
 
-    def expr(self, expr: Expr) -> str:
-        if id(expr) not in self.known:
+    def expr(self, expr: Expr, number: int) -> str:
+        """The value as it is for an expert."""
+        if (id(expr), number) not in self.known:
             if isinstance(expr, Leaf):
-                parts: Any = (expr.role, self.node(expr.node))
+                listed: Any = expr.node.args[0] if expr.role == "picked" else ()
+                role, node = ("outer", listed[number]) if listed else (expr.role, expr.node)
+                parts: Any = (role, self.node(node))
             else:
-                parts = (str(expr.target), self._parts(expr.args), self._parts(expr.kwargs))
-            self.known[id(expr)] = _digest("expr", parts)
-        return self.known[id(expr)]
+                parts = (str(expr.target), self._parts(expr.args, number), self._parts(expr.kwargs, number))
+            self.known[id(expr), number] = _digest("expr", parts)
+        return self.known[id(expr), number]
 
-    def _parts(self, arg: Any) -> Any:
+    def _parts(self, arg: Any, number: int) -> Any:
         if isinstance(arg, (tuple, list)):
-            return [self._parts(a) for a in arg]
-        return self.expr(arg) if isinstance(arg, Expr) else (type(arg).__name__, arg)
+            return [self._parts(a, number) for a in arg]
+        return self.expr(arg, number) if isinstance(arg, Expr) else (type(arg).__name__, arg)
 
 
 def _missing(node: Node, known: dict[Any, str]) -> list[Node]:

@@ -15,7 +15,7 @@ from torch.fx import Node
 from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.selection import not_distinct, same_size
 from moe_compile.detect.values import Constant, Repeated, Rows, RowTuple, Selection, Slice, Unknown, Value
-from moe_compile.region import Expr
+from moe_compile.region import Expr, Leaf
 
 aten = torch.ops.aten
 
@@ -369,6 +369,8 @@ def on_slices(call: Call) -> Value | None:
         return None
     if not all(isinstance(v, Slice) for v in values) or (call.kwargs and _kwargs_unknown(call)):
         return None
+    if any(isinstance(v.expr, Leaf) and v.expr.role == "picked" for v in values if isinstance(v, Slice)):
+        return None  # separate tensors have no product as one
     args = [_strip(a) for a in call.args]
     if any(isinstance(a, torch.SymInt) for a in _leaves(args)):
         return None

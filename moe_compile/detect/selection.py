@@ -234,6 +234,15 @@ def visit(call: Call) -> Value | None:
     return value if call.val().numel() == 1 and call.val().dtype == torch.int64 else None
 
 
+def pick(call: Call) -> Value | None:
+    """Of a list of modules the tensor of the visit's own."""
+    tensors, chosen = call.arg(0), call.arg(1)
+    number = number_in(chosen, len(tensors)) if isinstance(chosen, Visit) else None
+    if number is None or not all(isinstance(t, Plain) for t in tensors):
+        return None
+    return Slice(number, call.run.table.leaf("picked", call.node, call.val()))
+
+
 def squeeze(call: Call) -> Value | None:
     value = call.arg(0)
     if isinstance(value, Visit):
@@ -561,5 +570,6 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "getitem": (item,),
     "index": (index_mask, gather_rows),
     "index_select": (gather_rows,),
+    "pick": (pick,),
     "mul": (masked_weights,),
 }

@@ -8,7 +8,7 @@ from torch.fx import Node
 from moe_compile.detect import dense, lists
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
 from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not_distinct, same_size
-from moe_compile.detect.unify import leaves_of, parts_of, unify
+from moe_compile.detect.unify import by_expert, leaves_of, parts_of, unify
 from moe_compile.detect.values import (
     Buffer,
     DenseSum,
@@ -220,7 +220,7 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
     if any(t.selection.expert is None for t in total.terms):
         if len(total.terms) > 1:
             return Unknown("rows of all experts are added more than once")
-        body, families = total.terms[0].expr, {}
+        body, families = total.terms[0].expr, dict[Expr, list[Node]]()
         experts = None
     else:
         terms = sorted(total.terms, key=lambda t: _numbers(t)[0])
@@ -235,9 +235,10 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
         merged = unify(bodies)
         if isinstance(merged, Unknown):
             return merged
-        if merged and len(bodies) < len(experts):
-            return Unknown("experts that are visited together share a weight that others do not")
-        body, families = bodies[0], merged
+        own = by_expert(merged, [_numbers(t) for t in terms[: len(bodies)]])
+        if isinstance(own, Unknown):
+            return own
+        body, families = bodies[0], own
         if first.per == "token" and (repeated := not_distinct(run, first.ids)):
             return Unknown(f"a token that chose an expert twice counts once: {repeated}")
     leaves = leaves_of(body)

@@ -21,7 +21,24 @@ def unify(bodies: list[Expr]) -> "dict[Expr, list[Node]] | Unknown":
             return Unknown(f"expert {e} differs from expert 0: {reason}")
         for leaf, other in met.items():
             seen.setdefault(leaf, []).append(other.node)
-    return {leaf: nodes for leaf, nodes in seen.items() if any(n is not leaf.node for n in nodes)}
+    return {
+        leaf: nodes for leaf, nodes in seen.items() if leaf.role == "picked" or any(n is not leaf.node for n in nodes)
+    }
+
+
+def by_expert(merged: "dict[Expr, list[Node]]", numbers: list[tuple[int, ...]]) -> "dict[Expr, list[Node]] | Unknown":
+    """The node of every expert behind each leaf, of the node of every body; `numbers`: the experts of each body."""
+    found: dict[Expr, list[Node]] = {}
+    for leaf, nodes in merged.items():
+        assert isinstance(leaf, Leaf)
+        if leaf.role != "picked" and any(len(n) > 1 for n in numbers):
+            return Unknown("experts that are visited together share a weight that others do not")
+        own: dict[int, Any] = {}
+        for node, mine in zip(nodes, numbers, strict=True):
+            listed: Any = node.args[0] if leaf.role == "picked" else {}
+            own |= {n: listed[n] if listed else node for n in mine}
+        found[leaf] = [own[n] for n in sorted(own)]
+    return found
 
 
 def _match(a: Any, b: Any, met: dict[Leaf, Leaf], done: set[tuple[int, int]]) -> str | None:
@@ -31,13 +48,13 @@ def _match(a: Any, b: Any, met: dict[Leaf, Leaf], done: set[tuple[int, int]]) ->
             return f"{len(b)} arguments for {len(a)}"
         return next((r for x, y in zip(a, b, strict=True) if (r := _match(x, y, met, done))), None)
     if not (isinstance(a, Expr) and isinstance(b, Expr)):
-        same = type(a) is type(b) and (a == b or (a != a and b != b))
+        same = type(a) is type(b) and (repr(a) == repr(b) if isinstance(a, float) else a == b)  # 0.0 is not -0.0
         return None if same else f"{b!r} where that has {a!r}"
     if (id(a), id(b)) in done:
         return None
     done.add((id(a), id(b)))
     if isinstance(a, Leaf) and isinstance(b, Leaf):
-        if a.role != b.role or (a.role not in ("outer", "listed") and a.node is not b.node):
+        if a.role != b.role or (a.role not in ("outer", "listed", "picked") and a.node is not b.node):
             return f"it reads {b.role} {b.node.name}, that one {a.role} {a.node.name}"
         if a.val.shape != b.val.shape or a.val.dtype != b.val.dtype:
             said = [f"{x.node.name} is {x.val.dtype} {tuple(x.val.shape)}" for x in (b, a)]

@@ -1,0 +1,245 @@
+"""Lists of modules that are alike, and a module that stands for each of them in a visit.
+
+A stand-in is a copy of the first module whose parameters and buffers are `pick(those of all modules, number)`.  Nobody
+can tell it from the module that it stands for: the modules agree in all but their tensors, nothing else holds them
+(`check_reach`), and while the loop runs nobody reaches into the list in another way.
+"""
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from moe_compile.loop_state import OneByOne
+from moe_compile.reads import SIMPLE
+
+_lib = torch.library.Library("moe_ep_capture", "FRAGMENT")
+_lib.define("pick(Tensor[] tensors, SymInt number, int column) -> Tensor")
+_lib.impl("pick", torch.library.fallthrough_kernel, "Autograd")  # a leaf, as a parameter is one
+torch.library.register_fake(
+    "moe_ep_capture::pick",
+    lambda tensors, number, column: tensors[0].new_empty_strided(tensors[0].shape, tensors[0].stride()),
+)
+
+
+TABLES = ("_parameters", "_buffers", "_modules")
+
+
+class Alike:
+    """Modules that differ in their tensors alone.
+
+    `columns`: by a tensor or a module of the first one that differs, those in its place in all of them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self.columns: dict[int, Sequence[Any]] = {}
+        self.holders: dict[int, set[int]] = {}  # a module or tensor of them -> the tables that may hold it
+        self._common: set[int] = set()
+        self._column(modules, None)
+        if self._common & self.holders.keys():
+            raise OneByOne("modules share parts in other ways")
+
+    def _column(self, items: Sequence[Any], holder: Mapping[str, Any] | None) -> None:
+        """Note the tensors or modules in one place, one of each module."""
+        first = items[0]
+        if all(item is first for item in items):
+            self._common.add(id(first))
+            return
+        known = self.columns.get(id(first))
+        if known is None:
+            if len({id(item) for item in items} - self.holders.keys()) < len(items):
+                raise OneByOne("modules share parts")
+            self.columns[id(first)] = items
+            self.holders |= {id(item): set() for item in items}
+        elif any(a is not b for a, b in zip(known, items, strict=True)):
+            raise OneByOne("modules share parts in other ways")
+        if holder is not None:
+            self.holders[id(first)].add(id(holder))
+        if known is None:
+            (self._modules if isinstance(first, nn.Module) else self._tensors)(items)
+
+    def _tensors(self, tensors: Sequence[Any]) -> None:
+        if not all(isinstance(t, Tensor) for t in tensors) or len({_metadata(t) for t in tensors}) != 1:
+            raise OneByOne("modules differ in a tensor's shape or dtype")
+
+    def _modules(self, modules: Sequence[Any]) -> None:
+        kind = type(modules[0])
+        if any(type(m) is not kind for m in modules):
+            raise OneByOne("modules have other classes")
+        own = [vars(m) for m in modules]
+        names = list(own[0])
+        if any(list(o) != names for o in own):
+            raise OneByOne("modules have other attributes")
+        if hasattr(kind, "__del__") or any("__slots__" in vars(c) for c in kind.__mro__):
+            raise OneByOne("modules have slots, or notice that they are dropped")
+        for name in names:
+            values = [o[name] for o in own]
+            if name not in TABLES:
+                _check_equal(values, name)
+                continue
+            parts = list(values[0])
+            if any(list(table) != parts for table in values):
+                raise OneByOne("modules have other parts")
+            for part in parts:
+                self._column([table[part] for table in values], values[0])
+
+    def stand_in(self, pick: Callable[[Tensor], Tensor]) -> nn.Module:
+        """A copy of the first module; `pick` gives what stands for one of its tensors."""
+        made: dict[int, Any] = {}
+
+        def part(item: Any) -> Any:
+            if id(item) not in self.columns:
+                return item
+            if id(item) not in made:
+                made[id(item)] = module(item)
+            return made[id(item)]
+
+        def module(old: nn.Module) -> nn.Module:
+            new: Any = object.__new__(type(old))
+            vars(new).update(vars(old))
+            for table in ("_parameters", "_buffers"):
+                vars(new)[table] = {k: None if t is None else pick(t) for k, t in vars(old)[table].items()}
+            vars(new)["_modules"] = {k: part(m) for k, m in old._modules.items()}
+            return new
+
+        return part(self.modules[0])
+
+
+def _metadata(t: Tensor) -> Any:
+    return (tuple(t.shape), t.stride(), t.dtype, t.device, t.layout, t.requires_grad, type(t))
+
+
+def _check_equal(values: Sequence[Any], name: str) -> None:
+    """Raise unless one attribute means the same in all modules: equal numbers and texts, else one object."""
+    first = values[0]
+    if all(v is first for v in values):
+        return
+    kind = type(first)
+    if any(type(v) is not kind for v in values):
+        raise OneByOne(f"modules differ in {name}")
+    if kind in (list, tuple):
+        if any(len(v) != len(first) for v in values):
+            raise OneByOne(f"modules differ in {name}")
+        for items in zip(*values, strict=True):
+            _check_equal(items, name)
+    elif kind in (dict, collections.OrderedDict):
+        keys = [[(type(k), k) for k in v] for v in values]
+        if any(not isinstance(k, SIMPLE) for k in first) or any(k != keys[0] for k in keys):
+            raise OneByOne(f"modules differ in {name}")
+        for key in first:
+            _check_equal([v[key] for v in values], name)
+    elif kind in (set, frozenset):
+        if any(v for v in values):
+            raise OneByOne(f"modules differ in {name}")
+    elif kind not in SIMPLE or any(repr(v) != repr(first) for v in values):
+        raise OneByOne(f"modules differ in {name}")
+
+
+class Lists:
+    """The lists of a module whose members are alike.
+
+    A trace holds the tensors of a few members alone (`absent`): those of a list stand behind its first one.
+    """
+
+    def __init__(self, module: nn.Module, least: int) -> None:
+        self.known: dict[int, tuple[nn.ModuleList, Alike]] = {}
+        inside: set[int] = set()
+        for found in module.modules():
+            if type(found) is nn.ModuleList and len(found) >= least and id(found) not in inside and _in_order(found):
+                with contextlib.suppress(OneByOne):
+                    self.known[id(found)] = found, Alike(list(found._modules.values()))  # type: ignore[arg-type]
+                    inside |= {id(m) for m in found.modules()}
+        alike = [alike for _, alike in self.known.values()]
+        parts = [id(part) for a in alike for part in a.holders]
+        self.columns = [c for a in alike for c in a.columns.values() if isinstance(c[0], Tensor)]
+        if len(set(parts)) < len(parts):
+            self.known, self.columns = {}, []
+        self._holders: dict[int, set[int]] = {}
+        self._column: dict[int, int] = {}
+        self.absent: dict[int, Tensor] = {}
+
+    def keep(self, few: Sequence[int]) -> None:
+        """Leave out the tensors of all but these members; `absent`: by each the first of its column."""
+        self.absent = {id(t): c[0] for c in self.columns for n, t in enumerate(c) if n not in few}
+
+    def begin(self, traced: Mapping[int, Tensor]) -> None:
+        """`traced`: what a trace has in the place of a tensor."""
+        self._column = {id(traced[id(c[0])]): i for i, c in enumerate(self.columns)}
+        self._holders = {}
+        for found, alike in self.known.values():
+            for part, tables in alike.holders.items():
+                self._holders[part] = tables
+                if part in traced:
+                    self._holders.setdefault(id(traced[part]), set()).update(tables)
+            for m in alike.modules:
+                self._holders[id(m)] = self._holders[id(m)] | {id(found._modules)}
+
+    def skipped(self) -> frozenset[int]:
+        """The members that nobody has to look into, as they are like the first of their list."""
+        return frozenset(id(m) for _, alike in self.known.values() for m in alike.modules[1:])
+
+    def stand_in(self, found: nn.ModuleList, number: Any) -> nn.Module:
+        """What stands for the member of a number."""
+
+        def pick(tensor: Tensor) -> Tensor:
+            if id(tensor) not in made:
+                column = self._column.get(id(tensor))
+                made[id(tensor)] = tensor if column is None else _pick(tensor, number, column)
+            return made[id(tensor)]
+
+        made: dict[int, Tensor] = {}
+        return self.known[id(found)][1].stand_in(pick)
+
+    def check_reach(self, seen: Iterable[tuple[Any, Sequence[Any]]]) -> None:
+        """Raise if anything but its own list holds a member, or anything but a member what is in it."""
+        for item, held in seen:
+            for part in held:
+                if id(part) in self._holders and id(item) not in self._holders[id(part)]:
+                    raise OneByOne(f"a {type(item).__name__} holds a part of a module that others are like")
+
+
+def _in_order(found: nn.ModuleList) -> bool:
+    """Whether a list gives its modules, and no gaps, in the order of their numbers."""
+    names = [str(i) for i in range(len(found))]
+    return list(found._modules) == names and all(isinstance(m, nn.Module) for m in found._modules.values())
+
+
+def _pick(tensor: Tensor, number: Any, column: int) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        picked = torch.ops.moe_ep_capture.pick([tensor], number, column)
+        return picked.requires_grad_() if tensor.requires_grad else picked  # type: ignore[no-any-return]
+
+
+def write_columns(graph: Graph, lists: Lists, state: Mapping[str, Tensor], nodes: Mapping[str, Node]) -> None:
+    """Before: pick([first], number, column).  After: pick(all of the column, number, column)."""
+    by_tensor = {id(t): nodes[name] for name, t in state.items()}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.moe_ep_capture.pick.default):
+        node.args = ([by_tensor[id(t)] for t in lists.columns[node.args[2]]], *node.args[1:])
+
+
+@contextlib.contextmanager
+def watched(reached: Callable[[nn.ModuleList, Any], Any]) -> Iterator[None]:
+    """`reached(list, index)` is asked before a list of modules is indexed, or walked over (index None).
+
+    It answers with the module, or None for what the list has there.
+    """
+    get, walk = nn.ModuleList.__getitem__, nn.ModuleList.__iter__
+
+    def getitem(self: nn.ModuleList, index: Any) -> Any:
+        found = reached(self, index)
+        return get(self, index) if found is None else found
+
+    def iterate(self: nn.ModuleList) -> Any:
+        reached(self, None)
+        return walk(self)
+
+    nn.ModuleList.__getitem__, nn.ModuleList.__iter__ = getitem, iterate  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.ModuleList.__getitem__, nn.ModuleList.__iter__ = get, walk  # type: ignore[method-assign]
