@@ -9,13 +9,16 @@ import ast
 import collections
 import contextlib
 import dis
+import functools
 import inspect
 import textwrap
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from moe_compile.carried import lists, offsets
 from moe_compile.errors import Refusal
@@ -76,6 +79,7 @@ def _filled(cell: types.CellType) -> bool:
 
 
 CALLED = {"forward", "__call__"}
+BY_NAME = ("setattr", "delattr", "__setattr__", "__delattr__")
 RANDOM_STATE = ("manual_seed", "seed_all", "set_rng_state", "fork_rng", "Generator", "default_generator")
 
 
@@ -93,8 +97,17 @@ def check_effects(functions: Functions) -> None:
                     raise Refusal(f"{where} sets the nonlocal {step.argval}")
                 if step.opname == "LOAD_GLOBAL" and step.argval in ("print", "input", "breakpoint"):
                     raise Refusal(f"{where} calls {step.argval}")
+                if step.opname.startswith("LOAD_") and step.argval in BY_NAME:
+                    raise Refusal(f"{where} sets attributes by name ({step.argval})")
                 if step.opname.startswith(("LOAD_", "IMPORT_FROM")) and step.argval in RANDOM_STATE:
                     raise Refusal(f"{where} sets the state of random numbers ({step.argval})")
+
+
+@functools.cache
+def _of_fakes() -> frozenset[str]:
+    """What every fake tensor has, as those in the place of sharded weights."""
+    with FakeTensorMode():
+        return frozenset(vars(torch.empty(0)))
 
 
 def check_tensors(functions: Functions, module: nn.Module) -> None:
@@ -102,7 +115,7 @@ def check_tensors(functions: Functions, module: nn.Module) -> None:
     names = {n for f in functions for n in code_names(f.__code__)}
     by_any_name = names & {"getattr", "hasattr", "attrgetter", "vars", "__dict__"}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        for attribute in vars(tensor):
+        for attribute in vars(tensor).keys() - (_of_fakes() if isinstance(tensor, FakeTensor) else ()):
             if attribute in names or (by_any_name and not attribute.startswith("_")):
                 raise Refusal(f"it could read {attribute}, an attribute of {name}")
 

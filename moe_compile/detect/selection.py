@@ -74,7 +74,10 @@ def unflattened(run: Interpreter, ids: Node) -> Node:
 
 
 def one_hot(call: Call) -> Value | None:
-    ids, classes = ids_node(flat_as_ids(call)), call.number(1, "num_classes", -1)
+    source: Any = call.node.args[0]
+    argument = source in call.run.facts.tables  # zeros and ones, but here they are ids (NLLB's masks)
+    ids = ids_node(Plain(source) if argument else flat_as_ids(call))
+    classes = call.number(1, "num_classes", -1)
     if ids is None or not isinstance(classes, int) or classes < 1:
         return None
     dims = tuple(range(call.val(ids).dim()))

@@ -111,8 +111,8 @@ class Box:
         self.number = 0
 
 
-@visited("SetsByName.scale uses setattr")
-@mutant("expert 2 differs from expert 0: 0.5 where that has 1.0")
+@visited(None)
+@mutant("SetsByName.scale (file.py) sets attributes by name (setattr)")
 class SetsByName(Simple):
     def __init__(self) -> None:
         super().__init__()
