@@ -154,4 +154,4 @@ def compile_cases(hip: bool = False) -> list[tuple]:
 
 # -- reference: the meaning of the op, and the oracle of its tests --------------------------
 
-combine_reference = moe_compile.ops.combine
+combine_reference = moe_compile.ops.combine_reference

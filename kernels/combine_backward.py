@@ -138,4 +138,4 @@ def compile_cases(hip: bool = False) -> list[tuple]:
 
 # -- reference: the meaning of the op, and the oracle of its tests --------------------------
 
-combine_backward_reference = moe_compile.ops.combine_backward
+combine_backward_reference = moe_compile.ops.combine_backward_reference

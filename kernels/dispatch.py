@@ -193,4 +193,4 @@ def compile_cases(hip: bool = False) -> list[tuple]:
 # -- references: the meaning of the ops, and the oracles of their tests ---------------------
 
 sort_by_expert_reference = moe_compile.ops.sort_by_expert
-dispatch_reference = moe_compile.ops.dispatch
+dispatch_reference = moe_compile.ops.dispatch_reference

@@ -193,4 +193,4 @@ def compile_cases(hip: bool = False) -> list[tuple]:
 
 
 def grouped_gemm_reference(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> Tensor:
-    return moe_compile.ops.grouped_gemm(x_RD, [w_EFD], offsets_E)
+    return moe_compile.ops.grouped_gemm_reference(x_RD, [w_EFD], offsets_E)

@@ -127,4 +127,4 @@ def compile_cases(hip: bool = False) -> list[tuple]:
 
 # -- reference: the meaning of the op, and the oracle of its tests --------------------------
 
-grouped_gemm_dw_reference = moe_compile.ops.grouped_gemm_dw
+grouped_gemm_dw_reference = moe_compile.ops.grouped_gemm_dw_reference

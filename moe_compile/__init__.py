@@ -7,6 +7,7 @@ Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `Report`, `RegionRepo
 "moe_ep".
 """
 
+from moe_compile import hf_experts
 from moe_compile.errors import MoeCompileError
 from moe_compile.explain import explain, rewrite
 from moe_compile.parallel.api import parallelize
@@ -15,3 +16,5 @@ from moe_compile.report import RegionReport, Report
 
 __all__ = ["MoeCompileError", "RegionReport", "Report", "build_mesh", "explain", "parallelize", "rewrite"]
 __version__ = "0.1.0"
+
+hf_experts.register()

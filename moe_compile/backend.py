@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend, register_backend
 from torch.fx import GraphModule
 
-from moe_compile import cpu, dynamo_hook
+from moe_compile import cpu, cuda, dynamo_hook
 from moe_compile.errors import MoeCompileError
 from moe_compile.lower import inductor_settings
 from moe_compile.options import Options
@@ -87,5 +87,6 @@ def _register() -> None:
 
 
 cpu.register()
+cuda.register()
 dynamo_hook.install(options_of)
 _register()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.guards import GuardBuilder, install_guard
-from torch._dynamo.source import AttrSource, CellContentsSource, DictGetItemSource, GetItemSource
+from torch._dynamo.source import AttrSource, CellContentsSource, DictGetItemSource, GetItemSource, TypeSource
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.functions import UserFunctionVariable, UserMethodVariable
@@ -30,6 +30,7 @@ from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import Source
 
+from moe_compile import hf_experts
 from moe_compile.arguments import Known, from_one_hot, from_topk, number_of_scores
 from moe_compile.candidates import is_candidate, is_stack, may_loop
 from moe_compile.errors import MoeCompileError
@@ -151,6 +152,8 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     if not isinstance(fn, types.FunctionType) or is_torch(fn.__module__ or ""):
         return None
     owner, rest = _owner(var, args)
+    if fn is hf_experts.experts_forward and owner is not None and owner.source is not None:
+        fn, var = _own_forward(owner)
     if owner is None and not isinstance(var, UserMethodVariable) and may_loop(fn):
         owner, rest = _elsewhere(tx, var, args, kwargs)
     if owner is None or (owner is not _NOBODY and not is_candidate(fn, owner.value)):
@@ -211,6 +214,13 @@ def _owner(var: Any, args: list[Any]) -> tuple[Any, list[Any]]:
         return None, args
     first = first.realize() if hasattr(first, "realize") else first
     return (first, rest) if isinstance(first, UnspecializedNNModuleVariable) else (None, args)
+
+
+def _own_forward(owner: Any) -> tuple[types.FunctionType, Any]:
+    """The loop of an experts class whose forward transformers' switch sends to our ops."""
+    fn = hf_experts.own_forward(type(owner.value))
+    source = AttrSource(AttrSource(TypeSource(owner.source), "forward"), "__wrapped__")
+    return fn, UserFunctionVariable(fn, source=source)
 
 
 class _Nobody:

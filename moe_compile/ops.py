@@ -47,8 +47,7 @@ def _(ids_TK: Tensor, num_classes: int) -> Tensor:
 # -- dispatch -------------------------------------------------------------------------------
 
 
-@custom_op("moe_ep::dispatch", mutates_args=())
-def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def dispatch_reference(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(x_RD, offsets_E, order_R): the rows x_TD[t] of all pairs (t, k), laid out expert by expert.
 
     x_RD[r] = x_TD[order_R[r] // K], also behind the last offset, where nobody may read them: no gradient comes back
@@ -60,6 +59,9 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
         raise ValueError(f"{ids_TK.shape[1]} experts a token of {num_experts}, expected at least one")
     order_R, offsets_E = sort_by_expert(ids_TK, num_experts)
     return x_TD.index_select(0, order_R.div(ids_TK.shape[1], rounding_mode="floor")), offsets_E, order_R
+
+
+dispatch = custom_op("moe_ep::dispatch", dispatch_reference, mutates_args=())
 
 
 @custom_op("moe_ep::sort_by_expert", mutates_args=())

@@ -38,12 +38,12 @@ def test_values(shape: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", ["odd sizes", "ids out of range"])
 def test_is_the_gradient_of_combine(shape: str) -> None:
     y, weights, order, ends = operands(shape, torch.float32)
-    y = y.nan_to_num().requires_grad_()
-    weights.requires_grad_()
-    out = combine(y, weights, order, ends, weights.shape[1])
+    y = y.nan_to_num()
+    wide = [v.double().requires_grad_() for v in (y, weights)]  # for the definition, on any device
+    out = combine(*wide, order, ends, weights.shape[1])
     dout = random(*out.shape, seed=2)
-    reference = torch.autograd.grad(out, (y, weights), dout)
-    mine = combine_backward(dout, y.detach(), weights.detach(), order, ends)
+    reference = tuple(g.float() for g in torch.autograd.grad(out, wide, dout.double()))
+    mine = combine_backward(dout, y, weights, order, ends)
     torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-4)
 
 

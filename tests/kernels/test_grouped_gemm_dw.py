@@ -37,9 +37,9 @@ def test_values(shape: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", ["odd sizes", "empty experts", "tail"])
 def test_is_the_gradient_of_the_weights(shape: str) -> None:
     dy, x, ends = operands(shape, torch.float32)
-    w = random(len(ends), dy.shape[1], x.shape[1]).requires_grad_()
-    (dw,) = torch.autograd.grad(grouped_gemm(x, [w], ends), w, dy)
-    torch.testing.assert_close(grouped_gemm_dw(dy, x, ends), dw, rtol=1e-5, atol=1e-4)
+    w = random(len(ends), dy.shape[1], x.shape[1]).double().requires_grad_()
+    (dw,) = torch.autograd.grad(grouped_gemm(x.double(), [w], ends), w, dy.double())
+    torch.testing.assert_close(grouped_gemm_dw(dy, x, ends), dw.float(), rtol=1e-5, atol=1e-4)
 
 
 def test_rows_of_others_do_not_leak() -> None:
