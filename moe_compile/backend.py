@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from moe_compile import cpu, cuda, dynamo_hook
 from moe_compile.errors import MoeCompileError
-from moe_compile.lower import inductor_settings
+from moe_compile.lower import aot_eager, inductor_settings
 from moe_compile.options import Options
 from moe_compile.pipeline import PASS_NAMES
 
@@ -40,9 +40,10 @@ def _compile_inner(gm: GraphModule, inputs: Sequence[Tensor], options: Options, 
         from torch._inductor.compile_fx import compile_fx
 
         settings = dict(list_mode_options(mode)) if mode and mode != "default" else {}
-        if "choose_kernels" not in options.skip:
-            settings |= inductor_settings()
+        settings |= inductor_settings(options.skip)
         return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=settings))
+    if options.inner == "aot_eager":
+        return aot_eager(gm, inputs, options.skip)
     return lookup_backend(options.inner)(gm, list(inputs))
 
 

@@ -1,36 +1,63 @@
-"""The lower stage inside Inductor: `choose_kernels`, run on its forward and backward graphs.
+"""The stages that run inside the inner compiler: `schedule` on joint graphs, `lower` on forward and backward graphs.
 
-One object, since torch 2.11 takes no list of passes; a pass that the user had set runs first.  Its `uuid` covers our
-source, so that Inductor's caches are right; nothing is reported from inside, because a cache hit skips the pass.
+For Inductor each is one object, since torch 2.11 takes no list of passes; what the user had set runs first.  Its `uuid`
+covers our source, so that Inductor's caches are right; nothing is reported from inside, because a cache hit skips it.
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from moe_compile.passes.choose_kernels import ChooseKernels
+from moe_compile.passes.save_collectives import SaveCollectives
 
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 SOURCES = (
     HERE / "lower.py", HERE / "cost.py", HERE / "ops.py", HERE / "expert_mlp.py", HERE / "rewrite.py",
-    HERE / "passes" / "choose_kernels.py", *sorted((HERE / "kernels").glob("*.py")),
+    HERE / "passes" / "choose_kernels.py", HERE / "passes" / "save_collectives.py",
+    *sorted((HERE / "kernels").glob("*.py")),
 )  # fmt: skip
 
 
-class Lower(CustomGraphPass):
+class _Stage(CustomGraphPass):
+    """A stage of ours behind a pass, or passes, of the user's."""
+
     def __init__(self, before: Any = None) -> None:
-        self.before = before
+        self.before = [] if before is None else [*before] if isinstance(before, (list, tuple)) else [before]
 
     def __call__(self, graph: Graph) -> None:
-        if self.before is not None:
-            self.before(graph)
+        for other in self.before:
+            other(graph)
+        self.run(graph)
+
+    def run(self, graph: Graph) -> None:
+        raise NotImplementedError
+
+    def uuid(self) -> Any:
+        mine = get_hash_for_files(tuple(str(p) for p in SOURCES))
+        theirs = [other.uuid() if hasattr(other, "uuid") else None for other in self.before]
+        return None if None in theirs else (mine, *theirs)
+
+
+class Schedule(_Stage):
+    def run(self, graph: Graph) -> None:
+        assert graph.owning_module is not None
+        log.debug("%s", SaveCollectives()(graph.owning_module))
+
+
+class Lower(_Stage):
+    def run(self, graph: Graph) -> None:
         choose = ChooseKernels()
         assert graph.owning_module is not None
         report = choose(graph.owning_module)
@@ -42,14 +69,26 @@ class Lower(CustomGraphPass):
             payload_fn=lambda: f"{report}\n" + "\n".join(map(str, choose.chosen)),
         )
 
-    def uuid(self) -> Any:
-        mine = get_hash_for_files(tuple(str(p) for p in SOURCES))
-        if self.before is None:
-            return mine
-        theirs = self.before.uuid() if hasattr(self.before, "uuid") else None
-        return (mine, theirs) if theirs is not None else None
+
+def inductor_settings(skip: frozenset[str]) -> dict[str, Any]:
+    """Settings for `compile_fx` that put the stages into Inductor, beside what the user has set."""
+    settings: dict[str, Any] = {}
+    if "save_collectives" not in skip:
+        settings["joint_custom_pre_pass"] = Schedule(inductor_config.joint_custom_pre_pass)
+    if "choose_kernels" not in skip:
+        settings["post_grad_custom_pre_pass"] = Lower(inductor_config.post_grad_custom_pre_pass)
+    return settings
 
 
-def inductor_settings() -> dict[str, Any]:
-    """Settings for `compile_fx` that put the lower stage into Inductor, beside what the user has set."""
-    return {"post_grad_custom_pre_pass": Lower(inductor_config.post_grad_custom_pre_pass)}
+def aot_eager(gm: GraphModule, inputs: Sequence[Any], skip: frozenset[str]) -> Callable[..., Any]:
+    """torch's backend of this name, with the schedule stage."""
+
+    def partition(joint: GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if "save_collectives" not in skip:
+            Schedule()(joint.graph)
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+
+    compile_aot = aot_autograd(
+        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
+    )
+    return compile_aot(gm, list(inputs))  # type: ignore[no-any-return]

@@ -12,6 +12,7 @@ from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
 from moe_compile.passes.fuse_experts import FuseExperts
 from moe_compile.passes.place_experts import PlaceExperts
+from moe_compile.passes.save_collectives import SaveCollectives
 from moe_compile.rewrite import PassReport, RewritePass
 
 PLACE: tuple[type[RewritePass], ...] = (
@@ -24,6 +25,9 @@ CANONICALISE: tuple[type[RewritePass], ...] = (
     FuseExperts,  # last: needs the weights in `combine`
 )
 
+SCHEDULE: tuple[type[RewritePass], ...] = (
+    SaveCollectives,  # on the joint graph: before the partitioner decides what is computed again
+)
 
 LOWER: tuple[type[RewritePass], ...] = (
     ChooseKernels,  # last, inside Inductor: shapes and strides are final there
@@ -35,7 +39,7 @@ def name_of(cls: type[RewritePass]) -> str:
     return cls.__module__.rsplit(".", 1)[-1]
 
 
-ALL: tuple[type[RewritePass], ...] = (DetectExperts, *PLACE, *CANONICALISE, *LOWER)
+ALL: tuple[type[RewritePass], ...] = (DetectExperts, *PLACE, *CANONICALISE, *SCHEDULE, *LOWER)
 PASS_NAMES = tuple(map(name_of, ALL))
 
 
