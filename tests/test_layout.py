@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from moe_compile import pipeline
-from moe_compile.passes.detect_experts import DetectExperts
 
 ROOT = Path(__file__).parent.parent
-PASSES = [DetectExperts, *pipeline.PLACE, *pipeline.CANONICALISE, *pipeline.LOWER]
+PASSES = pipeline.ALL
 LOWER = {cls.__module__.rsplit(".", 1)[-1] for cls in pipeline.LOWER}
 
 
