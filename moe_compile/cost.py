@@ -26,14 +26,14 @@ def grouped_gemm_us(kernel: str, x_RD: Tensor, w_EFD: Tensor) -> float:
     The number of rows may be symbolic: then the caller's example size counts, and adds no guard.
     """
     E, F, D = (int(s) for s in w_EFD.shape)
-    rows = _hint(x_RD.shape[0])
+    rows = hint(x_RD.shape[0])
     padded = max(rows, E * min(TILE_ROWS[kernel], max(rows // E, 1) * 2))
     flops = 2.0 * padded * F * D
     moved = x_RD.element_size() * (rows * (D + F) + E * F * D)
     return LAUNCH_US[kernel] + max(flops / RATE[kernel] / 1e6, moved / BANDWIDTH / 1e3)
 
 
-def _hint(size: int | torch.SymInt) -> int:
+def hint(size: int | torch.SymInt) -> int:
     if isinstance(size, torch.SymInt):
         return int(size.node.hint) if size.node.hint is not None else 4096
     return int(size)
@@ -71,7 +71,7 @@ def product_flops(node: Node, form: str) -> tuple[float, float]:
     assert isinstance(ids, Node) and isinstance(body_attr, Node) and isinstance(num_experts, int)
     body = getattr(node.graph.owning_module, str(body_attr.target))
     weights = [n.args[1] for n in body.graph.nodes if n.target in (aten.linear.default, aten.matmul.default)]
-    tokens, top_k = (_hint(s) for s in ids.meta["val"].shape)
+    tokens, top_k = (hint(s) for s in ids.meta["val"].shape)
     per_token = tokens * sum(2.0 * w.meta["val"].numel() for w in weights)
     return per_token * (num_experts if form == "dense" else top_k), per_token * top_k
 

@@ -4,6 +4,7 @@ Two calls are alike if the function's code, the module's structure and plain att
 and the ambient modes agree: then their graphs are the same, and only the tensors differ.
 """
 
+import functools
 import linecache
 import logging
 import time
@@ -14,16 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from moe_compile import native
 from moe_compile.analysis import Analysis, analyse
 from moe_compile.arguments import Known
 from moe_compile.cost import Gain, computing, product_flops
-from moe_compile.errors import Refusal
+from moe_compile.errors import MoeCompileError, Refusal
 from moe_compile.graph_text import graph_text
+from moe_compile.parallel.agree import agree
 from moe_compile.parallel.shards import Placement, dense, placement
-from moe_compile.pipeline import canonicalise, place
+from moe_compile.pipeline import Placed, canonicalise, place
 from moe_compile.read_walk import TORCH_OWN, plain_attributes, reads
 from moe_compile.reads import SIMPLE, Read, hold
 from moe_compile.region import experts
@@ -70,6 +72,7 @@ def kind_of(
     skip: frozenset[str],
     holds: Callable[[Any], bool] = lambda guard: True,
     strategy: str = "auto",
+    numerics: str = "exact",
 ) -> Kind | Declined:
     """The kind of a call: proven and rewritten once, remembered after.
 
@@ -78,7 +81,7 @@ def kind_of(
     """
     where = placement(module)
     with dense(module):
-        return _kind_of(fn, module, args, kwargs, known, _How(skip, where, strategy), holds)
+        return _kind_of(fn, module, args, kwargs, known, _How(skip, where, strategy, numerics), holds)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class _How:
     skip: frozenset[str]
     placement: Placement | None
     strategy: str
+    numerics: str
 
 
 def _kind_of(
@@ -141,8 +145,8 @@ def _prove(
         body = getattr(found.gm, str(node.args[5].target))  # type: ignore[union-attr]
         flops = product_flops(node, found.form)
         detected = graph_text(found.gm.graph)
-        placed, strategy, local = _place(found, module, how)
-        reports = [*placed, *canonicalise(found.gm, how.skip)]
+        placed = _place(found, module, how)
+        reports = [placed.report, *canonicalise(found.gm, how.skip)]
         for done in reports:
             if done.refused and done.name == "DispatchExperts":
                 raise Refusal(done.refused[0][1])
@@ -153,6 +157,8 @@ def _prove(
     except Refusal as refusal:
         log.debug("%s refused: %s", fn.__qualname__, refusal)
         return declined(str(refusal), read)
+    except MoeCompileError:  # to be heard
+        raise
     except Exception as error:  # a fault of ours must not be one of the user's
         log.warning("%s runs as it is, its proof failed (a fault of moe_compile)", fn.__qualname__, exc_info=True)
         return declined(f"the proof failed with {type(error).__name__}: {error}", read)
@@ -166,6 +172,7 @@ def _prove(
     if not (spec.is_leaf() or (spec.type in (tuple, list) and all(c.is_leaf() for c in spec.children()))):
         return declined("it returns a nested structure", read)
     placeholders = found.gm.graph.find_nodes(op="placeholder")
+    local = placed.local
     first_state = len(placeholders) - len(local) - len(found.capture.state)
     unused = [
         (n, i) for i, n in enumerate(placeholders) if i >= first_state and not n.users and n not in local.values()
@@ -177,28 +184,29 @@ def _prove(
     report = RegionReport(
         True, "", "", found.form, int(num_experts), top_k if isinstance(top_k, int) else None,  # type: ignore[arg-type, call-overload]
         None, found.before, f"{detected}\n\n{after}", tuple(map(str, reports)),
-        body=tuple(computing(body.graph)), strategy=strategy, gain=gain,
+        body=tuple(computing(body.graph)), strategy=placed.strategy, gain=gain, estimates=placed.estimates,
     )  # fmt: skip
     run = _function(found.gm, fn.__name__ if fn.__name__.isidentifier() else "function", spec.is_leaf())
     return Kind(run, state, tuple(local), spec.is_leaf(), tuple(found.capture.guards()), read, report)
 
 
-def _place(found: Analysis, module: nn.Module, how: _How) -> tuple[list[PassReport], str, dict[str, Node]]:
-    """The passes of the stage place, if experts are sharded: (reports, strategy, the inputs for shards by family)."""
+def _place(found: Analysis, module: nn.Module, how: _How) -> Placed:
+    """The passes of the stage place, if experts are sharded."""
     if how.placement is None:
-        return [], "grouped", {}
+        return Placed(PassReport("PlaceExperts"), "grouped", {})
     if "place_experts" in how.skip:
         raise Refusal("the pass place_experts is left out")
     inputs = found.gm.graph.find_nodes(op="placeholder")
     state = dict(zip(found.capture.state, inputs[-len(found.capture.state) :], strict=True))
     parameters = {name: state[name] for name, _ in module.named_parameters(remove_duplicate=False)}
-    report, strategy, local = place(found.gm, how.placement, parameters, how.strategy)
-    if report.refused:
-        raise Refusal(report.refused[0][1])
+    decide = functools.partial(agree, how.placement.group)
+    placed = place(found.gm, how.placement, parameters, how.strategy, how.numerics, decide)
+    if placed.report.refused:
+        raise Refusal(placed.report.refused[0][1])
     for name in (m for f in how.placement.families for m in f.members):
         if name in parameters and parameters[name].users:
             raise Refusal(f"{name}, which is sharded, is used outside of the experts too")
-    return [report], strategy if local and how.placement.ranks > 1 else "grouped", local
+    return placed
 
 
 def _function(gm: GraphModule, name: str, single: bool) -> Callable[..., Any]:

@@ -7,19 +7,18 @@ from typing import Any
 from moe_compile.errors import MoeCompileError
 
 INNER = ("inductor", "aot_eager", "eager")
-STRATEGIES = ("auto", "grouped", "alltoall", "allgather", "gather_weights")
+MOVES = ("alltoall", "dedup", "allgather", "gather_weights")
+STRATEGIES = ("auto", "grouped", *MOVES)
 NUMERICS = ("exact", "fast")
-
-
-ON_ONE, ON_MANY = ("auto", "grouped"), ("auto", "alltoall", "gather_weights")
+ON_ONE, ON_MANY = ("auto", "grouped"), ("auto", *MOVES)
 
 
 @dataclass(frozen=True)
 class Options:
     """inner     who compiles the rewritten graph: "inductor", "aot_eager" or "eager"
     strict    raise if an expert region is found and not rewritten, or a graph has none (meant with fullgraph=True)
-    strategy  how experts meet tokens: "auto" or "grouped" on one process; with sharded experts "auto", "alltoall" or
-              "gather_weights"
+    strategy  how experts meet tokens: "auto" or "grouped" on one process; with sharded experts "auto" (by a cost
+              model), "alltoall", "dedup", "allgather" or "gather_weights"
     skip      names of passes to leave out, e.g. ["fold_routing_weights"]; "detect_experts" leaves all as it is
     numerics  "exact": bitwise reproducible, sums over a token's experts in order, in f32; "fast": may reorder
     """
@@ -36,6 +35,11 @@ class Options:
             raise MoeCompileError(
                 f"strategy {self.strategy!r} moves tokens or weights between processes; this model's experts are "
                 f"not sharded over a mesh: use 'auto' or 'grouped'"
+            )
+        if sharded and (self.strategy, self.numerics) == ("dedup", "exact"):
+            raise MoeCompileError(
+                "strategy 'dedup' adds a token's results rank by rank, so that the number of ranks shows in the last "
+                "bits: it needs numerics 'fast'"
             )
         if sharded and self.strategy not in ON_MANY:
             raise MoeCompileError(

@@ -1,10 +1,15 @@
 """The passes, in order, with the reason for each place."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
 from moe_compile.detect.interpreter import Facts
+from moe_compile.errors import MoeCompileError, Refusal
+from moe_compile.options import MOVES
+from moe_compile.parallel.costs import MACHINES, Estimate, choose, estimate, sizes_of
 from moe_compile.parallel.shards import Placement
 from moe_compile.passes.choose_kernels import ChooseKernels
 from moe_compile.passes.detect_experts import DetectExperts
@@ -48,18 +53,56 @@ def detect(gm: GraphModule, facts: Facts | None = None) -> PassReport:
     return DetectExperts(facts)(gm)
 
 
-def place(
-    gm: GraphModule, placement: Placement, state: Mapping[str, Node], strategy: str
-) -> tuple[PassReport, str, dict[str, Node]]:
-    """Give experts that are sharded their collectives: (report, strategy, inputs for the shards by family).
+@dataclass(frozen=True)
+class Placed:
+    """What became of experts that are sharded.  strategy: "" if they are left as they were.
 
-    `state`: the inputs that are parameters, by name.  Strategy "auto" moves tokens; weights, if tokens must not.
+    local: inputs for the shards, by family.  estimates: of all strategies, for this rank's batch; none on one rank.
     """
-    for choice in ("alltoall", "gather_weights") if strategy == "auto" else (strategy,):
-        pass_ = PlaceExperts(placement, state, choice)
-        if (report := pass_(gm)).applied:
-            break
-    return report, choice, pass_.local
+
+    report: PassReport
+    strategy: str
+    local: dict[str, Node]
+    estimates: tuple[Estimate, ...] = ()
+
+
+def place(
+    gm: GraphModule,
+    placement: Placement,
+    state: Mapping[str, Node],
+    strategy: str,
+    numerics: str = "exact",
+    agree: Callable[[str, str], str] = lambda topic, mine: mine,
+) -> Placed:
+    """Give experts that are sharded their collectives.
+
+    `state`: the inputs that are parameters, by name.  Strategy "auto" is the fastest of those that are possible here,
+    by the cost model; `agree(topic, mine)` makes it the same on all ranks.
+    """
+    passes = {s: PlaceExperts(placement, state, s, numerics) for s in MOVES}
+    sites = [node for node, _ in passes["alltoall"].find(gm.graph)]
+    if placement.ranks == 1 or not sites:
+        return Placed(passes["alltoall"](gm), "grouped", passes["alltoall"].local)
+    families = passes["alltoall"].read_by(sites[0])
+    sizes = sizes_of(sites[0], placement, families)
+    machine = MACHINES["cuda" if sites[0].meta["val"].device.type == "cuda" else "cpu"]
+    reasons = {s: next(filter(None, map(pass_.refuse, sites)), None) for s, pass_ in passes.items()}
+    near = int(os.environ.get("LOCAL_WORLD_SIZE", placement.ranks))
+    estimates = [
+        replace(estimate(s, numerics, sizes, machine, near), why_not=reason or "") for s, reason in reasons.items()
+    ]
+    if strategy == "auto":
+        estimates, mine = choose(estimates, sizes)
+        strategy = agree(f"{[(f.name, f.num_experts, *x.shape) for f, x in families.items()]}, {numerics}", mine)
+        if not strategy and mine:
+            raise Refusal("the first rank of the group cannot place these experts")
+        if strategy and reasons[strategy]:
+            raise MoeCompileError(
+                f"rank {placement.rank} cannot place experts by {strategy!r}, as the first rank of the group chose: "
+                f"{reasons[strategy]}"
+            )
+    chosen = passes[strategy or "gather_weights"]
+    return Placed(chosen(gm), strategy, chosen.local, tuple(estimates))
 
 
 def canonicalise(gm: GraphModule, skip: frozenset[str] = frozenset()) -> list[PassReport]:

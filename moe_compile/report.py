@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from moe_compile.advice import advice
 from moe_compile.cost import Gain
+from moe_compile.parallel.costs import Estimate
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class RegionReport:
     reason: the first thing that could not be shown, if not matched.  before, after: the graphs, "" if there are none.
     body: the ops that an expert runs on its rows.  strategy: how experts meet tokens now, "" if not rewritten.
     gain: what the rewrite is estimated to save, None if not rewritten.
+    estimates: if experts are sharded, what each strategy would cost this rank a forward (parallel/costs.py).
     """
 
     matched: bool
@@ -30,6 +32,7 @@ class RegionReport:
     body: tuple[str, ...] = field(default=(), repr=False)
     strategy: str = ""
     gain: Gain | None = field(default=None, repr=False)
+    estimates: tuple[Estimate, ...] = field(default=(), repr=False)
 
     @property
     def advice(self) -> str | None:
@@ -80,6 +83,7 @@ def _note(region: RegionReport) -> tuple[str, ...]:
     lines = [f"  an expert runs {', '.join(region.body)}"] if region.body else []
     if region.gain is not None:
         lines.append(f"  strategy {region.strategy}; estimated forward: {region.gain}")
+    lines += [f"    {'*' if e.strategy == region.strategy else ' '} {e}" for e in region.estimates]
     return tuple(lines)
 
 

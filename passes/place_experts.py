@@ -28,21 +28,28 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch import Tensor
+from torch.fx import Graph, Node
 
 from moe_compile.errors import Refusal
-from moe_compile.graph_text import graph_text
-from moe_compile.parallel.exchange import expert_of_row, fingerprint, host_read, message
+from moe_compile.parallel.by_rows import AllGatherRows, AllToAll
+from moe_compile.parallel.by_sums import AllGather, Dedup
 from moe_compile.parallel.mesh import shard_sizes
 from moe_compile.parallel.shards import Family, Placement
-from moe_compile.ragged import Batched, Batcher
+from moe_compile.parallel.writer import Writer, all_gather, sources, wait
 from moe_compile.region import experts
 from moe_compile.rewrite import RewritePass, emit, value
 
-aten, moe_ep = torch.ops.aten, torch.ops.moe_ep
-wait = torch.ops._c10d_functional.wait_tensor.default
-all_to_all = torch.ops._c10d_functional_autograd.all_to_all_single.default
-all_gather = torch.ops._c10d_functional_autograd.all_gather_into_tensor.default
+aten = torch.ops.aten
+
+# By strategy and numerics: "exact" needs rows that come home unsummed.
+WRITERS: dict[tuple[str, str], type[Writer]] = {
+    ("alltoall", "exact"): AllToAll,
+    ("alltoall", "fast"): AllToAll,
+    ("dedup", "fast"): Dedup,
+    ("allgather", "exact"): AllGatherRows,
+    ("allgather", "fast"): AllGather,
+}
 
 
 class PlaceExperts(RewritePass[Node]):
@@ -51,16 +58,23 @@ class PlaceExperts(RewritePass[Node]):
     `local`, after the pass: the new placeholders, of this rank's shards, by the names of their families.
     """
 
-    def __init__(self, placement: Placement, state: Mapping[str, Node], strategy: str = "alltoall") -> None:
-        self.placement, self.state, self.strategy = placement, state, strategy
+    def __init__(
+        self, placement: Placement, state: Mapping[str, Node], strategy: str = "alltoall", numerics: str = "exact"
+    ) -> None:
+        self.placement, self.state, self.strategy, self.numerics = placement, state, strategy, numerics
         self.families = {state[m]: f for f in placement.families for m in f.members if m in state}
         self.replicated = set(state.values()) - self.families.keys()
         self.local: dict[str, Node] = {}
 
     def find(self, graph: Graph) -> Iterator[tuple[Node, Node]]:
         for node in graph.find_nodes(op="call_function", target=experts):
-            if any(_sources(p) & self.families.keys() for p in node.args[3]):  # type: ignore[union-attr]
+            if any(sources(p) & self.families.keys() for p in node.args[3]):  # type: ignore[union-attr]
                 yield node, node
+
+    def read_by(self, node: Node) -> dict[Family, Tensor]:
+        """The families that experts read, each with the value of a member."""
+        read = {n for p in node.args[3] for n in sources(p)}  # type: ignore[union-attr]
+        return {f: value(n) for n, f in self.families.items() if n in read and self.state[f.members[0]] is n}
 
     def refuse(self, node: Node) -> str | None:
         scratch = Graph()
@@ -72,7 +86,7 @@ class PlaceExperts(RewritePass[Node]):
         scratch.owning_module = owner  # type: ignore[assignment]
         state = {name: copies[n] for name, n in self.state.items()}
         try:
-            PlaceExperts(self.placement, state, self.strategy)._write(scratch, copies[node])
+            PlaceExperts(self.placement, state, self.strategy, self.numerics)._write(scratch, copies[node])
         except Refusal as reason:
             return str(reason)
         return None
@@ -83,29 +97,32 @@ class PlaceExperts(RewritePass[Node]):
     def _write(self, graph: Graph, node: Node) -> Node:
         params: Any = node.args[3]
         num_experts: Any = node.args[6]
-        sharded = {f.num_experts for p in params for n in _sources(p) if (f := self.families.get(n))}
+        sharded = {f.num_experts for p in params for n in sources(p) if (f := self.families.get(n))}
         if sharded != {num_experts}:
             raise Refusal(f"{num_experts} experts run, {' and '.join(map(str, sorted(sharded)))} are sharded")
         with graph.inserting_before(node):
             ours = [self._param(graph, node, p) for p in params]
             if self.travels:
-                return _Exchange(graph, node, ours, self.placement, self.replicated).write()
+                if (self.strategy, self.numerics) not in WRITERS:
+                    raise Refusal(f"{self.strategy} adds a token's results rank by rank: numerics is {self.numerics!r}")
+                writer = WRITERS[self.strategy, self.numerics]
+                return writer(graph, node, ours, self.placement, self.replicated).write()
             args = (*node.args[:3], ours, *node.args[4:])
             return emit(graph, experts, *args, like=node, val=node.meta["val"])
 
     @property
     def travels(self) -> bool:
         """Whether rows do, and so whether a rank runs only its own experts."""
-        return self.placement.ranks > 1 and self.strategy == "alltoall"
+        return self.placement.ranks > 1 and self.strategy != "gather_weights"
 
     # -- params of the experts that run here -------------------------------------------------
 
     def _param(self, graph: Graph, node: Node, param: Any) -> Any:
-        sources = _sources(param)
-        if not sources & self.families.keys():
+        inputs = sources(param)
+        if not inputs & self.families.keys():
             if not self.travels:
                 return param
-            if not sources <= self.replicated:
+            if not inputs <= self.replicated:
                 raise Refusal("what belongs to an expert is computed from the tokens of a rank")
             own = self._own(node)
             if isinstance(param, Node):
@@ -161,206 +178,7 @@ def _gathered(graph: Graph, node: Node, shard: Node, num_experts: int, placement
     return emit(graph, aten.reshape.default, flat, [num_experts, *value(shard).shape[1:]], like=node)
 
 
-class _Exchange:
-    """Writes the experts of one node, each on the rank that holds it."""
-
-    def __init__(
-        self, graph: Graph, node: Node, params: list[Any], placement: Placement, replicated: set[Node]
-    ) -> None:
-        self.graph, self.node, self.placement, self.replicated = graph, node, placement, replicated
-        args: Any = node.args
-        self.ids, tokens, pairs, whole, shared, body, self.num_experts, self.num_classes = args
-        self.body = getattr(graph.owning_module, str(body.target))
-        self.top_k = value(self.ids).shape[1]
-        self.sizes = shard_sizes(self.num_experts, placement.ranks)
-        inputs = iter(self.body.graph.find_nodes(op="placeholder"))
-        groups: Any = (tokens, pairs, params, shared)
-        self.tokens, self.pairs, self.params, self.shared = ({next(inputs): v for v in g} for g in groups)
-        self.whole = dict(zip(self.params, whole, strict=True))
-
-    def write(self) -> Node:
-        inner, late, last = _split(self.body)
-        kept = {n.name for n in inner.graph.find_nodes(op="placeholder")}
-        for inside, outside in self.shared.items():
-            if inside.name in kept and not _sources(outside) <= self.replicated:
-                raise Refusal(f"experts read {outside.name}, of which every rank has its own")
-        self._route()
-        self._tell(inner, kept)
-        tokens = {n: self._there(self._token_rows(n), v, 1) for n, v in self.tokens.items() if n.name in kept}
-        pairs = {n: self._there(self._pair_rows(v), v, 2) for n, v in self.pairs.items() if n.name in kept}
-        params, shared = ([v for n, v in g.items() if n.name in kept] for g in (self.params, self.shared))
-        rows = [*tokens.values(), *pairs.values()]
-        if not rows:
-            raise Refusal("the experts read nothing of their tokens")
-        ids = self._call(expert_of_row, self.received, rows[0], self.placement.ranks)
-        shape = value(last).shape[1:]
-        val = value(last).new_empty((value(ids).shape[0], *shape))
-        y = self._call(
-            experts, ids, [*tokens.values()], [*pairs.values()], params, shared, self._attach(inner),
-            self.sizes[self.placement.rank], None, val=val,
-        )  # fmt: skip
-        y = self._travel(self._flat(y), self.send, self.receive, value(self.x_RD).shape[0])
-        if len(shape) != 1:
-            y = self._call(aten.reshape.default, y, [-1, *shape])
-        return self._combine(self._rest(late, last, y))
-
-    # -- there --------------------------------------------------------------------------------
-
-    def _route(self) -> None:
-        """Rows by expert: `x_RD`, `offsets`, `order`."""
-        if self.num_classes is not None:
-            self.ids = self._call(moe_ep.check_ids.default, self.ids, self.num_classes)
-        if self.tokens:
-            first = self._flat(next(iter(self.tokens.values())))
-        else:  # nothing to carry but the order
-            first = self._call(aten.to.dtype, self._call(aten.slice.Tensor, self.ids, 1, 0, 1), torch.float32)
-        routed = self._call(moe_ep.dispatch.default, first, self.ids, self.num_experts)
-        self.x_RD, self.offsets, self.order = (self._call(operator.getitem, routed, i) for i in range(3))
-
-    def _tell(self, inner: GraphModule, kept: set[str]) -> None:
-        """How many rows come and go: `received`, `send`, `receive`."""
-        read = [_spelled(v) for g in (self.whole, self.shared) for n, v in g.items() if n.name in kept]
-        ranks, most = self.placement.ranks, self.sizes[0]
-        mark = fingerprint(f"{self.num_experts} {read}\n{graph_text(inner.graph)}")
-        sent = self._call(message, self.offsets, self.x_RD, ranks, most, mark)
-        equal = [most + 2] * ranks
-        val = sent.meta["val"]
-        self.received = self._call(all_to_all, sent, equal, equal, self.placement.group, val=val)
-        self.received = self._call(wait, self.received, val=val)
-        splits = self._call(host_read, sent, self.received, self.x_RD, ranks)
-        self.send, self.receive = (self._call(operator.getitem, splits, i) for i in range(2))
-
-    def _token_rows(self, inside: Node) -> Node:
-        if inside is next(iter(self.tokens)):
-            return self.x_RD
-        token_R = self._call(aten.floor_divide.default, self.order, self.top_k)
-        return self._call(aten.index.Tensor, self._flat(self.tokens[inside]), [token_R])
-
-    def _pair_rows(self, pairs: Node) -> Node:
-        flat = self._call(aten.reshape.default, pairs, [-1, value(pairs).shape[2:].numel()])
-        return self._call(aten.index.Tensor, flat, [self.order])
-
-    def _there(self, rows: Node, source: Node, skipped: int) -> Node:
-        """Flat rows on the ranks of their experts, in the shape of a token or, [S, 1, ...], of a pair."""
-        if value(rows).dtype == torch.bool:
-            raise Refusal(f"experts read {source.name}, bools, which no collective carries")
-        moved = self._travel(rows, self.receive, self.send, sum(self.receive.meta["val"]))
-        shape = [-1, *[1] * (skipped - 1), *value(source).shape[skipped:]]
-        return moved if len(shape) == 2 and skipped == 1 else self._call(aten.reshape.default, moved, shape)
-
-    def _travel(self, rows: Node, out: Node, into: Node, number: Any) -> Node:
-        """`out`: rows from each rank, `into`: rows to each."""
-        val = value(rows).new_empty((number, value(rows).shape[1]))
-        moved = self._call(all_to_all, rows, out, into, self.placement.group, val=val)
-        return self._call(wait, moved, val=val)
-
-    # -- and back -----------------------------------------------------------------------------
-
-    def _rest(self, late: set[Node], last: Node, y_RD: Node) -> Node:
-        """What the body does behind `last`, on the rows of this rank."""
-        batcher = Batcher(self.graph, self.node, self.offsets, lambda: self.order)
-        batcher.env[last] = Batched("row", y_RD)
-        for n in self.body.graph.nodes:
-            if n not in late:
-                continue
-            if n in self.shared:
-                batcher.env[n] = Batched("shared", self.shared[n])
-            elif n in self.pairs:
-                flat = self._call(aten.reshape.default, self.pairs[n], [-1, *value(self.pairs[n]).shape[2:]])
-                batcher.env[n] = Batched("row", self._call(aten.index.Tensor, flat, [self.order]))
-            else:
-                batcher.env[n] = batcher.apply(n)
-        result = batcher.env[self.body.graph.output_node().args[0]].node
-        assert isinstance(result, Node)
-        return result
-
-    def _combine(self, y_RD: Node) -> Node:
-        shape, dtype = value(y_RD).shape[1:], value(self.node).dtype
-        out = self._call(moe_ep.combine.default, self._flat(y_RD), None, self.order, self.offsets, self.top_k)
-        if len(shape) != 1:
-            out = self._call(aten.reshape.default, out, [-1, *shape])
-        return out if value(out).dtype == dtype else self._call(aten.to.dtype, out, dtype)
-
-    # -- help -----------------------------------------------------------------------------------
-
-    def _call(self, target: Any, *args: Any, val: Any = None) -> Node:
-        return emit(self.graph, target, *args, like=self.node, val=val)
-
-    def _flat(self, rows: Node) -> Node:
-        """Rows with their features in one dimension."""
-        if value(rows).dim() == 2:
-            return rows
-        return self._call(aten.reshape.default, rows, [-1, value(rows).shape[1:].numel()])
-
-    def _attach(self, body: GraphModule) -> Node:
-        owner = self.graph.owning_module
-        name = next(n for i in range(len(self.graph.nodes)) if not hasattr(owner, n := f"local_body_{i}"))
-        setattr(owner, name, body)
-        return self.graph.get_attr(name)
-
-
-# -- what stays at home ---------------------------------------------------------------------
-
-
-def _split(body: GraphModule) -> tuple[GraphModule, set[Node], Node]:
-    """(the body up to `last`, the nodes behind it, last).
-
-    Behind are products, and casts between them, with values that the rank of the token has: the routing weights.
-    """
-    at_home = {n for n in body.graph.find_nodes(op="placeholder") if n.name.startswith(("pair", "shared"))}  # type: ignore[operator]
-    for n in body.graph.nodes:
-        if n.op == "call_function" and n.all_input_nodes and set(n.all_input_nodes) <= at_home:
-            at_home.add(n)
-    here: Any = body.graph.output_node().args[0]
-    last, late, behind = here, set[Node](), set[Node]()
-    while True:
-        if here.target is aten.mul.Tensor and len(here.all_input_nodes) == 2 and not here.kwargs:
-            (factor, rest) = sorted(here.all_input_nodes, key=lambda n: n not in at_home)
-            if factor not in at_home or rest in at_home or value(rest).shape[1:] != value(here).shape[1:]:
-                break
-            behind |= {here, *_upstream(factor)}
-            late, last = set(behind), rest
-            here = rest
-        elif here.target is aten.to.dtype and len(here.args) == 2 and not here.kwargs:
-            behind.add(here)
-            here = here.args[0]
-        else:
-            break
-    inner, made = Graph(), dict[Node, Node]()
-    needed = _upstream(last)
-    for n in body.graph.nodes:
-        if n in needed:
-            made[n] = inner.node_copy(n, lambda x: made[x])
-    inner.output(made[last])
-    return GraphModule(torch.nn.Module(), inner, "Body"), late, last
-
-
-def _upstream(node: Node) -> set[Node]:
-    """The node and all that it is computed from."""
-    found, todo = {node}, [node]
-    while todo:
-        new = set(todo.pop().all_input_nodes) - found
-        found |= new
-        todo += new
-    return found
-
-
 # -- params ---------------------------------------------------------------------------------
-
-
-def _sources(param: Any) -> set[Node]:
-    """The inputs that a value, or each of a list, is computed from."""
-    nodes = [param] if isinstance(param, Node) else list(param)
-    return {n for node in nodes for n in _upstream(node) if n.op == "placeholder"}
-
-
-def _spelled(value: Any) -> Any:
-    """How a value, or each of a list, is computed from the inputs."""
-    if isinstance(value, (list, tuple)):
-        return [_spelled(v) for v in value]
-    if not isinstance(value, Node) or value.op in ("placeholder", "get_attr"):
-        return str(value)
-    return [str(value.target), _spelled(value.args), sorted((k, _spelled(v)) for k, v in value.kwargs.items())]
 
 
 def _each_alike(node: Node) -> bool:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("fresh")
 BAD = {
     "unknown option 'inne'; moe_ep knows inner, strict, strategy, skip, numerics": {"inne": "eager"},
     "option inner: 'tvm' is not one of 'inductor', 'aot_eager', 'eager'": {"inner": "tvm"},
-    "option strategy: 'best' is not one of 'auto', 'grouped', 'alltoall', 'allgather', 'gather_weights'": {
+    "option strategy: 'best' is not one of 'auto', 'grouped', 'alltoall', 'dedup', 'allgather', 'gather_weights'": {
         "strategy": "best"
     },
     "option numerics: 'bitwise' is not one of 'exact', 'fast'": {"numerics": "bitwise"},
@@ -49,11 +49,11 @@ def test_bad_options_are_heard_by_the_user(bad: dict[str, Any], what: Any) -> No
     assert isinstance(error.value, MoeCompileError) or "MoeCompileError" in str(error.value)
 
 
-@pytest.mark.parametrize("strategy", ["alltoall", "gather_weights"])
+@pytest.mark.parametrize("strategy", ["alltoall", "dedup", "allgather", "gather_weights"])
 def test_strategies_for_many_processes_on_one(strategy: str) -> None:
     with pytest.raises(Exception, match=f"strategy '{strategy}' moves tokens or weights between processes"):
         compiled(Experts(), strategy=strategy, fullgraph=True)(*routed())
-    text = "'grouped' is not one for experts that are sharded over a mesh: use 'auto', 'alltoall', 'gather_weights'"
+    text = "'grouped' is not one for experts that are sharded over a mesh: use 'auto', 'alltoall', 'dedup'"
     with pytest.raises(MoeCompileError, match=text):
         Options.parse({"strategy": "grouped"}, PASS_NAMES).check_strategy(sharded=True)
 

@@ -1,9 +1,12 @@
 """What stands between the collectives of a placed region: plain functions that Dynamo traces.
 
-Letters    R rows of this rank, S rows that it received, P ranks, L experts of a rank, M the most that a rank has.
+Letters    T tokens, R = T*K rows of this rank, S rows that it received, P ranks, L experts of a rank, M the most that a
+           rank has.
 Message    What a rank tells each other about the rows to come: [P, M + 2], one line a rank.  M counts, one an expert;
            then how many rows no expert takes: they travel with those of the last rank, behind which they are sorted,
-           and come back as zeros; then a fingerprint of what its experts compute, which has to be the same everywhere.
+           and come back as zeros; then a fingerprint of what its experts compute and by which strategy, which has to be
+           the same everywhere.  All strategies that move tokens begin with a message of this shape, so that ranks
+           which disagree hear of it.
 """
 
 import hashlib
@@ -26,11 +29,29 @@ def message(offsets_E: Tensor, rows_RD: Tensor, ranks: int, most: int, mark: int
     return torch.cat([counts_PM, nobody_P1, torch.full_like(nobody_P1, mark)], 1).reshape(-1)
 
 
-def host_read(sent: Tensor, received: Tensor, rows_RD: Tensor, ranks: int) -> tuple[list[int], list[int]]:
-    """(rows to each rank, rows from each rank): the one read of data by the host."""
+def rank_message(offsets_P: Tensor, most: int, mark: int) -> Tensor:
+    """The same, with the number of rows for each rank in the place of the first count: one row may be for several."""
+    counts_P = torch.diff(offsets_P, prepend=offsets_P.new_zeros(1))
+    return _lines(counts_P, most, mark)
+
+
+def equal_message(ids_TK: Tensor, ranks: int, most: int, mark: int) -> Tensor:
+    """The same, with the number of tokens of this rank in the place of the first count."""
+    return _lines(torch.full((ranks,), ids_TK.shape[0], dtype=torch.int32, device=ids_TK.device), most, mark)
+
+
+def _lines(first_P: Tensor, most: int, mark: int) -> Tensor:
+    lines = torch.nn.functional.pad(first_P.unsqueeze(1), (0, most))
+    return torch.nn.functional.pad(lines, (0, 1), value=mark).reshape(-1)
+
+
+def host_read(sent: Tensor, received: Tensor, rows_RD: Tensor | None, ranks: int) -> tuple[list[int], list[int]]:
+    """(rows to each rank, rows from each): the one read of data by the host.  All of `rows_RD` travel, if given."""
     numbers: list[int] = torch.ops.moe_ep.check_messages(torch.cat([sent, received]).to("cpu"), ranks).tolist()
     for n in numbers:
         torch._check(n >= 0)
+    if rows_RD is None:
+        return numbers[:ranks], numbers[ranks:]
     send = [*numbers[: ranks - 1], rows_RD.shape[0] - sum(numbers[: ranks - 1])]  # that all rows travel is known
     return send, numbers[ranks:]
 
@@ -39,13 +60,17 @@ def host_read(sent: Tensor, received: Tensor, rows_RD: Tensor, ranks: int) -> tu
 def check_messages(messages: Tensor, ranks: int) -> Tensor:
     """[2P]: rows to each rank, then from each; a line of a rank whose experts compute something else is an error."""
     lines = messages.view(2 * ranks, -1)
-    differ = (lines[ranks:, -1] != lines[0, -1]).nonzero().flatten().tolist()
+    _same_experts(lines[ranks:, -1], lines[0, -1])
+    return lines[:, :-1].sum(1)
+
+
+def _same_experts(marks_P: Tensor, mark: Tensor) -> None:
+    differ = (marks_P != mark).nonzero().flatten().tolist()
     if differ:
         raise RuntimeError(
             f"experts compute something else on ranks {differ} of the expert-parallel group than on this one: their "
-            f"graphs were made for other modes, dtypes or batch sizes that the experts read"
+            f"graphs were made for other modes, dtypes, strategies or batch sizes that the experts read"
         )
-    return lines[:, :-1].sum(1)
 
 
 @check_messages.register_fake
@@ -58,3 +83,62 @@ def expert_of_row(received: Tensor, rows_SD: Tensor, ranks: int) -> Tensor:
     counts = received.view(ranks, -1)[:, :-1]
     expert = torch.arange(counts.shape[1], device=received.device).repeat(ranks)
     return torch.repeat_interleave(expert, counts.reshape(-1), output_size=rows_SD.shape[0]).unsqueeze(1)
+
+
+# -- where all ranks have equally many tokens -----------------------------------------------
+
+
+@custom_op("moe_ep::of_equal_sizes", mutates_args=())
+def of_equal_sizes(rows: Tensor, sent: Tensor, received: Tensor, ranks: int) -> Tensor:
+    """A copy of `rows`, for a collective that needs equally many from each rank; an error if the messages say that
+    ranks have batches of several sizes, or experts that compute something else.
+
+    On an accelerator the check runs there, before the collective, and fails at the next synchronisation: the host
+    reads nothing.
+    """
+    mine, lines = sent.view(ranks, -1)[0], received.view(ranks, -1)
+    if rows.device.type != "cpu":
+        torch._assert_async((lines == mine).all())
+    else:
+        _same_experts(lines[:, -1], mine[-1])
+        if (lines[:, 0] != mine[0]).any():
+            raise RuntimeError(
+                f"ranks of the expert-parallel group have {', '.join(map(str, lines[:, 0].tolist()))} tokens: strategy "
+                f"'allgather' needs batches of one size; 'alltoall' and 'gather_weights' take any"
+            )
+    return rows.clone(memory_format=torch.contiguous_format)
+
+
+@of_equal_sizes.register_fake
+def _(rows: Tensor, sent: Tensor, received: Tensor, ranks: int) -> Tensor:
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+of_equal_sizes.register_autograd(lambda ctx, gradient: (gradient, None, None, None))
+
+
+# -- where a token travels once to a rank ---------------------------------------------------
+
+
+def on_the_wire(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """Ids as they travel, in 32 bits; -1 for those of no expert."""
+    return torch.where((ids_TK >= 0) & (ids_TK < num_experts), ids_TK, -1).to(torch.int32)
+
+
+def distinct_ranks(ids_TK: Tensor, most: int) -> Tensor:
+    """[T, K]: the rank of each id, -1 where a slot before it has the same, and for nobody."""
+    rank_TK = torch.div(ids_TK, most, rounding_mode="floor")
+    same_TKK = rank_TK.unsqueeze(2) == rank_TK.unsqueeze(1)
+    return torch.where(same_TKK.tril(-1).any(2), -1, rank_TK)
+
+
+def prefix(rows: Tensor, splits: list[int]) -> Tensor:
+    """The first rows, as many as travel: behind them are those that do not."""
+    number = sum(splits)
+    torch._check(number <= rows.shape[0])
+    return rows.narrow(0, 0, number)
+
+
+def padded(rows_ND: Tensor, order_R: Tensor) -> Tensor:
+    """[R, D]: zeros behind the rows."""
+    return torch.nn.functional.pad(rows_ND, (0, 0, 0, order_R.shape[0] - rows_ND.shape[0]))

@@ -134,10 +134,12 @@ def parity(
     """Losses, gradients and weights after `steps` steps are those of one process.  Returns the sharded model.
 
     parts: over how many backwards the gradients of a step are accumulated.  run: what is called instead of the model,
-    compiled with fullgraph=True.  expect: the strategy that the reports name, "" if nothing is to be rewritten.
+    compiled with fullgraph=True.  expect: the strategy that the reports name, "" if nothing is to be rewritten; asked
+    for by name, unless the options do.
     """
     reference = copy.deepcopy(model)
     moe_compile.parallelize(model, moe_compile.build_mesh(ep=ep))
+    options = {"strategy": expect or "auto", **options}
     call = run(model) if run else compiled(model, inner, fullgraph=True, **options)
     mine, theirs = (optimizer(m.parameters()) for m in (model, reference))
     with regions() as found:
@@ -235,7 +237,7 @@ def without_gradients(ranks: Ranks) -> None:
     model, batches = stacked(), tokens(ranks, [4, 9])
     reference = copy.deepcopy(model)
     moe_compile.parallelize(model, moe_compile.build_mesh())
-    call = compiled(model, fullgraph=True)
+    call = compiled(model, fullgraph=True, strategy="alltoall")
     for context in (torch.no_grad, torch.inference_mode):
         with context(), regions() as found:
             assert close(call(*batches[ranks.rank]), reference(*batches[ranks.rank]))
@@ -247,7 +249,7 @@ def sizes_that_vary(ranks: Ranks) -> None:
     model = stacked()
     reference = copy.deepcopy(model)
     moe_compile.parallelize(model, moe_compile.build_mesh())
-    call = compiled(model, "aot_eager", fullgraph=True)
+    call = compiled(model, "aot_eager", fullgraph=True, strategy="alltoall")
     for size in (6, 9, 4, 1, 12):
         assert agree(ranks, model, call, reference, tokens(ranks, [size, size + 3])), size
 
@@ -258,7 +260,7 @@ def autocast(ranks: Ranks) -> None:
     alone = compiled(copy.deepcopy(model), fullgraph=True)
     moe_compile.parallelize(model, moe_compile.build_mesh())
     with torch.autocast("cpu", torch.bfloat16), regions() as found:
-        assert torch.equal(compiled(model, fullgraph=True)(x), alone(x))
+        assert torch.equal(compiled(model, fullgraph=True, strategy="alltoall")(x), alone(x))
     assert {r.strategy for r in found} == {"alltoall", "grouped"}
 
 
@@ -291,14 +293,26 @@ def layer_by_layer(ranks: Ranks) -> None:
 
     def run(model: nn.Module) -> nn.Module:
         for layer in model.layers:
-            layer.compile(backend="moe_ep", fullgraph=True, options={"inner": "aot_eager"})
+            layer.compile(backend="moe_ep", fullgraph=True, options={"inner": "aot_eager", "strategy": "alltoall"})
         return model
 
     parity(ranks, stacked(), tokens(ranks), run=run)
 
 
 def weights_travel(ranks: Ranks) -> None:
-    parity(ranks, stacked(), tokens(ranks), strategy="gather_weights", expect="gather_weights")
+    parity(ranks, stacked(), tokens(ranks), expect="gather_weights")
+
+
+def a_token_once_a_rank(ranks: Ranks) -> None:
+    parity(ranks, stacked(), tokens(ranks, [6, 4, 0, 9]), expect="dedup", numerics="fast", inner="aot_eager")
+
+
+def tokens_of_all_ranks(ranks: Ranks) -> None:
+    parity(ranks, stacked(), tokens(ranks), expect="allgather", numerics="fast", inner="aot_eager")
+
+
+def rows_of_all_ranks(ranks: Ranks) -> None:
+    parity(ranks, stacked(), tokens(ranks), expect="allgather", inner="aot_eager")
 
 
 def copies_of_experts(ranks: Ranks) -> None:
@@ -347,7 +361,7 @@ def one_refused(ranks: Ranks) -> None:
     """A layer that is refused between layers that are not."""
     model = Net(3, lambda: Block(Experts(E), num_experts=E))
     model.layers[1].experts = Mixing(E)
-    parity(ranks, model, tokens(ranks, [4, 3]), run=compiled)
+    parity(ranks, model, tokens(ranks, [4, 3]), run=functools.partial(compiled, strategy="alltoall"))
 
 
 def another_backend(ranks: Ranks) -> None:
@@ -396,7 +410,7 @@ class Centred(Experts):
 def a_value_of_each_rank(ranks: Ranks) -> None:
     """Tokens must not travel, so weights do."""
     model = Net(1, lambda: Block(Centred(E), num_experts=E))
-    parity(ranks, model, tokens(ranks, [7, 5]), expect="gather_weights")
+    parity(ranks, model, tokens(ranks, [7, 5]), expect="gather_weights", strategy="auto")
 
 
 class Backwards(nn.Module):
@@ -456,7 +470,7 @@ def ranks_that_compute_something_else(ranks: Ranks) -> None:
         torch.manual_seed(0)
         model = Net(1, lambda cls=cls: Block(cls(E), num_experts=E))  # type: ignore[misc]
         sharded = parity(ranks, model, tokens(ranks), steps=1)
-        call = compiled(sharded, fullgraph=True, dynamic=False)
+        call = compiled(sharded, fullgraph=True, dynamic=False, strategy="alltoall")
         try:
             call(torch.randn(6 + ranks.rank, D))
         except RuntimeError as error:
@@ -626,7 +640,7 @@ def sabotage(ranks: Ranks) -> None:
         reference = Four()
         model = moe_compile.parallelize(copy.deepcopy(reference), moe_compile.build_mesh())
         after(model)
-        call = compiled(model, "eager", fullgraph=True)
+        call = compiled(model, "eager", fullgraph=True, strategy="alltoall")
         return agree(ranks, model, call, reference, batches, loss=lambda m, x, ids: m(x, ids).square().sum())
 
     assert right()
