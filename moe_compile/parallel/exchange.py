@@ -132,13 +132,32 @@ def distinct_ranks(ids_TK: Tensor, most: int) -> Tensor:
     return torch.where(same_TKK.tril(-1).any(2), -1, rank_TK)
 
 
+@custom_op("moe_ep::fit_rows", mutates_args=())
+def fit_rows(rows: Tensor, number: int) -> Tensor:
+    """[number, ...]: the first rows, and zeros behind them where there are fewer."""
+    out = rows.new_zeros(number, *rows.shape[1:])
+    some = min(number, rows.shape[0])
+    out[:some] = rows[:some]
+    return out
+
+
+@fit_rows.register_fake
+def _(rows: Tensor, number: int) -> Tensor:
+    return rows.new_empty(number, *rows.shape[1:])
+
+
+def _fit_save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.number = inputs[0].shape[0]
+
+
+fit_rows.register_autograd(lambda ctx, gradient: (fit_rows(gradient, ctx.number), None), setup_context=_fit_save)
+
+
 def prefix(rows: Tensor, splits: list[int]) -> Tensor:
-    """The first rows, as many as travel: behind them are those that do not."""
-    number = sum(splits)
-    torch._check(number <= rows.shape[0])
-    return rows.narrow(0, 0, number)
+    """As many of the first rows as travel: behind them are those that do not."""
+    return torch.ops.moe_ep.fit_rows(rows, sum(splits))
 
 
 def padded(rows_ND: Tensor, order_R: Tensor) -> Tensor:
     """[R, D]: zeros behind the rows."""
-    return torch.nn.functional.pad(rows_ND, (0, 0, 0, order_R.shape[0] - rows_ND.shape[0]))
+    return torch.ops.moe_ep.fit_rows(rows_ND, order_R.shape[0])
