@@ -303,18 +303,6 @@ def weights_travel(ranks: Ranks) -> None:
     parity(ranks, stacked(), tokens(ranks), expect="gather_weights")
 
 
-def a_token_once_a_rank(ranks: Ranks) -> None:
-    parity(ranks, stacked(), tokens(ranks, [6, 4, 0, 9]), expect="dedup", numerics="fast", inner="aot_eager")
-
-
-def tokens_of_all_ranks(ranks: Ranks) -> None:
-    parity(ranks, stacked(), tokens(ranks), expect="allgather", numerics="fast", inner="aot_eager")
-
-
-def rows_of_all_ranks(ranks: Ranks) -> None:
-    parity(ranks, stacked(), tokens(ranks), expect="allgather", inner="aot_eager")
-
-
 def copies_of_experts(ranks: Ranks) -> None:
     """Half as many ranks hold all experts, and there are two of each."""
     parity(ranks, listed(), tokens(ranks, [6, 3]), ep=ranks.size // 2)

@@ -1,6 +1,6 @@
 """Checks that run on several ranks, all those of one world size in one spawn.
 
-A check is a function of `Ranks` in checks.py that raises on the rank that finds a fault.  The first fault ends the run,
+A check is a function of `Ranks` in checks.py or strategies.py that raises on the rank that finds a fault.  The first fault ends the run,
 for ranks that left a collective half done cannot go on together; every wait has a time limit.
 """
 
@@ -30,7 +30,7 @@ class Ranks:
 def run(size: int, names: list[str]) -> dict[str, str]:
     """What went wrong in each check, "" if nothing did."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.parallel.checks"])
+    context.set_forkserver_preload(["tests.parallel.checks", "tests.parallel.strategies"])
     results: Any = context.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -76,7 +76,7 @@ def _work(rank: int, size: int, port: int, names: list[str], results: Any) -> No
     import torch
     import torch.distributed as dist
 
-    from tests.parallel import checks
+    from tests.parallel import checks, strategies
 
     checks.E = max(3, 2 * size - 1)  # the last rank holds fewer
     torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def _work(rank: int, size: int, port: int, names: list[str], results: Any) -> No
     for name in names:
         torch._dynamo.reset()
         torch.manual_seed(0)
-        check: Callable[[Ranks], None] = getattr(checks, name)
+        check: Callable[[Ranks], None] = getattr(checks, name, None) or getattr(strategies, name)
         try:
             check(Ranks(rank, size))
             dist.barrier()

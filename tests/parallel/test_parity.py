@@ -1,17 +1,21 @@
-"""Every check of checks.py, on the world sizes that it is listed for."""
+"""Every check of checks.py and strategies.py, on the world sizes that it is listed for."""
 
 import functools
 
 import pytest
 
-from tests.parallel import checks, ranks
+from tests.parallel import checks, ranks, strategies
 
-CASES = [(size, check.__name__) for size, found in checks.CHECKS.items() for check in found]
+CHECKS = {
+    size: [check.__name__ for module in (checks, strategies) for check in module.CHECKS.get(size, [])]
+    for size in sorted(checks.CHECKS | strategies.CHECKS)
+}
+CASES = [(size, name) for size, names in CHECKS.items() for name in names]
 
 
 @functools.cache
 def results(size: int) -> dict[str, str]:
-    return ranks.run(size, [check.__name__ for check in checks.CHECKS[size]])
+    return ranks.run(size, CHECKS[size])
 
 
 @pytest.mark.parametrize(("size", "name"), CASES)
