@@ -20,8 +20,9 @@ class _Sums(Writer):
     def write(self) -> Node:
         kept = self.read_by(self.body)
         self.check_ids()
+        self.wired = self.wire_ids()
         self.meet(self.mark(self.body, kept))
-        ids = self.local_ids(self.there(self.wire_ids()))
+        ids = self.local_ids(self.there(self.wired))
         tokens = [self.there(x) for n, x in self.tokens.items() if n.name in kept]
         pairs = [self.there(w) for n, w in self.pairs.items() if n.name in kept]
         last: Any = self.body.graph.output_node().args[0]
@@ -64,7 +65,7 @@ class Dedup(_Sums):
     name = "dedup"
 
     def meet(self, mark: int) -> None:
-        rank_TK = self.call(distinct_ranks, self.wire_ids(), self.sizes[0])
+        rank_TK = self.call(distinct_ranks, self.wired, self.sizes[0])
         self.first = next(iter(self.tokens.values()), self.ids)
         routed = self.call(moe_ep.dispatch.default, self.flat(self.first), rank_TK, self.ranks)
         self.x_RD, self.offsets, self.order = (self.item(routed, i) for i in range(3))

@@ -3,12 +3,15 @@
 Refresh with EXPECTTEST_ACCEPT=1, then read the diff before committing it.  tests/parallel has the numbers.
 """
 
+from types import SimpleNamespace
+
 import torch
 from expecttest import TestCase
 from torch import nn
 
 import moe_compile
 from moe_compile import pipeline
+from moe_compile.errors import MoeCompileError, Refusal
 from moe_compile.graph_text import graph_text
 from moe_compile.parallel.shards import Family, Placement
 from tests.golden import Stacked, captured, inputs
@@ -17,17 +20,32 @@ from tests.golden import detected as _detected
 assert moe_compile
 
 
-def placed(module, fn, families, strategy="alltoall", ranks=2, rank=1, names=None, numerics="exact"):
+def placed(*args, **kwargs):
     """(graph, report, new inputs) of the pass, as one of some ranks runs it."""
-    args = inputs((names and len(names)) or 4)
+    done = _placed(*args, **kwargs)
+    return done.gm, done.report, done.local
+
+
+def _placed(
+    module,
+    fn,
+    families,
+    strategy="alltoall",
+    ranks=2,
+    rank=1,
+    numerics="exact",
+    tokens=5,
+    agree=lambda topic, mine: mine,
+):
+    args = inputs(4, tokens)
     state = captured(module, fn, *args).state
     gm, found = _detected(module, fn, *args)
     assert found.applied, found
     nodes = gm.graph.find_nodes(op="placeholder")
     where = Placement(ranks, rank, "group", families)
     known = dict(zip(state, nodes[len(args) : len(args) + len(state)], strict=True))
-    done = pipeline.place(gm, where, known, strategy, numerics)
-    return gm, done.report, done.local
+    done = pipeline.place(gm, where, known, strategy, numerics, agree)
+    return SimpleNamespace(gm=gm, **vars(done))
 
 
 UP, DOWN = Family("up", ("up",), 4), Family("down", ("down",), 4)
@@ -276,3 +294,173 @@ return [experts_1]""",
 
         gm, report, _ = placed(Stacked(4), flipped, (UP, DOWN))  # views that leave the experts first
         assert report.applied, report
+
+    def test_a_token_travels_once_to_a_rank(self):
+        gm, _, _ = placed(Stacked(4), loop, (UP, DOWN), "dedup", numerics="fast")
+        self.assertExpectedInline(
+            _outside(gm),
+            """\
+unsqueeze = aten.unsqueeze(weights, 2)
+on_the_wire = on_the_wire(ids, 4)
+distinct_ranks = distinct_ranks(on_the_wire, 2)
+dispatch_default = moe_ep.dispatch(x, distinct_ranks, 2)
+getitem_8 = dispatch_default[0]
+getitem_9 = dispatch_default[1]
+getitem_10 = dispatch_default[2]
+rank_message = rank_message(getitem_9, 2, 1416469141)
+all_to_all_single_default = _c10d_functional_autograd.all_to_all_single(rank_message, [4, 4], [4, 4], group)
+wait_tensor_default = _c10d_functional.wait_tensor(all_to_all_single_default)
+host_read = host_read(rank_message, wait_tensor_default, None, 2)
+getitem_11 = host_read[0]
+getitem_12 = host_read[1]
+floor_divide_default = aten.floor_divide(getitem_10, 2)
+index_tensor = aten.index(on_the_wire, [floor_divide_default])
+prefix = prefix(index_tensor, getitem_11)
+all_to_all_single_default_1 = _c10d_functional_autograd.all_to_all_single(prefix, getitem_12, getitem_11, group)
+wait_tensor_default_1 = _c10d_functional.wait_tensor(all_to_all_single_default_1)
+sub_tensor = aten.sub(wait_tensor_default_1, 2)
+prefix_1 = prefix(getitem_8, getitem_11)
+all_to_all_single_default_2 = _c10d_functional_autograd.all_to_all_single(prefix_1, getitem_12, getitem_11, group)
+wait_tensor_default_2 = _c10d_functional.wait_tensor(all_to_all_single_default_2)
+floor_divide_default_1 = aten.floor_divide(getitem_10, 2)
+reshape_default = aten.reshape(unsqueeze, [-1, 2])
+index_tensor_1 = aten.index(reshape_default, [floor_divide_default_1])
+prefix_2 = prefix(index_tensor_1, getitem_11)
+all_to_all_single_default_3 = _c10d_functional_autograd.all_to_all_single(prefix_2, getitem_12, getitem_11, group)
+wait_tensor_default_3 = _c10d_functional.wait_tensor(all_to_all_single_default_3)
+reshape_default_1 = aten.reshape(wait_tensor_default_3, [-1, 2, 1])
+local_body_0
+experts_1 = experts(sub_tensor, [wait_tensor_default_2], [reshape_default_1], [up_local, down_local], [], local_body_0, 2, None)
+all_to_all_single_default_4 = _c10d_functional_autograd.all_to_all_single(experts_1, getitem_11, getitem_12, group)
+wait_tensor_default_4 = _c10d_functional.wait_tensor(all_to_all_single_default_4)
+padded = padded(wait_tensor_default_4, getitem_10)
+combine_default = moe_ep.combine(padded, None, getitem_10, getitem_9, 2)
+return [combine_default]""",
+        )
+
+    def test_all_tokens_are_gathered(self):
+        gm, _, _ = placed(Stacked(4), loop, (UP, DOWN), "allgather", numerics="fast")
+        self.assertExpectedInline(
+            _outside(gm),
+            """\
+unsqueeze = aten.unsqueeze(weights, 2)
+on_the_wire = on_the_wire(ids, 4)
+equal_message = equal_message(ids, 2, 2, 1616690900)
+all_to_all_single_default = _c10d_functional_autograd.all_to_all_single(equal_message, [4, 4], [4, 4], group)
+wait_tensor_default = _c10d_functional.wait_tensor(all_to_all_single_default)
+of_equal_sizes_default = moe_ep.of_equal_sizes(on_the_wire, equal_message, wait_tensor_default, 2)
+all_gather_into_tensor_default = _c10d_functional_autograd.all_gather_into_tensor(of_equal_sizes_default, 2, group)
+wait_tensor_default_1 = _c10d_functional.wait_tensor(all_gather_into_tensor_default)
+sub_tensor = aten.sub(wait_tensor_default_1, 2)
+of_equal_sizes_default_1 = moe_ep.of_equal_sizes(x, equal_message, wait_tensor_default, 2)
+all_gather_into_tensor_default_1 = _c10d_functional_autograd.all_gather_into_tensor(of_equal_sizes_default_1, 2, group)
+wait_tensor_default_2 = _c10d_functional.wait_tensor(all_gather_into_tensor_default_1)
+reshape_default = aten.reshape(unsqueeze, [-1, 2])
+of_equal_sizes_default_2 = moe_ep.of_equal_sizes(reshape_default, equal_message, wait_tensor_default, 2)
+all_gather_into_tensor_default_2 = _c10d_functional_autograd.all_gather_into_tensor(of_equal_sizes_default_2, 2, group)
+wait_tensor_default_3 = _c10d_functional.wait_tensor(all_gather_into_tensor_default_2)
+reshape_default_1 = aten.reshape(wait_tensor_default_3, [-1, 2, 1])
+local_body_0
+experts_1 = experts(sub_tensor, [wait_tensor_default_2], [reshape_default_1], [up_local, down_local], [], local_body_0, 2, None)
+reduce_scatter_tensor_default = _c10d_functional_autograd.reduce_scatter_tensor(experts_1, sum, 2, group)
+wait_tensor_default_4 = _c10d_functional.wait_tensor(reduce_scatter_tensor_default)
+return [wait_tensor_default_4]""",
+        )
+
+    def test_all_rows_are_gathered(self):
+        gm, _, _ = placed(Stacked(4), loop, (UP, DOWN), "allgather")
+        self.assertExpectedInline(
+            _outside(gm),
+            """\
+unsqueeze = aten.unsqueeze(weights, 2)
+dispatch_default = moe_ep.dispatch(x, ids, 4)
+getitem_8 = dispatch_default[0]
+getitem_9 = dispatch_default[1]
+getitem_10 = dispatch_default[2]
+equal_message = equal_message(ids, 2, 2, 1552213450)
+all_to_all_single_default = _c10d_functional_autograd.all_to_all_single(equal_message, [4, 4], [4, 4], group)
+wait_tensor_default = _c10d_functional.wait_tensor(all_to_all_single_default)
+of_equal_sizes_default = moe_ep.of_equal_sizes(getitem_8, equal_message, wait_tensor_default, 2)
+all_gather_into_tensor_default = _c10d_functional_autograd.all_gather_into_tensor(of_equal_sizes_default, 2, group)
+wait_tensor_default_1 = _c10d_functional.wait_tensor(all_gather_into_tensor_default)
+on_the_wire = on_the_wire(ids, 4)
+reshape_default = aten.reshape(on_the_wire, [-1, 1])
+index_tensor = aten.index(reshape_default, [getitem_10])
+of_equal_sizes_default_1 = moe_ep.of_equal_sizes(index_tensor, equal_message, wait_tensor_default, 2)
+all_gather_into_tensor_default_1 = _c10d_functional_autograd.all_gather_into_tensor(of_equal_sizes_default_1, 2, group)
+wait_tensor_default_2 = _c10d_functional.wait_tensor(all_gather_into_tensor_default_1)
+sub_tensor = aten.sub(wait_tensor_default_2, 2)
+local_body_0
+experts_1 = experts(sub_tensor, [wait_tensor_default_1], [], [up_local, down_local], [], local_body_0, 2, None)
+reduce_scatter_tensor_default = _c10d_functional_autograd.reduce_scatter_tensor(experts_1, sum, 2, group)
+wait_tensor_default_3 = _c10d_functional.wait_tensor(reduce_scatter_tensor_default)
+reshape_default_1 = aten.reshape(unsqueeze, [-1, 1])
+index_tensor_1 = aten.index(reshape_default_1, [getitem_10])
+mul_tensor = aten.mul(wait_tensor_default_3, index_tensor_1)
+combine_default = moe_ep.combine(mul_tensor, None, getitem_10, getitem_9, 2)
+return [combine_default]""",
+        )
+
+    def test_refuses_sums_of_ranks_where_numerics_are_exact(self):
+        self.refuses(
+            loop, "dedup adds a token's results rank by rank: numerics is 'exact'", strategy="dedup", numerics="exact"
+        )
+
+    def test_refuses_sums_of_what_a_rank_has_its_own_of(self):
+        def late(self, x, ids, weights):  # behind the last product, which stays at home only with alltoall
+            out, mean = torch.zeros_like(x), x.mean(0)
+            for e in range(4):
+                t, k = torch.where(ids == e)
+                y = torch.relu(x[t] @ self.up[e].T) @ self.down[e].T
+                out.index_add_(0, t, y * weights[t, k, None] * mean)
+            return out
+
+        for strategy in ("dedup", "allgather"):
+            reason = "experts read mean, of which every rank has its own"
+            self.refuses(late, reason, strategy=strategy, numerics="fast")
+        gm, report, _ = placed(Stacked(4), late, (UP, DOWN), "allgather")
+        assert report.applied and "all_gather" in graph_text(gm.graph)
+
+    def test_auto_takes_what_is_possible_and_says_what_is_not(self):
+        def centred(self, x, ids, weights):
+            out, mean = torch.zeros_like(x), x.mean(0)
+            for e in range(4):
+                t, k = torch.where(ids == e)
+                out.index_add_(0, t, torch.relu((x[t] - mean) @ self.up[e].T) @ self.down[e].T)
+            return out
+
+        done = _placed(Stacked(4), centred, (UP, DOWN), "auto")
+        self.assertEqual(done.strategy, "gather_weights")
+        own = "experts read mean, of which every rank has its own"
+        self.assertEqual(
+            {e.strategy: e.why_not for e in done.estimates},
+            {
+                "alltoall": own,
+                "dedup": "dedup adds a token's results rank by rank: numerics is 'exact'",
+                "allgather": own,
+                "gather_weights": "",
+            },
+        )
+
+    def test_ranks_do_as_the_first_says(self):
+        for strategy in ("alltoall", "gather_weights"):
+            done = _placed(Stacked(4), loop, (UP, DOWN), "auto", agree=lambda topic, mine, s=strategy: s)
+            self.assertEqual(done.strategy, strategy)
+        with self.assertRaisesRegex(MoeCompileError, "rank 1 cannot place experts by 'dedup', as the first rank"):
+            _placed(Stacked(4), loop, (UP, DOWN), "auto", agree=lambda topic, mine: "dedup")
+        with self.assertRaisesRegex(Refusal, "the first rank of the group cannot place these experts"):
+            _placed(Stacked(4), loop, (UP, DOWN), "auto", agree=lambda topic, mine: "")
+        topics = []
+        for rank, tokens in ((0, 4), (1, 7)):
+            _placed(
+                Stacked(4), loop, (UP, DOWN), "auto", rank=rank, tokens=tokens,
+                agree=lambda topic, mine: topics.append(topic) or mine,
+            )  # fmt: skip
+        self.assertEqual(topics[0], topics[1])
+        self.assertExpectedInline(topics[0], """[('up', 4, 4, 3, 4), ('down', 4, 4, 4, 3)], exact""")
+
+
+def _outside(gm):
+    """The graph without the inputs and the body of the experts."""
+    lines = graph_text(gm.graph, types=False).splitlines()
+    return "\n".join(line for line in lines[7:] if not line.startswith("    "))
