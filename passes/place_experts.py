@@ -15,11 +15,12 @@ After:
 
 Stage      place; needs the `experts` nodes of detect_experts.
 Numerics   the same products; weighing and the sum over a token's experts run where the token is, in the order of k:
-           the number of ranks does not show.
+           the number of ranks does not show.  With numerics "fast", "dedup" and "allgather" add them rank by rank.
 Why        tokens are smaller than experts.  What an expert's result is multiplied with at last, values of the pair
-           alone, stays at home.  This is strategy "alltoall"; with "gather_weights" the shards are gathered from all
-           ranks instead, and the node stays as it is.
-Refuses    experts that are not sharded in their order; params that are not views, expert by expert, of a sharded stack
+           alone, stays at home.  This is strategy "alltoall".  "dedup" sends a token once to a rank and brings back one
+           sum; "allgather" gathers rows or tokens and ends in a reduce-scatter, without a host read; with
+           "gather_weights" the shards are gathered from all ranks, and the node stays as it is.
+Refuses    sums by rank where numerics is "exact"; experts that are not sharded in their order; params that are not views, expert by expert, of a sharded stack
            or of replicated parameters; experts that read what another rank may not have, or bools.
 """
 

@@ -7,5 +7,9 @@ shards.py       experts' weights as DTensors; the dense meaning of a sharded mod
 gather.py       uncompiled, or refused: weights are gathered around a forward
 gradients.py    what makes an ordinary training loop right
 state_dicts.py  the model's own names
+writer.py       what the strategies share that write a region for many ranks
+by_rows.py      those that bring each row's result home; by_sums.py: those that add results where experts are
 exchange.py     what the graph of a placed region calls between its collectives
+costs.py        what each strategy costs, and which is the fastest
+agree.py        one decision for all ranks
 """

@@ -55,10 +55,6 @@ def test_what_is_fastest() -> None:
     and many tokens: weights."""
     slow, few = dataclasses.replace(MACHINES["cuda"], host_read_us=100.0), mlp(T=8, **QWEN)
     many = all_of(mlp(T=4096, **QWEN))
-        dataclasses.replace(MACHINES["cuda"], host_read_us=100.0),
-        mlp(T=8, **QWEN),
-        all_of(mlp(T=4096, **QWEN)),
-    )
     waits = [estimate(s, "fast", few, slow, 8) for s in all_of(few)]
     assert min(waits, key=lambda e: e.time_us).strategy == "allgather"
     assert min(many.values(), key=lambda e: e.time_us).strategy == "dedup"
