@@ -20,8 +20,9 @@ Why        tokens are smaller than experts.  What an expert's result is multipli
            alone, stays at home.  This is strategy "alltoall".  "dedup" sends a token once to a rank and brings back one
            sum; "allgather" gathers rows or tokens and ends in a reduce-scatter, without a host read; with
            "gather_weights" the shards are gathered from all ranks, and the node stays as it is.
-Refuses    sums by rank where numerics is "exact"; experts that are not sharded in their order; params that are not views, expert by expert, of a sharded stack
-           or of replicated parameters; experts that read what another rank may not have, or bools.
+Refuses    sums by rank where numerics is "exact"; experts that are not sharded in their order; params that are not
+           views, expert by expert, of a sharded stack or of replicated parameters; experts that read what another rank
+           may not have, or bools.
 """
 
 import operator

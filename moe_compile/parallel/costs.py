@@ -205,7 +205,7 @@ def sizes_of(node: Node, placement: Placement, families: Mapping[Family, torch.T
 
 
 def _bytes(node: Node, skipped: int) -> int:
-    return int(value(node).shape[skipped:].numel() * value(node).element_size())
+    return cost.hint(value(node).shape[skipped:].numel()) * value(node).element_size()
 
 
 def _of_expert(family: Family, example: torch.Tensor) -> int:

@@ -73,6 +73,21 @@ def few_experts_a_rank(ranks: Ranks) -> None:
         parity(ranks, Fixed(), batches, lambda m, x, ids: m(x, ids).square().sum(), steps=1, **way(*one))
 
 
+def sizes_by_each_way(ranks: Ranks) -> None:
+    """One compiled function, batches of other sizes in every call; a checkpointed layer runs its forward twice."""
+    for one in WAYS:
+        torch.manual_seed(0)
+        model = Net(1, lambda: checks.Checkpointed(Experts(checks.E), num_experts=checks.E))
+        reference = copy.deepcopy(model)
+        moe_compile.parallelize(model, moe_compile.build_mesh())
+        settings = {k: v for k, v in way(*one).items() if k != "expect"}
+        call = compiled(model, "aot_eager", fullgraph=True, **settings)
+        for size in (6, 9, 4, 1):
+            sizes = [size, size + 3] if one[0] == "dedup" else [size]
+            batches: Batches = [(torch.randn(sizes[r % len(sizes)], D),) for r in range(ranks.size)]
+            assert agree(ranks, model, call, reference, batches), (one, size)
+
+
 class Every(Experts):
     """A loop over all experts, which leaves out ids that none has."""
 
@@ -137,11 +152,15 @@ def traffic(ranks: Ranks, run: Callable[[], Any]) -> tuple[int, int]:
         below += space == "c10d"  # what a process group is asked for
         if space.startswith("_c10d_functional") and name != "wait_tensor":
             shape = event.shapes()[0]
-            others = {
-                "all_to_all_single": lambda e, rows: rows - e.concrete_inputs()[2][ranks.rank],
-                "all_gather_into_tensor": lambda e, rows: rows * (ranks.size - 1),
-                "reduce_scatter_tensor": lambda e, rows: rows // ranks.size * (ranks.size - 1),
-            }[name](event, shape[0])
+            match name:
+                case "all_to_all_single":
+                    others = shape[0] - event.concrete_inputs()[2][ranks.rank]
+                case "all_gather_into_tensor":
+                    others = shape[0] * (ranks.size - 1)
+                case "reduce_scatter_tensor":
+                    others = shape[0] // ranks.size * (ranks.size - 1)
+                case _:
+                    raise AssertionError(name)
             sent += others * math.prod(shape[1:]) * SIZES[event.dtypes()[0]]
             calls += 1
     assert calls == below, "a collective was counted twice, or not at all"
@@ -296,7 +315,8 @@ def sabotage_of_each_way(ranks: Ranks) -> None:
 
 CHECKS = {
     2: [
-        steps_of_each_way, lists_by_each_way, bodies_by_each_way, inductor_by_each_way, ids_by_each_way, counted,
+        steps_of_each_way, lists_by_each_way, bodies_by_each_way, inductor_by_each_way, ids_by_each_way,
+        sizes_by_each_way, counted,
         chosen_alike, fast_sums, batches_of_two_sizes, strategies_that_differ, bits_of_rows, sabotage_of_each_way,
     ],
     4: [lists_by_each_way, mixtral_by_each_way, counted],
