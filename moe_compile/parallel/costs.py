@@ -13,8 +13,11 @@ Experts that are an MLP with a gate, routed by one weight a pair, in numbers of 
 t = y = z = s*D, q = s, r = 0, w = 3*s*D*F, f = 6*D*F.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from typing import Any
 
 import sympy
@@ -84,8 +87,16 @@ class Sizes:
 
     def put(self, expression: sympy.Expr) -> float:
         """The value of an expression."""
-        values = {symbol: getattr(self, symbol.name) for symbol in expression.free_symbols}
-        return float(expression.subs(values).doit())
+        names, function = _function(expression)
+        return float(function(*(Fraction(getattr(self, name)) for name in names)))
+
+
+@functools.cache
+def _function(expression: sympy.Expr) -> tuple[list[str], Callable[..., Any]]:
+    """An expression as a function of its symbols, by name: to put numbers in with sympy takes 20 ms."""
+    symbols = sorted(expression.free_symbols, key=str)
+    choices = {"binomial": lambda many, few: math.comb(int(many), int(few))}
+    return [str(s) for s in symbols], sympy.lambdify(symbols, expression, [choices, "math"])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Checks of the strategies by which experts meet tokens; most of those of "alltoall" are in checks.py."""
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -76,6 +77,7 @@ def few_experts_a_rank(ranks: Ranks) -> None:
 def sizes_by_each_way(ranks: Ranks) -> None:
     """One compiled function, batches of other sizes in every call; a checkpointed layer runs its forward twice."""
     for one in WAYS:
+        torch._dynamo.reset()
         torch.manual_seed(0)
         model = Net(1, lambda: checks.Checkpointed(Experts(checks.E), num_experts=checks.E))
         reference = copy.deepcopy(model)
@@ -179,7 +181,7 @@ def counted(ranks: Ranks) -> None:
             call(x, ids)
         estimate = next(e for e in found[0].estimates if e.strategy == one[0])
         with torch.no_grad():
-            sent, reads = traffic(ranks, lambda call=call: call(x, ids))
+            sent, reads = traffic(ranks, functools.partial(call, x, ids))
         assert sent > 0 and (estimate.bytes_sent, estimate.host_reads) == (sent, reads), (one, estimate, sent, reads)
         text = str(Report(found))
         assert f"    * {one[0]}: sends {short(sent)}B, {reads} host read" in text, text
