@@ -58,6 +58,12 @@ def test_strategies_for_many_processes_on_one(strategy: str) -> None:
         Options.parse({"strategy": "grouped"}, PASS_NAMES).check_strategy(sharded=True)
 
 
+def test_sums_by_rank_need_numerics_that_allow_them() -> None:
+    with pytest.raises(MoeCompileError, match="strategy 'dedup' adds .* needs numerics 'fast'"):
+        Options.parse({"strategy": "dedup"}, PASS_NAMES).check_strategy(sharded=True)
+    Options.parse({"strategy": "dedup", "numerics": "fast"}, PASS_NAMES).check_strategy(sharded=True)
+
+
 def test_options_that_are_not_a_dict_of_options() -> None:
     assert Options.parse(None, PASS_NAMES) == Options()
     assert Options.parse({}, PASS_NAMES).inner == "inductor"
