@@ -59,7 +59,7 @@ def test_strategies_for_many_processes_on_one(strategy: str) -> None:
 
 
 def test_sums_by_rank_need_numerics_that_allow_them() -> None:
-    with pytest.raises(MoeCompileError, match="strategy 'dedup' adds .* needs numerics 'fast'"):
+    with pytest.raises(MoeCompileError, match=r"strategy 'dedup' adds .* needs numerics 'fast'"):
         Options.parse({"strategy": "dedup"}, PASS_NAMES).check_strategy(sharded=True)
     Options.parse({"strategy": "dedup", "numerics": "fast"}, PASS_NAMES).check_strategy(sharded=True)
 
