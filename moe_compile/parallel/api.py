@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_compile.errors import MoeCompileError
-from moe_compile.parallel import gather, gradients, state_dicts
+from moe_compile.parallel import fsdp, gather, gradients, state_dicts
 from moe_compile.parallel.find import Experts, find_experts
-from moe_compile.parallel.mesh import check_mesh, shard_of, shard_sizes
+from moe_compile.parallel.mesh import check_mesh, dense_mesh, shard_of, shard_sizes
 from moe_compile.parallel.shards import ATTRIBUTE, Family, Shards, as_shard
 
 
@@ -36,6 +36,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     check_mesh(mesh)
     if gradients.ATTRIBUTE in vars(model):
         raise MoeCompileError("this model is parallelized already")
+    fsdp.check(model)
     found = find_experts(model)
     if not found:
         raise MoeCompileError(
@@ -53,6 +54,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     for reader in readers:
         gather.watch(reader)
     gradients.broadcast(model)
+    if (dense := dense_mesh(mesh)) is not None:
+        fsdp.split(model, dense, list(readers), {p for p, is_expert in averages.parameters() if is_expert})
     averages.attach()
     model.register_load_state_dict_post_hook(lambda module, keys: averages.attach())
     return model

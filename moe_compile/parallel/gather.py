@@ -34,7 +34,7 @@ def before(module: nn.Module, args: Any) -> None:
 
 
 def after(module: nn.Module, args: Any, output: Any) -> None:
-    _put_back(module)
+    _put_back(module, output)
 
 
 HOOKS = (before, after)
@@ -64,9 +64,11 @@ def _gather(module: nn.Module) -> None:
 
 
 @torch._dynamo.disable
-def _put_back(module: nn.Module) -> None:
+def _put_back(module: nn.Module, output: Any) -> None:
     if undo := vars(module).get(UNDO):
         undo.pop().close()
+        for averages in {shards.averages for _, _, shards in holders(module)}:
+            averages.expect(output)
 
 
 def whole(holder: nn.Module, shards: Shards) -> dict[str, Tensor]:

@@ -21,8 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils._pytree import tree_leaves
 
 from moe_compile.errors import MoeCompileError
+from moe_compile.parallel.mesh import dense_mesh
 from moe_compile.parallel.shards import holders
 
 ATTRIBUTE = "_moe_ep_gradients"
@@ -51,17 +53,20 @@ class Averages:
     def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
         self.model = weakref.ref(model)
         self.ep = mesh["ep"].size()
-        replicated = "dp_replicate" in (mesh.mesh_dim_names or ()) and mesh["dp_replicate"].size() > 1
-        self.replicas = mesh["dp_replicate"].get_group() if replicated else None
+        self.copies = [mesh[d].get_group() for d in mesh.mesh_dim_names or () if d != "ep" and mesh[d].size() > 1]
+        self.dense = dense_mesh(mesh)  # what FSDP has the dense parameters on, and averages their gradients over
+        self.replicas = [] if self.dense is None or self.dense.ndim == 1 else [self.dense["dp_replicate"].get_group()]
         self.checked = False
         self.gathered: list[Gathered] = []  # in the order of the forwards, which is the same on all ranks
         self._task = -1  # the backward that will average at its end
 
     def attach(self) -> None:
         """Put hooks on the parameters that have none yet."""
-        for parameter, is_expert in self._parameters():
+        for parameter, is_expert in self.parameters():
             if is_expert:
                 self._attach_local(parameter)
+            elif self.dense is not None:
+                continue
             if parameter.requires_grad and not getattr(parameter, MARK, False):
                 parameter.register_post_accumulate_grad_hook(self._arrived)
                 setattr(parameter, MARK, True)
@@ -82,7 +87,19 @@ class Averages:
         local.register_post_accumulate_grad_hook(take)
         setattr(local, MARK, packed)
 
-    def _parameters(self) -> list[tuple[nn.Parameter, bool]]:
+    def copied(self) -> list[tuple[nn.Parameter, list[Any]]]:
+        """Each parameter, and the groups of ranks that hold copies of the same: of one rank's shard, or of all of it."""
+        found = []
+        for parameter, is_expert in self.parameters():
+            if is_expert:
+                found.append((parameter, self.copies))
+            elif self.dense is None:
+                found.append((parameter, [None]))
+            elif isinstance(parameter, DTensor):
+                found.append((parameter, self.replicas))
+        return found
+
+    def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         model = self.model()
         if model is None:
             return []
@@ -90,7 +107,13 @@ class Averages:
         experts = {id(h._parameters[f.name]) for h, s in held for f in s.families}
         return [(p, id(p) in experts) for p in model.parameters()]
 
-    def _arrived(self, parameter: Tensor) -> None:
+    def expect(self, output: Any) -> None:
+        """Average at the end of the backward that reaches these results, whatever it reaches beyond."""
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._arrived)
+
+    def _arrived(self, tensor: Tensor) -> None:
         task = torch._C._current_graph_task_id()
         if task != self._task:
             if self._task == -1:
@@ -103,12 +126,13 @@ class Averages:
         self._task = -1
         if not self.checked:
             self.checked = True
-            check_equal(self.model())
+            check_equal(self)
         self._sum_gathered()
-        pairs = self._parameters()
-        _all_reduce([p for p, is_expert in pairs if not is_expert and p.requires_grad], None)
-        if self.replicas is not None:
-            _all_reduce([p for p, is_expert in pairs if is_expert and p.requires_grad], self.replicas)
+        pairs = self.parameters()
+        if self.dense is None:
+            _all_reduce([p for p, is_expert in pairs if not is_expert and p.requires_grad], None)
+        for group in self.copies:
+            _all_reduce([p for p, is_expert in pairs if is_expert and p.requires_grad], group)
 
     def gather(self, packed: DTensor, whole: Tensor) -> None:
         """Note that a forward reads the whole of a parameter."""
@@ -190,30 +214,38 @@ def _like(parameter: Tensor, local: Tensor) -> Tensor:
 
 @torch.no_grad()
 def broadcast(model: nn.Module) -> None:
-    """Give all ranks the dense parameters and buffers of rank 0, and all copies of an expert those of the first."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not isinstance(tensor, DTensor) and tensor.device.type != "meta":
-            dist.broadcast(tensor.data, 0)
+    """Give all ranks the dense parameters and buffers of rank 0, and all copies of a shard those of the first."""
     averages: Averages = vars(model)[ATTRIBUTE]
-    if (group := averages.replicas) is not None:
-        for parameter, is_expert in averages._parameters():
-            if is_expert and parameter.device.type != "meta":
-                dist.broadcast(_local(parameter).data, dist.get_global_rank(group, 0), group=group)
+    for parameter, groups in averages.copied():
+        for group in reversed(groups):
+            _send(parameter, group)
+    for buffer in model.buffers():
+        _send(buffer, None)
 
 
-def check_equal(model: nn.Module | None) -> None:
-    """Raise if ranks hold different dense parameters: no average of gradients would make sense."""
-    named = [] if model is None else [(n, p) for n, p in model.named_parameters() if not isinstance(p, DTensor)]
-    if not named:
+def _send(tensor: Tensor, group: Any) -> None:
+    if tensor.device.type != "meta":
+        first = 0 if group is None else dist.get_global_rank(group, 0)
+        dist.broadcast(_local(tensor).data, first, group=group)
+
+
+@torch.no_grad()
+def check_equal(averages: Averages) -> None:
+    """Raise if copies of a parameter differ: no average of gradients would make sense."""
+    if (model := averages.model()) is None:
         return
-    sums = torch.stack([p.detach().double().sum() for _, p in named])
-    low, high = sums.clone(), sums.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN)
-    dist.all_reduce(high, dist.ReduceOp.MAX)
-    differs = (low != high) & ~sums.isnan()
-    if differs.any():
-        name = named[int(differs.nonzero()[0])][0]
-        raise MoeCompileError(
-            f"{name} differs between ranks: after to_empty and an initialisation of one's own, call "
-            f"moe_compile.parallel.gradients.broadcast(model) once, or load the same weights on every rank"
-        )
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = averages.copied()
+    for group in dict.fromkeys(group for _, groups in found for group in groups):
+        mine = [p for p, groups in found if group in groups]
+        sums = torch.stack([_local(p).double().sum() for p in mine])
+        low, high = sums.clone(), sums.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+        differs = (low != high) & ~sums.isnan()
+        if differs.any():
+            name = names[id(mine[int(differs.nonzero()[0])])]
+            raise MoeCompileError(
+                f"{name} differs between ranks: after to_empty and an initialisation of one's own, call "
+                f"moe_compile.parallel.gradients.broadcast(model) once, or load the same weights on every rank"
+            )

@@ -1,6 +1,10 @@
 """The device mesh of expert parallelism, and what fits it.
 
-Ranks are laid out as (dp_replicate, ep): neighbours hold different experts, ranks `ep` apart the same ones.
+Ranks are laid out as (dp_replicate, edp, ep): neighbours hold different experts, ranks `ep` apart the same ones.  The
+same ranks in two views:
+
+    experts            split over "ep"; dp_replicate * edp copies of each
+    dense parameters   replicated; with "edp" in the mesh split over dp_shard = edp * ep ranks, in dp_replicate copies
 """
 
 import torch
@@ -9,14 +13,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_compile.errors import MoeCompileError
 
-DIMS = ("dp_replicate", "ep")
+DIMS = ("dp_replicate", "edp", "ep")
+DENSE = "_moe_ep_dense"
 
 
-def build_mesh(ep: int | None = None, tp: int = 1, dp_replicate: int | None = None) -> DeviceMesh:
-    """A mesh of all ranks with dimensions "dp_replicate" and "ep".
+def build_mesh(
+    ep: int | None = None, tp: int = 1, dp_replicate: int | None = None, dp_shard: int | None = None
+) -> DeviceMesh:
+    """A mesh of all ranks: "dp_replicate" and "ep"; with `dp_shard` also "edp", between them.
 
-    ep: over how many ranks the experts are split; by default over all that `dp_replicate` leaves.
-    dp_replicate: how many copies of each expert there are; by default what `ep` leaves.  tp: 1, as yet.
+    ep: over how many ranks the experts are split; by default over all that `dp_replicate` leaves, or over `dp_shard`.
+    dp_shard: over how many ranks each dense parameter is split, by FSDP2; a multiple of `ep`, and the dimension "edp"
+    is dp_shard / ep.  Without it dense parameters are replicated.
+    dp_replicate: how many copies there are, of each expert or, with `dp_shard`, of each dense parameter (HSDP); by
+    default what the others leave.  tp: 1, as yet.
     The process group must exist (`torchrun` and `dist.init_process_group`); it decides between CUDA and CPU.
     Raises `MoeCompileError` with the nearest degrees that fit, if these do not multiply to the number of ranks.
     """
@@ -25,9 +35,11 @@ def build_mesh(ep: int | None = None, tp: int = 1, dp_replicate: int | None = No
     world = dist.get_world_size()
     if tp != 1:
         raise MoeCompileError(f"tp={tp}: tensor parallelism is not supported yet; the nearest that fits is tp=1")
-    for name, degree in (("ep", ep), ("dp_replicate", dp_replicate)):
+    for name, degree in (("ep", ep), ("dp_replicate", dp_replicate), ("dp_shard", dp_shard)):
         if degree is not None and (not isinstance(degree, int) or degree < 1):
             raise MoeCompileError(f"{name}={degree!r}: it is a number of ranks, 1 to {world}")
+    if dp_shard is not None:
+        return _build_sharded(world, ep, dp_replicate, dp_shard)
     if ep is None:
         ep = world // (dp_replicate or 1)
     if dp_replicate is None:
@@ -37,7 +49,46 @@ def build_mesh(ep: int | None = None, tp: int = 1, dp_replicate: int | None = No
             f"ep={ep} x dp_replicate={dp_replicate} is {ep * dp_replicate} ranks, there are {world}; "
             f"the nearest that fits: {_nearest(ep, world)}"
         )
-    return init_device_mesh(device_type(), (dp_replicate, ep), mesh_dim_names=DIMS)
+    return init_device_mesh(device_type(), (dp_replicate, ep), mesh_dim_names=("dp_replicate", "ep"))
+
+
+def _build_sharded(world: int, ep: int | None, dp_replicate: int | None, dp_shard: int) -> DeviceMesh:
+    if dp_replicate is None:
+        dp_replicate = max(1, world // dp_shard)
+    if dp_shard * dp_replicate != world:
+        best = _closest(dp_shard, world)
+        raise MoeCompileError(
+            f"dp_shard={dp_shard} x dp_replicate={dp_replicate} is {dp_shard * dp_replicate} ranks, there are {world}; "
+            f"the nearest that fits: dp_shard={best} with dp_replicate={world // best}"
+        )
+    if ep is None:
+        ep = dp_shard
+    if dp_shard % ep:
+        fits = f"ep={_closest(ep, dp_shard)}"
+        if world % ep == 0:
+            larger = min(d for d in _divisors(world) if d % ep == 0)
+            fits += f", or dp_shard={larger} with dp_replicate={world // larger}"
+        raise MoeCompileError(
+            f"ep={ep} does not divide dp_shard={dp_shard}: experts are split among the ranks that share the dense "
+            f"parameters; the nearest that fits: {fits}"
+        )
+    return init_device_mesh(device_type(), (dp_replicate, dp_shard // ep, ep), mesh_dim_names=DIMS)
+
+
+def dense_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """What `fully_shard` gets: ("dp_shard",), with copies ("dp_replicate", "dp_shard"); None if nothing is sharded."""
+    names = mesh.mesh_dim_names or ()
+    if "edp" not in names:
+        return None
+    if (known := vars(mesh).get(DENSE)) is None:
+        shard = mesh["edp"].size() * mesh["ep"].size()
+        ranks = mesh.mesh.reshape(-1, shard)
+        if len(ranks) == 1:
+            known = DeviceMesh(mesh.device_type, ranks[0], mesh_dim_names=("dp_shard",))
+        else:
+            known = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("dp_replicate", "dp_shard"))
+        setattr(mesh, DENSE, known)
+    return known
 
 
 def device_type() -> str:
@@ -46,8 +97,13 @@ def device_type() -> str:
 
 
 def _nearest(ep: int, world: int) -> str:
-    best = min(_divisors(world), key=lambda d: (abs(d - ep), -d))
+    best = _closest(ep, world)
     return f"ep={best} with dp_replicate={world // best}"
+
+
+def _closest(degree: int, whole: int) -> int:
+    """The divisor of `whole` that is next to a degree."""
+    return min(_divisors(whole), key=lambda d: (abs(d - degree), -d))
 
 
 def _divisors(number: int) -> list[int]:
@@ -55,12 +111,12 @@ def _divisors(number: int) -> list[int]:
 
 
 def check_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh, if experts can be placed on it: all ranks, dimension "ep", and no others than "dp_replicate"."""
+    """The mesh, if experts can be placed on it: all ranks, dimension "ep", and none but those of `DIMS`."""
     names = mesh.mesh_dim_names or ()
-    if "ep" not in names or not set(names) <= set(DIMS):
+    if "ep" not in names or names != tuple(d for d in DIMS if d in names):
         raise MoeCompileError(
             f'the mesh has dimensions {names or "without names"}; parallelize takes "ep", with or without '
-            f'"dp_replicate", as moe_compile.build_mesh makes them'
+            f'"dp_replicate" and "edp" before it, as moe_compile.build_mesh(ep=.., dp_shard=..) makes them'
         )
     if mesh.size() != dist.get_world_size():
         raise MoeCompileError(

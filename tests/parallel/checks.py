@@ -123,6 +123,7 @@ def parity(
     loss: Callable[..., Tensor] = square,
     *,
     ep: int | None = None,
+    dp_shard: int | None = None,
     inner: str = "eager",
     steps: int = 3,
     parts: int = 1,
@@ -138,7 +139,7 @@ def parity(
     for by name, unless the options do.
     """
     reference = copy.deepcopy(model)
-    moe_compile.parallelize(model, moe_compile.build_mesh(ep=ep))
+    moe_compile.parallelize(model, moe_compile.build_mesh(ep=ep, dp_shard=dp_shard))
     options = {"strategy": expect or "auto", **options}
     call = run(model) if run else compiled(model, inner, fullgraph=True, **options)
     mine, theirs = (optimizer(m.parameters()) for m in (model, reference))

@@ -1,10 +1,11 @@
 """Checks that run on several ranks, all those of one world size in one spawn.
 
-A check is a function of `Ranks` in checks.py or strategies.py that raises on the rank that finds a fault.  The first fault ends the run,
+A check is a function of `Ranks` in a module such as checks.py that raises on the rank that finds a fault.  The first fault ends the run,
 for ranks that left a collective half done cannot go on together; every wait has a time limit.
 """
 
 import datetime
+import importlib
 import multiprocessing
 import os
 import queue
@@ -27,15 +28,15 @@ class Ranks:
     size: int
 
 
-def run(size: int, names: list[str]) -> dict[str, str]:
-    """What went wrong in each check, "" if nothing did."""
+def run(size: int, names: list[str], module: str = "tests.parallel.checks") -> dict[str, str]:
+    """What went wrong in each check of a module, "" if nothing did."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.parallel.checks", "tests.parallel.strategies"])
     results: Any = context.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    workers = [context.Process(target=_work, args=(rank, size, port, names, results)) for rank in range(size)]
+    workers = [context.Process(target=_work, args=(rank, size, port, names, module, results)) for rank in range(size)]
     for worker in workers:
         worker.start()
     try:
@@ -71,7 +72,7 @@ def _collect(names: list[str], size: int, results: Any) -> dict[str, str]:
     return {name: found.get(name, "") for name in names}
 
 
-def _work(rank: int, size: int, port: int, names: list[str], results: Any) -> None:
+def _work(rank: int, size: int, port: int, names: list[str], module: str, results: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     import torch
     import torch.distributed as dist
@@ -84,7 +85,7 @@ def _work(rank: int, size: int, port: int, names: list[str], results: Any) -> No
     for name in names:
         torch._dynamo.reset()
         torch.manual_seed(0)
-        check: Callable[[Ranks], None] = getattr(checks, name, None) or getattr(strategies, name)
+        check: Callable[[Ranks], None] = getattr(importlib.import_module(module), name, None) or getattr(strategies, name)
         try:
             check(Ranks(rank, size))
             dist.barrier()
