@@ -3,18 +3,28 @@
     model = torch.compile(model, backend="moe_ep")
     print(moe_compile.explain(model, **batch))
 
-Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `Report`, `RegionReport`, `MoeCompileError`; the backend
-"moe_ep".
+Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `clip_grad_norm_`, `Report`, `RegionReport`,
+`MoeCompileError`; the backend "moe_ep".
 """
 
 from moe_compile import hf_experts
 from moe_compile.errors import MoeCompileError
 from moe_compile.explain import explain, rewrite
 from moe_compile.parallel.api import parallelize
+from moe_compile.parallel.clip import clip_grad_norm_
 from moe_compile.parallel.mesh import build_mesh
 from moe_compile.report import RegionReport, Report
 
-__all__ = ["MoeCompileError", "RegionReport", "Report", "build_mesh", "explain", "parallelize", "rewrite"]
+__all__ = [
+    "MoeCompileError",
+    "RegionReport",
+    "Report",
+    "build_mesh",
+    "clip_grad_norm_",
+    "explain",
+    "parallelize",
+    "rewrite",
+]
 __version__ = "0.1.0"
 
 hf_experts.register()

@@ -16,7 +16,10 @@ from moe_compile.errors import MoeCompileError
 
 
 def units(model: nn.Module, readers: list[nn.Module]) -> list[nn.Module]:
-    """The members of the outermost lists that have a reader of experts below one of their members."""
+    """The members of the outermost lists that have a reader of experts below one of their members.
+
+    A reader itself is none: FSDP's hooks run in Python, and beside them so would those that gather its experts.
+    """
     inside = {id(reader) for reader in readers}
 
     def walk(module: nn.Module) -> Iterator[nn.Module]:
@@ -24,19 +27,22 @@ def units(model: nn.Module, readers: list[nn.Module]) -> list[nn.Module]:
             if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and any(
                 id(m) in inside for member in child.children() for m in member.modules()
             ):
-                yield from (m for m in child.children() if _is_called(m) and any(True for _ in m.parameters()))
+                yield from (m for m in child.children() if _may_be_unit(m) and id(m) not in inside)
             else:
                 yield from walk(child)
 
     return list(walk(model))
 
 
-def _is_called(module: nn.Module) -> bool:
-    """Whether a module has a forward, around which hooks can stand."""
-    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+def _may_be_unit(module: nn.Module) -> bool:
+    """Whether a module has something to split, and a forward, around which hooks can stand."""
+    has_forward = type(module).forward is not nn.Module.forward or "forward" in vars(module)
+    return has_forward and any(True for _ in module.parameters())
 
 
-def split(model: nn.Module, mesh: DeviceMesh, readers: list[nn.Module], ignored: set[nn.Parameter], **kwargs: Any) -> None:
+def split(
+    model: nn.Module, mesh: DeviceMesh, readers: list[nn.Module], ignored: set[nn.Parameter], **kwargs: Any
+) -> None:
     """`fully_shard` every unit, then the model."""
     for module in (*units(model, readers), model):
         fully_shard(module, mesh=mesh, ignored_params=ignored, **kwargs)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from moe_compile.parallel.shards import Shards, holders
 
@@ -26,15 +27,15 @@ def watch(reader: nn.Module) -> None:
     """Put the hooks on a module that reads sharded experts."""
     vars(reader)[UNDO] = []
     reader.register_forward_pre_hook(before)
-    reader.register_forward_hook(after, always_call=True)
+    reader.register_forward_hook(after, always_call=True, with_kwargs=True)
 
 
 def before(module: nn.Module, args: Any) -> None:
     _gather(module)
 
 
-def after(module: nn.Module, args: Any, output: Any) -> None:
-    _put_back(module, output)
+def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    return _put_back(module, (args, kwargs), output)
 
 
 HOOKS = (before, after)
@@ -64,11 +65,44 @@ def _gather(module: nn.Module) -> None:
 
 
 @torch._dynamo.disable
-def _put_back(module: nn.Module, output: Any) -> None:
+def _put_back(module: nn.Module, inputs: Any, output: Any) -> Any:
     if undo := vars(module).get(UNDO):
         undo.pop().close()
         for averages in {shards.averages for _, _, shards in holders(module)}:
+            if averages.dense is not None and torch.is_grad_enabled():
+                output = _connected(module, inputs, output)
             averages.expect(output)
+    return output
+
+
+def _connected(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """The output, which depends on all that the module reads, whichever of it this rank's data reached.
+
+    FSDP reduces the parameters of a unit that have a gradient, and so they must be the same ones on every rank.
+    The output becomes a copy, so one that is a part of the inputs is left alone: others may look at it.
+    """
+    read = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
+    read += [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    storages = {t.untyped_storage()._cdata for t in tree_leaves(inputs) if isinstance(t, Tensor)}
+    leaves, spec = tree_flatten(output)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.untyped_storage()._cdata not in storages:
+            leaves[i] = _Connect.apply(leaf, *read)
+            return tree_unflatten(leaves, spec)
+    return output
+
+
+class _Connect(torch.autograd.Function):
+    """The first tensor, and zeros as the gradients of the others."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *read: Tensor) -> Tensor:
+        ctx.save_for_backward(*read)
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return gradient, *(torch.zeros_like(t) for t in ctx.saved_tensors)
 
 
 def whole(holder: nn.Module, shards: Shards) -> dict[str, Tensor]:
