@@ -3,14 +3,15 @@
     model = torch.compile(model, backend="moe_ep")
     print(moe_compile.explain(model, **batch))
 
-Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `clip_grad_norm_`, `Report`, `RegionReport`,
-`MoeCompileError`; the backend "moe_ep".
+Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `clip_grad_norm_`, `save_checkpoint`,
+`load_checkpoint`, `Report`, `RegionReport`, `MoeCompileError`; the backend "moe_ep".
 """
 
 from moe_compile import hf_experts
 from moe_compile.errors import MoeCompileError
 from moe_compile.explain import explain, rewrite
 from moe_compile.parallel.api import parallelize
+from moe_compile.parallel.checkpoint import load_checkpoint, save_checkpoint
 from moe_compile.parallel.clip import clip_grad_norm_
 from moe_compile.parallel.mesh import build_mesh
 from moe_compile.report import RegionReport, Report
@@ -22,8 +23,10 @@ __all__ = [
     "build_mesh",
     "clip_grad_norm_",
     "explain",
+    "load_checkpoint",
     "parallelize",
     "rewrite",
+    "save_checkpoint",
 ]
 __version__ = "0.1.0"
 

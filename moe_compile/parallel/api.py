@@ -55,7 +55,9 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         gather.watch(reader)
     gradients.broadcast(model)
     if (dense := dense_mesh(mesh)) is not None:
-        fsdp.split(model, dense, list(readers), {p for p, is_expert in averages.parameters() if is_expert})
+        sharded = {p for p, is_expert in averages.parameters() if is_expert}
+        fsdp.split(model, dense, list(readers), sharded)
+        state_dicts.install_dense(model, sharded)
     averages.attach()
     model.register_load_state_dict_post_hook(lambda module, keys: averages.attach())
     return model

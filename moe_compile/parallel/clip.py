@@ -1,7 +1,7 @@
 """`clip_grad_norm_` over gradients on several meshes: experts' shards, FSDP's, copies of both, and whole tensors."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ def _whole_or_shard(parameter: Tensor) -> Tensor:
     return grad
 
 
-def _total(parameters: list[Tensor], grads: list[Tensor], norm_type: float) -> Tensor:
+def _total(parameters: Sequence[Tensor], grads: list[Tensor], norm_type: float) -> Tensor:
     """The norm of all gradients of all ranks, the same on each.
 
     Ranks add up what they hold, a shard that several hold divided by their number: one all-reduce of one number.

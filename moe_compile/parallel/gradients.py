@@ -88,8 +88,8 @@ class Averages:
         setattr(local, MARK, packed)
 
     def copied(self) -> list[tuple[nn.Parameter, list[Any]]]:
-        """Each parameter, and the groups of ranks that hold copies of the same: of one rank's shard, or of all of it."""
-        found = []
+        """Each parameter, and the groups of ranks that hold the same of it."""
+        found: list[tuple[nn.Parameter, list[Any]]] = []
         for parameter, is_expert in self.parameters():
             if is_expert:
                 found.append((parameter, self.copies))

@@ -1,14 +1,16 @@
 """State dicts of sharded experts, by the model's own names.
 
-A stacked weight keeps its name and is a DTensor.  The weights of a list of modules appear one by one, those of this
-rank's experts only: together the ranks' state dicts are the model's.  Loading takes the weights of one process too.
+Dense weights that FSDP splits are DTensors under their names.  A stacked weight keeps its name and is a DTensor.  The
+weights of a list of modules appear one by one, those of this rank's experts only: together the ranks' state dicts are
+the model's.  Loading takes the weights of one process too.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moe_compile.parallel.shards import Family, Shards, as_shard
 
@@ -29,6 +31,24 @@ def install(holder: nn.Module, shards: Shards) -> None:
 
     holder.register_state_dict_post_hook(save)
     holder.register_load_state_dict_pre_hook(load)
+
+
+def install_dense(model: nn.Module, experts: set[nn.Parameter]) -> None:
+    """Have modules take whole tensors for parameters that FSDP splits."""
+    for module in model.modules():
+        split = [n for n, p in module._parameters.items() if isinstance(p, DTensor) and p not in experts]
+        if split:
+            module.register_load_state_dict_pre_hook(functools.partial(_load_dense, split))
+
+
+def _load_dense(names: list[str], module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name in names:
+        whole, parameter = state.get(prefix + name), module._parameters.get(name)
+        if not isinstance(whole, Tensor) or isinstance(whole, DTensor) or not isinstance(parameter, DTensor):
+            continue
+        if whole.shape == parameter.shape:
+            mesh, placements = parameter.device_mesh, parameter.placements
+            state[prefix + name] = distribute_tensor(whole.detach(), mesh, placements, src_data_rank=None)
 
 
 def _load(state: dict[str, Any], prefix: str, family: Family, shards: Shards) -> None:

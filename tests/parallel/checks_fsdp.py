@@ -1,18 +1,37 @@
 """What holds on several ranks when dense parameters are sharded by FSDP2, beside experts that are sharded over "ep"."""
 
 import copy
+import functools
 import math
+import tempfile
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import moe_compile
+from moe_compile.parallel.checkpoint import model_state, optimizer_state
+from moe_compile.parallel.optim import param_groups
 from tests.parallel import checks
 from tests.parallel.checks import (
-    Batches, Mixing, agree, language, listed, mixtral, own_names, parity, refusal, same, square, stacked, tokens,
+    Batches,
+    Mixing,
+    agree,
+    language,
+    listed,
+    mixtral,
+    own_names,
+    parity,
+    refusal,
+    same,
+    square,
+    stacked,
+    tokens,
 )  # fmt: skip
 from tests.parallel.ranks import Ranks
 from tests.tiny import Block, D, Experts, Net, close, compiled
@@ -147,14 +166,138 @@ def clipping_what_is_not_finite(ranks: Ranks) -> None:
         assert close(
             total, torch.tensor(weight.to_local().numel() / copies if not ranks.rank else float(total**2)).sqrt()
         )
-        assert "above 0" in refusal(lambda model=model: moe_compile.clip_grad_norm_(model, 1.0, 0.0))
+        assert "above 0" in refusal(functools.partial(moe_compile.clip_grad_norm_, model, 1.0, 0.0))
+
+
+# -- optimizers and checkpoints -------------------------------------------------------------
+
+ADAM = functools.partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)
+
+
+def foreach_and_fused(ranks: Ranks) -> None:
+    """One step for all parameters of a mesh."""
+    for kind in ("foreach", "fused"):
+        for degrees in MESHES[ranks.size]:
+            reference = stacked()
+            model = moe_compile.parallelize(copy.deepcopy(reference), moe_compile.build_mesh(**degrees))
+            mine = ADAM(param_groups(model), **{kind: True})
+            theirs = ADAM(reference.parameters())
+            for _ in range(2):
+                assert agree(ranks, model, model, reference, tokens(ranks, [5, 2])), (kind, degrees)
+                mine.step()
+                theirs.step()
+            same(own_names(model, lambda p: p.data), own_names(reference, lambda p: p.data), f"{kind} {degrees}")
+
+
+def trained(ranks: Ranks, make: Callable[[], nn.Module], degrees: dict[str, int]) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = moe_compile.parallelize(make(), moe_compile.build_mesh(**degrees))
+    optimizer = ADAM(model.parameters())
+    for batch in (tokens(ranks, [5, 2]), tokens(ranks, [4])):
+        square(model, *batch[ranks.rank]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def optimizer_states(ranks: Ranks) -> None:
+    """Names and shapes are those of one process, full on every rank, sharded on all ranks together."""
+    for make in (stacked, listed):
+        for degrees in MESHES[ranks.size][-1:]:
+            model, optimizer = trained(ranks, make, degrees)
+            reference = make()
+            theirs = ADAM(reference.parameters())
+            for parameter in reference.parameters():  # also of experts that nobody chose
+                parameter.grad = torch.ones_like(parameter)
+            theirs.step()
+            want: Any = get_optimizer_state_dict(reference, theirs)
+            full, mine = optimizer_state(model, optimizer, full=True), optimizer_state(model, optimizer)
+            assert full["state"].keys() == want["state"].keys()
+            weights = model_state(model, full=True)
+            assert weights.keys() == reference.state_dict().keys()
+            for name, values in want["state"].items():
+                assert {k: v.shape for k, v in full["state"][name].items()} == {k: v.shape for k, v in values.items()}
+                assert weights[name].shape == reference.get_parameter(name).shape
+                assert full["state"][name]["step"] == 2
+            assert sorted(full["param_groups"][0]["params"]) == sorted(want["param_groups"][0]["params"])
+            every: list[Any] = [None] * ranks.size
+            dist.all_gather_object(every, list(mine["state"]))
+            assert set().union(*every) == want["state"].keys()
+            reference.load_state_dict(weights)
+            same(own_names(model, lambda p: p.data), weights, "full weights")
+
+
+def checkpoints(ranks: Ranks) -> None:
+    """Saved on one mesh, read on another and on one process, bit by bit; on the same mesh training goes on as it was."""
+    for make in (stacked, listed):
+        path = shared_directory(ranks)
+        model, optimizer = trained(ranks, make, MESHES[ranks.size][-1])
+        moe_compile.save_checkpoint(model, optimizer, path)
+        weights, state = copy.deepcopy((model_state(model, full=True), optimizer_state(model, optimizer, full=True)))
+        assert any(v["exp_avg"].any() for v in state["state"].values())
+        for degrees in MESHES[ranks.size]:
+            torch.manual_seed(7)
+            other = moe_compile.parallelize(make(), moe_compile.build_mesh(**degrees))
+            fresh = ADAM(other.parameters())
+            moe_compile.load_checkpoint(other, fresh, path)
+            equal(model_state(other, full=True), weights)
+            equal(optimizer_state(other, fresh, full=True)["state"], state["state"])
+        for m, o in ((model, optimizer), (other, fresh)):  # the last mesh is the first
+            torch.manual_seed(1)
+            square(m, torch.randn(4, D)).backward()
+            o.step()
+        equal(model_state(other, full=True), model_state(model, full=True))
+        one = make()
+        alone = ADAM(one.parameters())
+        moe_compile.load_checkpoint(one, alone, path)
+        equal(one.state_dict(), weights)
+        equal(optimizer_state(one, alone)["state"], state["state"])
+        assert "there is no checkpoint in /nowhere" in refusal(
+            functools.partial(moe_compile.load_checkpoint, model, optimizer, "/nowhere")
+        )
+        groups = ADAM([{"params": [p]} for p in model.parameters()])
+        text = f"the checkpoint in {path} has 1 groups of parameters, the optimizer {len(groups.param_groups)}"
+        assert text in refusal(functools.partial(moe_compile.load_checkpoint, model, groups, path))
+        larger = Net(3, lambda: Block(Experts(checks.E), num_experts=checks.E))
+        assert "has no model.layers." in refusal(functools.partial(moe_compile.load_checkpoint, larger, None, path))
+
+
+def equal(got: dict[str, Any], want: dict[str, Any]) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        if isinstance(value, dict):
+            equal(got[name], value)
+        else:
+            assert torch.equal(got[name], value), name
+
+
+def shared_directory(ranks: Ranks) -> str:
+    names: list[Any] = [tempfile.mkdtemp() if not ranks.rank else None]
+    dist.broadcast_object_list(names)
+    return str(names[0])
+
+
+def loading(ranks: Ranks) -> None:
+    """A model on meta, sharded, then loaded with the weights of one process, or with its own."""
+    for make in (stacked, listed):
+        reference = make()
+        with torch.device("meta"):
+            model = make()
+        moe_compile.parallelize(model, moe_compile.build_mesh(**MESHES[ranks.size][-1]))
+        model.to_empty(device="cpu")
+        model.load_state_dict(reference.state_dict(), strict=True)
+        same(own_names(model, lambda p: p.data), dict(reference.state_dict()), "loaded")
+        assert agree(ranks, model, compiled(model), reference, tokens(ranks))
+        mine = {n: t.clone() for n, t in model.state_dict().items()}
+        model.load_state_dict(mine, strict=True)
+        same(own_names(model, lambda p: p.data), dict(reference.state_dict()), "loaded from its own")
 
 
 CHECKS = {
     1: [whole_model, clipping],
     2: [
         whole_model, layer_by_layer, module_list, mixtral_layers, mixtral_checkpointing, inductor, gathered,
-        frozen_experts, one_block, clipping, clipping_what_is_not_finite,
+        frozen_experts, one_block, clipping, clipping_what_is_not_finite, foreach_and_fused, optimizer_states, checkpoints, loading,
     ],
-    4: [hybrid, module_list, gathered, clipping, clipping_what_is_not_finite],
+    4: [hybrid, module_list, gathered, clipping, clipping_what_is_not_finite, optimizer_states, checkpoints, loading],
 }  # fmt: skip
