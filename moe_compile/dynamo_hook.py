@@ -38,7 +38,7 @@ from moe_compile.kinds import Declined, Kind, declined, kind_of
 from moe_compile.options import Options
 from moe_compile.parallel import gather
 from moe_compile.parallel.gradients import attach
-from moe_compile.parallel.shards import placement
+from moe_compile.parallel.shards import placement, shards_of
 from moe_compile.places import HERE, NOT_PASSED, NOTHING, Place
 from moe_compile.python_state import is_torch
 from moe_compile.reads import SIMPLE, Path
@@ -202,7 +202,11 @@ def _shard(tx: Any, owner: Any, name: str) -> Any:
     """
     parameter = _attribute(tx, owner, name).realize()  # and guards on it
     local = owner.value.get_parameter(name)._local_tensor
-    return VariableTracker.build(tx, local, AttrSource(parameter.source, "_local_tensor"))
+    found = VariableTracker.build(tx, local, AttrSource(parameter.source, "_local_tensor"))
+    shards = shards_of(owner.value.get_submodule(name.rpartition(".")[0]))
+    if shards is not None and shards.dtype(local) != local.dtype:
+        found = found.realize().call_method(tx, "to", [VariableTracker.build(tx, shards.dtype(local))], {})
+    return found
 
 
 def _owner(var: Any, args: list[Any]) -> tuple[Any, list[Any]]:

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moe_compile.errors import MoeCompileError
 from moe_compile.parallel import fsdp, gather, gradients, state_dicts
@@ -14,14 +15,28 @@ from moe_compile.parallel.mesh import check_mesh, dense_mesh, shard_of, shard_si
 from moe_compile.parallel.shards import ATTRIBUTE, Family, Shards, as_shard
 
 
-def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    reshard_after_forward: bool | None = None,
+) -> nn.Module:
     """Split the experts of a model over the ranks of `mesh["ep"]`, in place; returns the model.
 
     Every rank calls it on the whole model, as `build_mesh` made the mesh.  Rank 0's weights become the model's; of
-    the experts each rank keeps its own, as DTensor parameters with `Shard(0)`.  All else stays replicated.  A model on
-    `meta` stays there: `to_empty`, then load it, or initialise it and call
-    `moe_compile.parallel.gradients.broadcast(model)`, which gives all ranks the dense weights of rank 0.
+    the experts each rank keeps its own, as DTensor parameters with `Shard(0)`.  All else stays replicated, unless the
+    mesh is of `build_mesh(.., dp_shard=..)`: then torch's `fully_shard` splits it, with the decoder layers as units.
+    A model on `meta` stays there: `to_empty`, then load it, or initialise it and call
+    `moe_compile.parallel.gradients.broadcast(model)`, which gives all copies of a weight the numbers of the first.
     The order of a training script: parallelize, optimizer, `torch.compile(model, backend="moe_ep")`.
+
+    With `dp_shard`, `mp_policy` and `reshard_after_forward` are those of `fully_shard`; experts are computed in
+    `param_dtype` too, and kept in their own.  Dynamo does not trace FSDP's hooks, so the model is several graphs:
+    `fullgraph=True` works for each layer, `fully_shard`'s units:
+
+        for layer in model.model.layers:
+            layer.compile(backend="moe_ep", fullgraph=True)
 
     Each rank feeds its own batch, of any size, and takes part in every forward and backward.  Gradients are those of
     the mean over the ranks of their losses, dense and expert ones alike, as DistributedDataParallel scales them: after
@@ -37,6 +52,14 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     if gradients.ATTRIBUTE in vars(model):
         raise MoeCompileError("this model is parallelized already")
     fsdp.check(model)
+    settings = {"mp_policy": mp_policy, "reshard_after_forward": reshard_after_forward}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    dense = dense_mesh(mesh)
+    if settings and dense is None:
+        raise MoeCompileError(
+            f"{' and '.join(settings)}: for fully_shard, which the mesh does not ask for; make it with "
+            f"moe_compile.build_mesh(ep={mesh['ep'].size()}, dp_shard=..)"
+        )
     found = find_experts(model)
     if not found:
         raise MoeCompileError(
@@ -49,23 +72,23 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     vars(model)[gradients.ATTRIBUTE] = averages
     readers: dict[nn.Module, None] = {}
     for experts in found:
-        _shard(experts, mesh).averages = averages
+        _shard(experts, mesh, mp_policy).averages = averages
         readers |= dict.fromkeys(experts.readers)
     for reader in readers:
         gather.watch(reader)
     gradients.broadcast(model)
-    if (dense := dense_mesh(mesh)) is not None:
+    if dense is not None:
         sharded = {p for p, is_expert in averages.parameters() if is_expert}
-        fsdp.split(model, dense, list(readers), sharded)
+        fsdp.split(model, dense, list(readers), sharded, **settings)
         state_dicts.install_dense(model, sharded)
     averages.attach()
     model.register_load_state_dict_post_hook(lambda module, keys: averages.attach())
     return model
 
 
-def _shard(experts: Experts, mesh: DeviceMesh) -> Shards:
+def _shard(experts: Experts, mesh: DeviceMesh, mp_policy: MixedPrecisionPolicy | None) -> Shards:
     holder = experts.holder
-    shards = Shards(mesh["ep"], experts.families)
+    shards = Shards(mesh["ep"], experts.families, mp_policy.param_dtype if mp_policy else None)
     packed = {f.name: nn.Parameter(_split(holder, f, shards, mesh), _needs_grad(holder, f)) for f in experts.families}
     for family in experts.families:
         if family.members != (family.name,):

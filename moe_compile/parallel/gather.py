@@ -111,7 +111,7 @@ def whole(holder: nn.Module, shards: Shards) -> dict[str, Tensor]:
     for family in shards.families:
         packed = holder._parameters[family.name]
         assert isinstance(packed, DTensor)
-        full = packed.detach().full_tensor()
+        full = packed.detach().full_tensor().to(shards.dtype(packed))
         if packed.requires_grad and torch.is_grad_enabled():
             shards.averages.gather(packed, full.requires_grad_())
         parts = [full] if len(family.members) == 1 else full.unbind(0)

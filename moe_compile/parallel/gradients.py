@@ -158,7 +158,7 @@ class Averages:
                 packed, mine = found.packed, found.gradient
                 if mine is None:
                     mine = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.device)
-                summed = DTensor.from_local(mine, packed.device_mesh, [Partial()], run_check=False)
+                summed = DTensor.from_local(mine.to(packed.dtype), packed.device_mesh, [Partial()], run_check=False)
                 add(packed, summed.redistribute(placements=packed.placements) / self.ep)
                 found.gradient = None
         self.gathered = [g for g, (_, alive) in zip(self.gathered, counts.tolist(), strict=True) if alive]

@@ -56,9 +56,12 @@ class Placement:
 class Shards:
     """The families that `holder` holds, and the state they are in."""
 
-    def __init__(self, mesh: DeviceMesh, families: tuple[Family, ...]) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, families: tuple[Family, ...], compute_dtype: torch.dtype | None = None
+    ) -> None:
         self.mesh = mesh  # one dimension, "ep"
         self.families = families
+        self.compute_dtype = compute_dtype  # what forwards read the weights in, if not in their own
         self.state = "sharded"
         self.refused: str | None = None  # why compiled code has to gather, if it has to
         self.averages: Any = None  # what takes the gradients (gradients.py)
@@ -74,6 +77,10 @@ class Shards:
         start = sum(sizes[: self.rank])
         return range(start, start + sizes[self.rank])
 
+    def dtype(self, weight: Tensor) -> torch.dtype:
+        """What a forward reads a weight in: as FSDP's `param_dtype`, for numbers that are not integers."""
+        return weight.dtype if self.compute_dtype is None or not weight.is_floating_point() else self.compute_dtype
+
     def fakes(self, holder: nn.Module) -> dict[str, Tensor]:
         """Fake parameters of the global shapes, by the model's own names."""
         for family in self.families:
@@ -81,12 +88,12 @@ class Shards:
             assert packed is not None
             whole = tuple(packed.shape if len(family.members) == 1 else packed.shape[1:])
             local = packed.to_local() if isinstance(packed, DTensor) else packed
-            alike = (whole, packed.dtype, local.device, packed.requires_grad)
+            alike = (whole, self.dtype(packed), local.device, packed.requires_grad)
             for member in family.members:
                 known = self._fakes.get(member)
                 if known is None or _kind(known) != alike:
                     with FakeTensorMode():
-                        fake = torch.empty(whole, dtype=packed.dtype, device=local.device)
+                        fake = torch.empty(whole, dtype=self.dtype(packed), device=local.device)
                         self._fakes[member] = nn.Parameter(fake, requires_grad=packed.requires_grad)
         return self._fakes
 

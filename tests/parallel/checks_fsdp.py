@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import moe_compile
+from moe_compile.parallel import gradients
 from moe_compile.parallel.checkpoint import model_state, optimizer_state
 from moe_compile.parallel.optim import param_groups
 from tests.parallel import checks
@@ -34,7 +36,7 @@ from tests.parallel.checks import (
     tokens,
 )  # fmt: skip
 from tests.parallel.ranks import Ranks
-from tests.tiny import Block, D, Experts, Net, close, compiled
+from tests.tiny import Block, D, Experts, Net, close, compiled, regions
 
 
 def layers(model: nn.Module) -> nn.Module:
@@ -101,6 +103,89 @@ def frozen_experts(ranks: Ranks) -> None:
 def one_block(ranks: Ranks) -> None:
     """A model without a list of layers is one unit."""
     parity(ranks, Block(Experts(checks.E), num_experts=checks.E), tokens(ranks), dp_shard=ranks.size, run=compiled)
+
+
+def mixed_precision(ranks: Ranks) -> None:
+    """Computed in bfloat16, experts too: the bits of a bfloat16 model.  Weights and gradients stay in float32."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for run in (compiled, lambda model: model):
+        torch.manual_seed(0)
+        reference = stacked(2)
+        model = moe_compile.parallelize(
+            copy.deepcopy(reference), moe_compile.build_mesh(dp_shard=ranks.size), mp_policy=policy
+        )
+        reference.bfloat16()
+        alone = compiled(reference) if run is compiled else reference
+        batches = tokens(ranks, [40, 30])
+        call = run(model)
+        with regions() as found:
+            assert torch.equal(call(*batches[ranks.rank]), alone(batches[ranks.rank][0].bfloat16()))
+        assert {r.strategy for r in found} == ({"alltoall", "grouped"} if run is compiled else set()), found
+        square(call, *batches[ranks.rank]).backward()
+        for (x,) in batches:
+            (square(reference, x.bfloat16()) / ranks.size).backward()
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+        want = own_names(reference, lambda p: p.grad)
+        for name, grad in own_names(model, lambda p: p.grad).items():
+            off = float((grad - want[name].float()).norm() / want[name].float().norm())
+            assert off < 0.02, (name, off)
+
+
+def fitting(ranks: Ranks) -> None:
+    """Degrees and models that do not fit are refused with the numbers, and nothing is changed."""
+    texts = {
+        "dp_shard=3 x dp_replicate=1 is 3 ranks, there are 4; the nearest that fits: dp_shard=4 with dp_replicate=1": {
+            "dp_shard": 3
+        },
+        "ep=4 does not divide dp_shard=2: experts are split among the ranks that share the dense parameters; the nearest "
+        "that fits: ep=2, or dp_shard=4 with dp_replicate=1": {"dp_shard": 2, "ep": 4},
+        "dp_shard=0: it is a number of ranks, 1 to 4": {"dp_shard": 0},
+    }
+    for text, degrees in texts.items():
+        assert text in refusal(functools.partial(moe_compile.build_mesh, **degrees)), text
+    mesh = moe_compile.build_mesh(dp_shard=2, ep=1)
+    assert (mesh.mesh_dim_names, tuple(mesh.shape)) == (("dp_replicate", "edp", "ep"), (2, 2, 1))
+    other = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "ep"))
+    text = """the mesh has dimensions ('dp_shard', 'ep'); parallelize takes "ep", with or without "dp_replicate" and"""
+    assert text in refusal(lambda: moe_compile.parallelize(stacked(), other))
+    model = stacked()
+    fully_shard(model.layers[0], mesh=mesh["ep"])
+    assert "layers.0 is under fully_shard already" in refusal(lambda: moe_compile.parallelize(model, mesh))
+    model = stacked()
+    text = "reshard_after_forward: for fully_shard, which the mesh does not ask for"
+    assert text in refusal(
+        lambda: moe_compile.parallelize(model, moe_compile.build_mesh(), reshard_after_forward=False)
+    )
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def copies_that_differ(ranks: Ranks) -> None:
+    """Of shards on meta that ranks initialised for themselves; `broadcast` makes it right."""
+    with torch.device("meta"):
+        model = stacked()
+    moe_compile.parallelize(model, moe_compile.build_mesh(ep=1, dp_shard=2))
+    model.to_empty(device="cpu")
+    torch.manual_seed(ranks.rank)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().normal_(0, 0.3)
+    text = refusal(lambda: square(model, torch.randn(3, D)).backward())
+    assert "differs between ranks" in text, text
+    gradients.broadcast(model)
+    torch.manual_seed(0)
+    reference = stacked()
+    reference.load_state_dict(own_names(model, lambda p: p.data))
+    assert agree(ranks, model, compiled(model), reference, tokens(ranks))
+
+
+def sabotage(ranks: Ranks) -> None:
+    """Copies of experts that are not averaged, sums that are not divided: each is noticed."""
+    for attribute, value in (("copies", []), ("ep", 1), ("", 0)):
+        torch._dynamo.reset()
+        reference = stacked()
+        model = moe_compile.parallelize(copy.deepcopy(reference), moe_compile.build_mesh(ep=2, dp_shard=4))
+        setattr(vars(model)[gradients.ATTRIBUTE], attribute or "nothing", value)
+        assert agree(ranks, model, compiled(model), reference, tokens(ranks, [5, 2, 3])) == (not attribute), attribute
 
 
 # -- clipping -------------------------------------------------------------------------------
@@ -297,7 +382,7 @@ CHECKS = {
     1: [whole_model, clipping],
     2: [
         whole_model, layer_by_layer, module_list, mixtral_layers, mixtral_checkpointing, inductor, gathered,
-        frozen_experts, one_block, clipping, clipping_what_is_not_finite, foreach_and_fused, optimizer_states, checkpoints, loading,
+        frozen_experts, one_block, mixed_precision, clipping, clipping_what_is_not_finite, foreach_and_fused, optimizer_states, checkpoints, loading,
     ],
-    4: [hybrid, module_list, gathered, clipping, clipping_what_is_not_finite, optimizer_states, checkpoints, loading],
+    4: [fitting, copies_that_differ, sabotage, hybrid, module_list, gathered, clipping, clipping_what_is_not_finite, optimizer_states, checkpoints, loading],
 }  # fmt: skip
