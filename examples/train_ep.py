@@ -1,8 +1,11 @@
 """Train an unmodified Mixtral with its experts split over the ranks.
 
-torchrun --nproc-per-node 4 examples/train_ep.py
+torchrun --nproc-per-node 4 examples/train_ep.py                            all else replicated
+torchrun --nproc-per-node 4 examples/train_ep.py --dp-shard 4 --ep 2        all else split by FSDP2
+    --checkpoint DIR    go on from what is there, whatever the degrees were, and write it at the end
 """
 
+import argparse
 import datetime
 import time
 from pathlib import Path
@@ -12,6 +15,12 @@ import torch.distributed as dist
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import moe_compile
+
+arguments = argparse.ArgumentParser()
+arguments.add_argument("--ep", type=int, help="over how many ranks the experts are split")
+arguments.add_argument("--dp-shard", type=int, help="over how many ranks FSDP2 splits the dense parameters")
+arguments.add_argument("--checkpoint", type=Path)
+args = arguments.parse_args()
 
 cuda = torch.cuda.is_available()
 dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(minutes=10))
@@ -35,16 +44,18 @@ config = MixtralConfig(
 )
 torch.manual_seed(0)
 model = MixtralForCausalLM(config).to(device)
-mesh = moe_compile.build_mesh()
+mesh = moe_compile.build_mesh(ep=args.ep, dp_shard=args.dp_shard)
 moe_compile.parallelize(model, mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-compiled = torch.compile(model, backend="moe_ep", fullgraph=True)
+if args.checkpoint and args.checkpoint.exists():
+    moe_compile.load_checkpoint(model, optimizer, args.checkpoint)
+compiled = torch.compile(model, backend="moe_ep", fullgraph=args.dp_shard is None)  # with FSDP: a graph a layer
 
 report = moe_compile.explain(model, input_ids=text[None, :128])  # runs the model: all ranks take part
 if rank == 0:
-    held = sum(p.to_local().numel() for p in model.parameters() if hasattr(p, "to_local"))
-    every = sum(p.numel() for p in model.parameters() if hasattr(p, "to_local"))
-    print(f"{ranks} ranks; each holds {held:,} of {every:,} expert parameters\n{report}")
+    held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in model.parameters())
+    every = sum(p.numel() for p in model.parameters())
+    print(f"{ranks} ranks; this one holds {held:,} of {every:,} parameters\n{report}")
 
 torch.manual_seed(rank)  # each rank has its own batches
 start = time.perf_counter()
@@ -53,6 +64,7 @@ for step in range(50):
     batch = torch.stack([text[s : s + 128] for s in starts])
     loss = compiled(input_ids=batch, labels=batch, use_cache=False).loss
     loss.backward()
+    moe_compile.clip_grad_norm_(model, 1.0)
     optimizer.step()
     optimizer.zero_grad()
     if step % 10 == 9:
@@ -62,4 +74,6 @@ for step in range(50):
             print(
                 f"step {step + 1:3d}  loss {mean.item() / ranks:.3f}  {time.perf_counter() - start:.0f} s", flush=True
             )
+if args.checkpoint:
+    moe_compile.save_checkpoint(model, optimizer, args.checkpoint)
 dist.destroy_process_group()

@@ -5,8 +5,12 @@ mesh.py         the mesh and what fits it
 find.py         which parameters are experts', by structure
 shards.py       experts' weights as DTensors; the dense meaning of a sharded module
 gather.py       uncompiled, or refused: weights are gathered around a forward
+fsdp.py         dense parameters under torch's fully_shard
 gradients.py    what makes an ordinary training loop right
+clip.py         the norm of gradients on several meshes
 state_dicts.py  the model's own names
+checkpoint.py   saved and loaded, with the optimizer, on any mesh
+optim.py        groups for foreach and fused steps
 writer.py       what the strategies share that write a region for many ranks
 by_rows.py      those that bring each row's result home; by_sums.py: those that add results where experts are
 exchange.py     what the graph of a placed region calls between its collectives

@@ -1,7 +1,7 @@
 """Checks that run on several ranks, all those of one world size in one spawn.
 
-A check is a function of `Ranks` in a module such as checks.py that raises on the rank that finds a fault.  The first fault ends the run,
-for ranks that left a collective half done cannot go on together; every wait has a time limit.
+A check is a function of `Ranks` in a module such as checks.py that raises on the rank that finds a fault.  The first
+fault ends the run, for ranks that left a collective half done cannot go on together; every wait has a time limit.
 """
 
 import datetime
