@@ -45,7 +45,7 @@ def load_checkpoint(model: nn.Module, optimizer: Optimizer | None, path: str | o
     model = _original(model)
     states, packed = _states(model, optimizer)
     names = [set(group["params"]) for group in states.get("optimizer", {}).get("param_groups", [])]
-    _agree(_misfit(states, path))
+    _agree(_misfit(states, _lists(model), path))
     dcp.load(states, checkpoint_id=path)
     set_model_state_dict(model, states["model"], options=StateDictOptions(strict=False))  # of a list, a rank's own
     if optimizer is not None:
@@ -128,7 +128,7 @@ def _of_one(value: Any, i: int) -> Any:
     return local[i] if isinstance(local, Tensor) and local.dim() else local
 
 
-def _misfit(states: State, path: str | os.PathLike[str]) -> str | None:
+def _misfit(states: State, lists: Lists, path: str | os.PathLike[str]) -> str | None:
     """Why a checkpoint is not of these states, if it is not."""
     if not os.path.exists(os.path.join(path, ".metadata")):
         return f"there is no checkpoint in {os.fspath(path)}"
@@ -145,6 +145,13 @@ def _misfit(states: State, path: str | os.PathLike[str]) -> str | None:
         size = getattr(found[name], "size", None)
         if isinstance(value, Tensor) and size is not None and size != value.shape:
             return f"{name} is {tuple(size)} in the checkpoint in {os.fspath(path)}, and {tuple(value.shape)} here"
+    others = {f"model.{member}" for family, _ in lists.values() for member in family.members}  # of other ranks
+    for name in found:
+        if name.startswith("model.") and name not in wanted and name not in others:
+            return f"the checkpoint in {os.fspath(path)} has {name}, and this model has not"
+    if "optimizer" in states and not states["optimizer"]["state"]:
+        if any(name.startswith("optimizer.state.") for name in found):
+            return "the optimizer holds nothing yet, and its parameters have gradients: call zero_grad first"
     return None
 
 

@@ -5,6 +5,7 @@ the whole model.  A unit's dense parameters are gathered before its forward and 
 averaged over all ranks, which is what gradients.py does with replicated ones.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,25 +20,32 @@ def units(model: nn.Module, readers: list[nn.Module]) -> list[nn.Module]:
     """The members of the outermost lists that have a reader of experts below one of their members.
 
     A reader itself is none: FSDP's hooks run in Python, and beside them so would those that gather its experts.
+    Nor is one that shares a parameter with what is outside: FSDP would split it twice, and it would be two.
     """
     inside = {id(reader) for reader in readers}
+    uses = _uses(model)
 
-    def walk(module: nn.Module) -> Iterator[nn.Module]:
+    def walk(module: nn.Module, listed: bool) -> Iterator[nn.Module]:
         for child in module.children():
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential)) and any(
-                id(m) in inside for member in child.children() for m in member.modules()
-            ):
-                yield from (m for m in child.children() if _may_be_unit(m) and id(m) not in inside)
+            if listed and _has_forward(child):
+                mine = _uses(child)
+                if mine and id(child) not in inside and all(uses[p] == number for p, number in mine.items()):
+                    yield child
             else:
-                yield from walk(child)
+                is_list = isinstance(child, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+                yield from walk(child, is_list and any(id(m) in inside for m in child.modules() if m is not child))
 
-    return list(walk(model))
+    return list(walk(model, False))
 
 
-def _may_be_unit(module: nn.Module) -> bool:
-    """Whether a module has something to split, and a forward, around which hooks can stand."""
-    has_forward = type(module).forward is not nn.Module.forward or "forward" in vars(module)
-    return has_forward and any(True for _ in module.parameters())
+def _has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called, so that hooks can stand around it."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """How many names each parameter has."""
+    return Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
 
 
 def split(

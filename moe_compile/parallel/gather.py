@@ -71,7 +71,7 @@ def _put_back(module: nn.Module, inputs: Any, output: Any) -> Any:
         for averages in {shards.averages for _, _, shards in holders(module)}:
             if averages.dense is not None and torch.is_grad_enabled():
                 output = _connected(module, inputs, output)
-            averages.expect(output)
+                averages.expect(output)
     return output
 
 

@@ -105,6 +105,52 @@ def one_block(ranks: Ranks) -> None:
     parity(ranks, Block(Experts(checks.E), num_experts=checks.E), tokens(ranks), dp_shard=ranks.size, run=compiled)
 
 
+class Universal(Net):
+    """Layers that share their routers, one that stands twice in the list, and a weight that is also the head's."""
+
+    def __init__(self) -> None:
+        super().__init__(3, lambda: Block(Experts(checks.E), num_experts=checks.E))
+        self.layers[1].router = self.layers[0].router
+        self.layers.append(self.layers[2])
+        self.extra = nn.ModuleDict(
+            {"a": nn.ModuleList([nn.Linear(D, D), Block(Experts(checks.E), num_experts=checks.E)])}
+        )
+        self.extra["a"][0].weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        extra: Any = self.extra["a"]
+        x = torch.tanh(extra[0](x))
+        return super().forward(x + extra[1](x))
+
+
+def shared_parameters(ranks: Ranks) -> None:
+    model = Universal()
+    model.layers[0].experts.w2.requires_grad_(False)
+    model.layers[2].router.bias.requires_grad_(False)
+    reference = copy.deepcopy(model)
+    moe_compile.parallelize(model, moe_compile.build_mesh(dp_shard=ranks.size))
+    assert [n for n, m in model.named_modules() if isinstance(m, FSDPModule)] == ["", "extra.a.1"]
+    call = compiled(model)
+    for _ in range(2):
+        assert agree(ranks, model, call, reference, tokens(ranks, [5, 3]))
+        for m in (model, reference):
+            torch.optim.SGD(m.parameters(), lr=0.05).step()
+
+
+def without_synchronisation(ranks: Ranks) -> None:
+    """FSDP reduces with the last backward only; weights stay gathered in between."""
+    reference = stacked(2)
+    model = copy.deepcopy(reference)
+    moe_compile.parallelize(model, moe_compile.build_mesh(ep=2, dp_shard=ranks.size), reshard_after_forward=False)
+    call = compiled(model)
+    for last in (False, True):
+        model.set_requires_gradient_sync(last)
+        batches = tokens(ranks, [5, 3])
+        square(call, *batches[ranks.rank]).backward()
+        (sum(square(reference, *batch) for batch in batches) / ranks.size).backward()
+    same(own_names(model, lambda p: p.grad), own_names(reference, lambda p: p.grad), "accumulated gradient")
+
+
 def mixed_precision(ranks: Ranks) -> None:
     """Computed in bfloat16, experts too: the bits of a bfloat16 model.  Weights and gradients stay in float32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -343,6 +389,16 @@ def checkpoints(ranks: Ranks) -> None:
         groups = ADAM([{"params": [p]} for p in model.parameters()])
         text = f"the checkpoint in {path} has 1 groups of parameters, the optimizer {len(groups.param_groups)}"
         assert text in refusal(functools.partial(moe_compile.load_checkpoint, model, groups, path))
+        square(alone_model := make(), torch.randn(3, D)).backward()
+        assert "call zero_grad first" in refusal(
+            functools.partial(moe_compile.load_checkpoint, alone_model, ADAM(alone_model.parameters()), path)
+        )
+        one.more = nn.Linear(D, D)
+        assert "has no model.more.weight" in refusal(functools.partial(moe_compile.load_checkpoint, one, None, path))
+        del one.more, one.head
+        assert "has model.head.weight, and this" in refusal(
+            functools.partial(moe_compile.load_checkpoint, one, None, path)
+        )
         larger = Net(3, lambda: Block(Experts(checks.E), num_experts=checks.E))
         assert "has no model.layers." in refusal(functools.partial(moe_compile.load_checkpoint, larger, None, path))
 
@@ -382,8 +438,8 @@ CHECKS = {
     1: [whole_model, clipping],
     2: [
         whole_model, layer_by_layer, module_list, mixtral_layers, mixtral_checkpointing, inductor, gathered,
-        frozen_experts, one_block, mixed_precision, clipping, clipping_what_is_not_finite, foreach_and_fused,
+        frozen_experts, one_block, shared_parameters, without_synchronisation, mixed_precision, clipping, clipping_what_is_not_finite, foreach_and_fused,
         optimizer_states, checkpoints, loading,
     ],
-    4: [fitting, copies_that_differ, sabotage, hybrid, module_list, clipping, checkpoints],
+    4: [fitting, copies_that_differ, sabotage, hybrid, module_list, without_synchronisation, clipping, checkpoints],
 }  # fmt: skip
