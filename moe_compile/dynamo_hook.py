@@ -36,7 +36,7 @@ from moe_compile.candidates import is_candidate, is_stack, may_loop
 from moe_compile.errors import MoeCompileError
 from moe_compile.kinds import Declined, Kind, declined, kind_of
 from moe_compile.options import Options
-from moe_compile.parallel import gather
+from moe_compile.parallel import fsdp, gather
 from moe_compile.parallel.gradients import attach
 from moe_compile.parallel.shards import placement, shards_of
 from moe_compile.places import HERE, NOT_PASSED, NOTHING, Place
@@ -68,6 +68,7 @@ def install(options_of: OptionsOf) -> None:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         options = options_of(tx.output.compiler_fn)
         if options is not None and "detect_experts" not in options.skip:
+            fsdp.refuse_hooks(getattr(self, "fn", None), tx)
             if getattr(self, "fn", None) in gather.HOOKS and not gather.is_gathered(args[0].realize().value):
                 return ConstantVariable.create(None)
             result = _rewritten(self, tx, [*args], {**kwargs}, options)

@@ -64,3 +64,13 @@ def check(model: nn.Module) -> None:
                 f"{name or type(model).__name__} is under fully_shard already; call parallelize first, with "
                 f"moe_compile.build_mesh(ep=.., dp_shard=..): it calls fully_shard on the dense parameters itself"
             )
+
+
+def refuse_hooks(fn: Any, tx: Any) -> None:
+    """Raise if Dynamo is about to trace a hook of FSDP into a graph that must not break, and say what to call."""
+    ours = getattr(fn, "__module__", None) or ""
+    if ours.startswith("torch.distributed.fsdp._fully_shard") and getattr(tx, "one_graph", False):
+        raise MoeCompileError(
+            "fullgraph=True over modules under fully_shard: Dynamo does not trace its hooks. Compile each layer: "
+            'for layer in layers: layer.compile(backend="moe_ep", fullgraph=True); or the model without fullgraph'
+        )

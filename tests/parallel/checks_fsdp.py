@@ -51,6 +51,14 @@ def whole_model(ranks: Ranks) -> None:
     model = parity(ranks, stacked(2), tokens(ranks), dp_shard=ranks.size, run=lambda m: compiled(m, "aot_eager"))
     assert all(isinstance(p, DTensor) for p in model.parameters())
     assert isinstance(model.layers[0], FSDPModule) and isinstance(model.head.weight, DTensor)
+    torch._dynamo.reset()
+    call = compiled(model, fullgraph=True)
+    try:
+        call(torch.randn(3, D))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        assert "Compile each layer" in str(error), error
+    else:
+        raise AssertionError("FSDP's hooks were traced")
 
 
 def layer_by_layer(ranks: Ranks) -> None:
