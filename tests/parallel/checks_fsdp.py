@@ -411,6 +411,54 @@ def checkpoints(ranks: Ranks) -> None:
         assert "has no model.layers." in refusal(functools.partial(moe_compile.load_checkpoint, larger, None, path))
 
 
+def tied_and_frozen(ranks: Ranks) -> None:
+    """Weights with two names, frozen ones, and an optimizer without state: all come back."""
+
+    def make(shift: float) -> tuple[nn.Module, list[nn.Parameter]]:
+        torch.manual_seed(0)
+        model = mixtral("eager", tie_word_embeddings=True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("q_proj" not in name and "layers.0.mlp.experts.down" not in name)
+            parameter.data.add_(shift)
+        return model, [p for p in model.parameters() if p.requires_grad]
+
+    ids = torch.randint(0, 32, (2, 5))
+    for optimizer in (ADAM, functools.partial(torch.optim.SGD, lr=0.1)):
+        path = shared_directory(ranks)
+        model = moe_compile.parallelize(make(0.0)[0], moe_compile.build_mesh(dp_shard=ranks.size))
+        mine = optimizer([p for p in model.parameters() if p.requires_grad])
+        language(model, ids).backward()
+        mine.step()
+        mine.zero_grad()
+        moe_compile.save_checkpoint(torch.compile(model, backend="moe_ep"), mine, path)  # type: ignore[arg-type]
+        other, parameters = make(1.0)
+        theirs = optimizer(parameters)
+        moe_compile.load_checkpoint(other, theirs, path)
+        equal(other.state_dict(), model_state(model, full=True))
+        equal(optimizer_state(other, theirs)["state"], optimizer_state(model, mine, full=True)["state"])
+
+
+def groups_of_an_optimizer(ranks: Ranks) -> None:
+    """Each keeps its settings, and is not taken for another."""
+
+    def groups(model: nn.Module, **first: float) -> Any:
+        experts = [p for n, p in model.named_parameters() if "expert" in n]
+        others = [p for n, p in model.named_parameters() if "expert" not in n]
+        return [{"params": experts, **first}, {"params": others}]
+
+    path = shared_directory(ranks)
+    model, _ = trained(ranks, listed, MESHES[ranks.size][-1])
+    mine = ADAM(groups(model, lr=0.5))
+    moe_compile.save_checkpoint(model, mine, path)
+    model = moe_compile.parallelize(listed(), moe_compile.build_mesh(ep=1))
+    theirs = ADAM(groups(model))
+    moe_compile.load_checkpoint(model, theirs, path)
+    assert [g["lr"] for g in theirs.param_groups] == [0.5, 1e-2]
+    turned = ADAM(groups(model)[::-1])
+    text = "group 0 of the optimizer has other parameters in"
+    assert text in refusal(functools.partial(moe_compile.load_checkpoint, model, turned, path))
+
+
 def equal(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert got.keys() == want.keys()
     for name, value in want.items():
@@ -447,7 +495,7 @@ CHECKS = {
     2: [
         whole_model, layer_by_layer, module_list, mixtral_layers, mixtral_checkpointing, inductor, gathered,
         frozen_experts, one_block, shared_parameters, without_synchronisation, mixed_precision, clipping, clipping_what_is_not_finite, foreach_and_fused,
-        optimizer_states, checkpoints, loading,
+        optimizer_states, checkpoints, loading, tied_and_frozen, groups_of_an_optimizer,
     ],
     4: [fitting, copies_that_differ, sabotage, hybrid, module_list, without_synchronisation, clipping, checkpoints],
 }  # fmt: skip
