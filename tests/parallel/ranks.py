@@ -85,7 +85,9 @@ def _work(rank: int, size: int, port: int, names: list[str], module: str, result
     for name in names:
         torch._dynamo.reset()
         torch.manual_seed(0)
-        check: Callable[[Ranks], None] = getattr(importlib.import_module(module), name, None) or getattr(strategies, name)
+        check: Callable[[Ranks], None] = getattr(importlib.import_module(module), name, None) or getattr(
+            strategies, name
+        )
         try:
             check(Ranks(rank, size))
             dist.barrier()

@@ -62,6 +62,8 @@ def test_a_step_repeats_no_collective(
     run_as_it_is = lower.boxed_nop
     monkeypatch.setattr(lower, "boxed_nop", lambda gm, inputs: graphs.append(gm) or run_as_it_is(gm, inputs))
     model = moe_compile.parallelize(Net(1, lambda: block(Experts(4), num_experts=4)), moe_compile.build_mesh(ep=2))
-    compiled(model, "aot_eager", fullgraph=True, skip=skip, strategy="alltoall")(torch.randn(6, D, requires_grad=True)).sum().backward()
+    compiled(model, "aot_eager", fullgraph=True, skip=skip, strategy="alltoall")(
+        torch.randn(6, D, requires_grad=True)
+    ).sum().backward()
     calls = [sum("all_to_all_single" in str(n.target) for n in g.graph.nodes) for g in graphs]
     assert calls == [3, 2 + again]
