@@ -76,6 +76,12 @@ def ids_kept(ids: Tensor, table: Tensor) -> Tensor:
     return torch.where((ids >= 0) & (kept != 0), ids, -1)
 
 
+def ids_where(ids: Tensor, truths: Tensor) -> Tensor:
+    """`ids` where `truths`, [T], [T, 1] or [T, K], is not zero; -1 in the place of the others."""
+    truths = truths if truths.dim() == ids.dim() else truths.unsqueeze(-1)
+    return torch.where(truths != 0, ids, -1)
+
+
 class Expr:
     """One value of a body: an ATen call on other values, or a leaf.  Equal values are one object (`Table`)."""
 

@@ -406,7 +406,7 @@ def one_weight_a_token(call: Call, value: Value, selection: Selection, val: Any)
     """weights * (ids == e) summed over k, or column e of a [T, E] table, read at the tokens of expert e."""
     table = call.run.table
     if isinstance(value, MaskedWeights) and value.summed:
-        if (value.ids, value.expert) != (selection.ids, selection.expert):
+        if value.expert != selection.expert or not some_of(call.run, selection.ids, value.ids):
             return Unknown(f"weights of expert {value.expert} are read for the rows of expert {selection.expert}")
         if selection.per == "pair" and (repeated := not_distinct(call.run, selection.ids)):
             return Unknown(f"weights summed over a token's experts are read for each of them: {repeated}")
@@ -416,6 +416,13 @@ def one_weight_a_token(call: Call, value: Value, selection: Selection, val: Any)
             return Unknown(f"column {value.expert} of the weights is read for the rows of expert {selection.expert}")
         return misfit(call.run, selection, value.table, 1) or Rows(selection, table.leaf("column", value.table, val))
     return None
+
+
+def some_of(run: Interpreter, ids: Node | None, of: Node) -> bool:
+    """Whether each of the ids is in its place among `of` too, or nobody's."""
+    while ids is not None and ids is not of:
+        ids = run.written.get(ids)
+    return ids is of
 
 
 def same_size(a: Any, b: Any) -> bool:

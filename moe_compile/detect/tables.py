@@ -1,9 +1,10 @@
 """Rules for tables of zeros and ones [T, E] or [T, K, E] that say who is chosen, where no ids do.
 
 mask = one_hot(ids, E) * (position <= capacity)    # those who came too late chose nobody
+mask = (ids == e) & (weights > c)                  # those who are not sure enough
 
 A row of such a table has one entry at most for each of its ids, so it has ids of its own, with -1 for nobody:
-`region.ids_kept`, or `region.ids_in` if the table came from outside.  They become nodes of the graph, so that rules,
+`region.ids_kept`, `region.ids_where`, or `region.ids_in` if the table came from outside.  They become nodes of the graph, so that rules,
 surveys and passes see ids as ever, and go again if no region needs them.
 """
 
@@ -16,7 +17,7 @@ from torch.fx import Graph, Node
 from moe_compile.detect.interpreter import Call, Rule, op_of
 from moe_compile.detect.selection import equal_sizes
 from moe_compile.detect.values import Constant, Member, Plain, Value
-from moe_compile.region import ids_in, ids_kept
+from moe_compile.region import ids_in, ids_kept, ids_where
 from moe_compile.rewrite import emit
 
 aten = torch.ops.aten
@@ -65,6 +66,36 @@ def keep(call: Call) -> Value | None:
     return None
 
 
+def keep_of_one(call: Call) -> Value | None:
+    """(ids == e) & truths: of one expert's pairs, or tokens, those for which it is true.
+
+    Truths that differ from expert to expert make other ids for each, which no sum takes.
+    """
+    for i in (0, 1):
+        mask, other, truths = call.arg(i), call.arg(1 - i), call.node.args[1 - i]
+        if not isinstance(mask, Member) or not isinstance(truths, Node) or _in_place(call):
+            continue
+        ids = mask.ids
+        rank = ids.meta["val"].dim()
+        whole = mask.kind == "mask" and mask.dims == tuple(range(rank))
+        by_token = mask.kind == "any" and mask.dims == (0,) and rank == 2
+        if mask.expert is None or mask.classes is not None or not (whole or by_token):
+            continue
+        if not _is_truth(call, other, truths):
+            continue
+        before, out = call.val(call.node.args[i]), call.val()
+        first = call.run.canonical[truths]
+        if not call.run.unchanged(ids) or not call.run.unchanged(first):
+            continue
+        if out.dim() != before.dim() or not equal_sizes(call.run, out.shape, before.shape):
+            return None
+        if call.val(truths).dim() != before.dim():
+            return None  # of another rank, it is along the k
+        kept = call.run.write_ids(max(ids, first), ids_where, (ids, first), ids.meta["val"], ids)
+        return Member(kept, mask.dims, mask.expert, None, mask.kind)
+    return None
+
+
 def _in_place(call: Call) -> bool:
     return call.op.endswith("_") and not call.op.endswith("__")
 
@@ -88,14 +119,14 @@ def _is_truth(call: Call, value: Any, node: Node) -> bool:
 
 def written_out(graph: Graph, ids: Node, like: Node) -> Node:
     """The ids as ATen ops, in the place of the node that stood for them."""
-    if ids.target not in (ids_in, ids_kept):
+    if ids.target not in _WRITTEN:
         return ids
     before = ids.args[0]
     assert isinstance(before, Node)
-    if ids.target is ids_kept:
+    if ids.target is not ids_in:
         before = written_out(graph, before, like)
     with graph.inserting_before(ids):
-        made = _in(graph, before, like) if ids.target is ids_in else _kept(graph, before, ids.args[1], like)
+        made = _WRITTEN[ids.target](graph, before, *ids.args[1:], like)
     ids.replace_all_uses_with(made)
     return made
 
@@ -123,7 +154,18 @@ def _kept(graph: Graph, ids: Node, table: Any, like: Node) -> Node:
     return emit(graph, aten.where.ScalarOther, kept, ids, -1, like=like)
 
 
+def _where(graph: Graph, ids: Node, truths: Any, like: Node) -> Node:
+    if ids.meta["val"].dtype == torch.uint8:  # has no -1
+        ids = emit(graph, aten.to.dtype, ids, torch.int64, like=like)
+    if truths.meta["val"].dtype != torch.bool:
+        truths = emit(graph, aten.ne.Scalar, truths, 0, like=like)
+    if truths.meta["val"].dim() < ids.meta["val"].dim():
+        truths = emit(graph, aten.unsqueeze.default, truths, -1, like=like)
+    return emit(graph, aten.where.ScalarOther, truths, ids, -1, like=like)
+
+
+_WRITTEN: dict[Any, Any] = {ids_in: _in, ids_kept: _kept, ids_where: _where}
 RULES: dict[str, tuple[Rule, ...]] = {
     "table": (table,),
-    **{op: (keep,) for op in ("mul", "mul_", "__and__", "bitwise_and", "bitwise_and_", "logical_and", "logical_and_")},
+    **{op: (keep, keep_of_one) for op in ("mul", "mul_", "__and__", "bitwise_and", "bitwise_and_", "logical_and", "logical_and_")},
 }
