@@ -82,6 +82,17 @@ def ids_where(ids: Tensor, truths: Tensor) -> Tensor:
     return torch.where(truths != 0, ids, -1)
 
 
+def ids_above(table: Tensor, bound: float | None, top_k: int) -> Tensor:
+    """The positions, in their order, of entries above `bound` (None: not zero) in each row of `table` [T, E], which
+    has `top_k` of them at most; then -1.
+    """
+    num_experts = table.shape[1]
+    found = table != 0 if bound is None else table > bound
+    backwards = torch.arange(num_experts, 0, -1, device=table.device)
+    found = torch.where(found, backwards, 0).topk(top_k).values
+    return torch.where(found > 0, num_experts - found, -1)
+
+
 class Expr:
     """One value of a body: an ATen call on other values, or a leaf.  Equal values are one object (`Table`)."""
 

@@ -33,6 +33,7 @@ from moe_compile.detect.values import (
     Value,
     Visit,
 )
+from moe_compile.region import ids_above
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -537,6 +538,8 @@ def not_distinct(run: Interpreter, ids: Node | None) -> str | None:
     source: Any = ids
     while run.written.get(source) is not None:
         source = run.written[source]
+    if source.target is ids_above:
+        return None
     if source.meta["val"].dim() == 1 or same_size(source.meta["val"].shape[1], 1):
         return None
     while isinstance(source, Node) and source.op == "call_function" and str(source.target) in _SAME_IDS:

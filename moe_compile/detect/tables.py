@@ -8,6 +8,8 @@ A row of such a table has one entry at most for each of its ids, so it has ids o
 surveys and passes see ids as ever, and go again if no region needs them.
 """
 
+import math
+import operator
 from typing import Any
 
 import torch
@@ -15,9 +17,20 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from moe_compile.detect.interpreter import Call, Rule, op_of
-from moe_compile.detect.selection import equal_sizes
-from moe_compile.detect.values import Constant, Member, Plain, Value
-from moe_compile.region import ids_in, ids_kept, ids_where
+from moe_compile.detect.selection import equal_sizes, index_vectors, one_weight_a_token
+from moe_compile.detect.values import (
+    Column,
+    Constant,
+    DenseWeight,
+    Index,
+    Member,
+    Plain,
+    Rows,
+    Selection,
+    Spread,
+    Value,
+)
+from moe_compile.region import ids_above, ids_in, ids_kept, ids_where
 from moe_compile.rewrite import emit
 
 aten = torch.ops.aten
@@ -96,6 +109,57 @@ def keep_of_one(call: Call) -> Value | None:
     return None
 
 
+def gates(call: Call) -> Value | None:
+    """gates > 0, gates[:, e] > 0, gates != 0, gates[:, e].nonzero(), of a table that is zero but for chosen experts."""
+    table, op = call.arg(0), call.op
+    column = isinstance(table, DenseWeight) and table.role == "column"
+    if not column and not (isinstance(table, Spread) and table.fill == 0 and sorted(map(str, table.dims)) == ["0", "e"]):
+        return None
+    number, bound = call.number(1, "other"), None
+    if op in ("gt", "greater") and type(number) in (int, float) and 0 <= number < math.inf:
+        bound = float(number)
+    elif op in ("to", "_to_copy", "bool"):
+        if call.val().dtype != torch.bool:
+            return None
+    elif op in ("ne", "not_equal", "nonzero"):
+        if op != "nonzero" and not (type(number) in (int, float) and number == 0):
+            return None
+    else:
+        return None
+    assert isinstance(table, Spread | DenseWeight)
+    source, chosen = table.node, call.val(table.ids)
+    if bound is None and not op_of(source).startswith("scatter"):
+        return None  # 0 / 0 is not zero
+    top_k = chosen.shape[1] if chosen.dim() == 2 else None
+    val = call.val(source)
+    fits = isinstance(top_k, int) and isinstance(val.shape[1], int) and top_k <= val.shape[1]
+    if not fits or not call.run.unchanged(source):
+        return None
+    sizes = val.new_empty(val.shape[0], top_k, dtype=torch.int64)
+    ids = call.run.write_ids(source, ids_above, (source, bound, top_k), sizes, None)
+    if isinstance(table, Spread):
+        return Member(ids, table.dims, None, None, "any") if op != "nonzero" else None
+    rank = call.val(call.node.args[0]).dim()
+    if rank == 1 and op == "nonzero":
+        return Index(Selection(ids, table.expert, None, "token"), (0,))
+    return Member(ids, (0, *["one"] * (rank - 1)), table.expert, None, "any") if op != "nonzero" else None
+
+
+def gates_of_rows(call: Call) -> Value | None:
+    """gates[:, e:e + 1] at the tokens of expert e."""
+    weight = call.arg(0)
+    if not isinstance(weight, DenseWeight) or weight.role != "column" or call.val(call.node.args[0]).dim() != 2:
+        return None
+    picked, selection = index_vectors(call, 1 if call.op == "index" else 2)
+    if not isinstance(selection, Selection) or picked != [0] or (call.op != "index" and call.number(1) != 0):
+        return None
+    column = Column(weight.node, weight.expert)
+    rows = one_weight_a_token(call, column, selection, call.val().select(1, 0))
+    if not isinstance(rows, Rows):
+        return rows
+    return Rows(selection, call.run.expr(call, aten.unsqueeze.default, [rows.expr, 1]))
+
+
 def _in_place(call: Call) -> bool:
     return call.op.endswith("_") and not call.op.endswith("__")
 
@@ -123,7 +187,7 @@ def written_out(graph: Graph, ids: Node, like: Node) -> Node:
         return ids
     before = ids.args[0]
     assert isinstance(before, Node)
-    if ids.target is not ids_in:
+    if ids.target in (ids_kept, ids_where):
         before = written_out(graph, before, like)
     with graph.inserting_before(ids):
         made = _WRITTEN[ids.target](graph, before, *ids.args[1:], like)
@@ -164,8 +228,23 @@ def _where(graph: Graph, ids: Node, truths: Any, like: Node) -> Node:
     return emit(graph, aten.where.ScalarOther, truths, ids, -1, like=like)
 
 
-_WRITTEN: dict[Any, Any] = {ids_in: _in, ids_kept: _kept, ids_where: _where}
+def _above(graph: Graph, table: Node, bound: float | None, top_k: int, like: Node) -> Node:
+    val = table.meta["val"]
+    E = val.shape[-1]
+    found = (aten.ne.Scalar, table, 0) if bound is None else (aten.gt.Scalar, table, bound)
+    truths = emit(graph, *found, like=like)
+    numbers = emit(graph, aten.arange.start_step, E, 0, -1, like=like, val=val.new_empty(E, dtype=torch.int64))
+    numbers.kwargs = {"device": val.device}
+    numbers = emit(graph, aten.where.ScalarOther, truths, numbers, 0, like=like)
+    top = emit(graph, operator.getitem, emit(graph, aten.topk.default, numbers, top_k, like=like), 0, like=like)
+    ids = emit(graph, aten.rsub.Scalar, top, E, like=like)
+    return emit(graph, aten.where.ScalarOther, emit(graph, aten.gt.Scalar, top, 0, like=like), ids, -1, like=like)
+
+
+_WRITTEN: dict[Any, Any] = {ids_above: _above, ids_in: _in, ids_kept: _kept, ids_where: _where}
 RULES: dict[str, tuple[Rule, ...]] = {
     "table": (table,),
+    **{op: (gates,) for op in ("gt", "greater", "ne", "not_equal", "nonzero", "to", "_to_copy", "bool")},
+    **{op: (gates_of_rows,) for op in ("index", "index_select")},
     **{op: (keep, keep_of_one) for op in ("mul", "mul_", "__and__", "bitwise_and", "bitwise_and_", "logical_and", "logical_and_")},
 }
