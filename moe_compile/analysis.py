@@ -267,6 +267,10 @@ def _check_answers(found: Capture, run: Interpreter | None, region: Region) -> N
     """What was answered about data must be about these experts: who was chosen, or whether anybody was."""
     assert run is not None
     table = unflattened(run, region.ids)
+
+    def of_table(ids: Node) -> bool:
+        return table in (unflattened(run, ids), run.by_column.get(ids))
+
     for node in found.iterated:
         value = run.values[node]
         if isinstance(value, Index) or not isinstance(value, Hits) or unflattened(run, value.ids) is not table:
@@ -277,7 +281,7 @@ def _check_answers(found: Capture, run: Interpreter | None, region: Region) -> N
         value = run.values[node]
         if (
             not isinstance(value, Emptiness)
-            or unflattened(run, value.ids) is not table
+            or not of_table(value.ids)
             or value.kind in ("count", "tokens")
         ):
             raise Refusal(f"Python decides on {node.name}, not shown to say whether an expert was chosen")
@@ -285,7 +289,7 @@ def _check_answers(found: Capture, run: Interpreter | None, region: Region) -> N
             raise Refusal(f"Python decides on {node.name} both ways")
     for node in found.decided:
         value = run.values[node]
-        if not isinstance(value, Emptiness) or unflattened(run, value.ids) is not table:
+        if not isinstance(value, Emptiness) or not of_table(value.ids):
             raise Refusal(f"Python compares {node.name} with zero, not shown to be the number of an expert's rows")
     for node in found.counted:
         value = run.values[node]

@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from moe_compile.capture import SYMBOLIC, Capture
 from moe_compile.detect import dense
+from moe_compile.detect.by_column import column_of, table_of
 from moe_compile.detect.interpreter import Facts, Interpreter, is_random
 from moe_compile.detect.selection import choose, unflattened
 from moe_compile.detect.values import (
@@ -46,6 +47,7 @@ from moe_compile.detect.values import (
     Value,
 )
 from moe_compile.errors import Refusal
+from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import rules
 from moe_compile.region import Expr, Leaf
 from moe_compile.visit_checks import check_visits
@@ -93,12 +95,12 @@ def check(
     for world in worlds(experts, few):
         if expected.covered and not world:
             continue
-        found = survey(again(script=_script(expected, world)), distinct)
+        found = survey(again(script=_script(expected, world)), distinct, expected.ids)
         _compare(expected, found, world, "some experts have no rows")
     if main.classes is not None:
         _check_failure(expected, main, distinct, again, few)
     if main.sees_rows:
-        found = survey(again(rows=1), distinct)
+        found = survey(again(rows=1), distinct, expected.ids)
         _compare(expected, found, frozenset(experts), "an expert has one row")
     if not expected.local:
         raise Refusal("Python asks about an expert elsewhere than before its rows are added: others may see the answer")
@@ -213,6 +215,7 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
     check_visits(found.gm.graph, run.values | dict(totals), found.visits)
     result, spell = Survey(sums=len(totals), ids=set(ids or ())), _Speller(found)
     few = set(sample(found.visits)) if found.visits else None
+    units = _Units(run, totals, spell, result.ids)
     for site, total in totals:
         own = total.start.node is site  # zeros that the sum itself starts from
         result.start = f"zeros like {site.meta['val']}" if own else spell.node(total.start.node)
@@ -220,11 +223,12 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
             e, chosen = term.selection.expert, term.selection
             if e is None or chosen.ids is None:
                 continue
-            result.ids.add(spell.node(unflattened(run, chosen.ids)))
+            result.ids.add(units.ids(chosen.ids))
             said = {n: spell.expr(term.expr, n) for n in _numbers(e) if few is None or n in few}
             for n in _numbers(e):
                 how = f"{chosen.classes} {chosen.per} {term.dim} {said.get(n, 'not visited alone')}"
-                result.terms[n] = f"{result.terms.get(n, '')} {how}"
+                unit = units.number(chosen.ids, n)
+                result.terms[unit] = f"{result.terms.get(unit, '')} {how}"
     result.num_classes = max(result.terms, default=-1) + 1
     all_terms = [term.selection for _, total in totals for term in total.terms]
     result.covered = bool(all_terms) and all(
@@ -234,15 +238,16 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
     about: dict[Node, set[Expert]] = {}
     for (kind, key), node in found.questions.items():
         meaning = _meaning(kind, run.values[node])
-        if meaning is None or spell.node(unflattened(run, meaning[2])) not in result.ids:
+        if meaning is None or units.ids(meaning[2]) not in result.ids:
             result.unclear = result.unclear or node.name
             continue
+        meaning = (meaning[0], units.number(meaning[2], meaning[1]), meaning[2])
         result.questions[kind, key] = meaning[:2]
         if meaning[0] not in ("each", "list", "length"):
             about.setdefault(node, set()).add(meaning[1])
         result.num_classes = max(result.num_classes, *(n + 1 for n in _numbers(meaning[1])))
     additions = {n: v for n, v in run.values.items() if isinstance(v, Sum)} | dict(totals)
-    beside = {n: v.terms[-1].selection.expert for n, v in additions.items()}
+    beside = {n: units.of(v.terms[-1].selection) for n, v in additions.items()}
     if len(beside) == 1 < len(result.terms):  # rows that were sliced, and joined before they were added
         beside = {n: s.expert for n, v in run.values.items() if (s := sliced(v)) is not None}
     result.local = _local(found.gm.graph, about, beside)
@@ -260,6 +265,39 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
         into += [around.node(n) for n in ends]
     run.erase_ids()
     return result
+
+
+class _Units:
+    """What may have rows: experts; where each column of the ids has terms of its own, each expert of each column."""
+
+    def __init__(
+        self, run: Interpreter, totals: list[tuple[Node, Sum]], spell: "_Speller", known: Iterable[str]
+    ) -> None:
+        """`known`: what `ids` gave for another capture of the function."""
+        self.run, self.spell = run, spell
+        tables = [table for _, total in totals if (table := table_of(run, total)) is not None]
+        self.tables = {f"columns of {spell.node(table)}" for table in tables} | set(known)
+
+    def _column(self, ids: Node) -> tuple[Node, int, int] | None:
+        found = column_of(self.run, ids)
+        return found if found is not None and f"columns of {self.spell.node(found[0])}" in self.tables else None
+
+    def ids(self, ids: Node) -> str:
+        column = self._column(ids)
+        return f"columns of {self.spell.node(column[0])}" if column else self.spell.node(unflattened(self.run, ids))
+
+    def number(self, ids: Node, expert: Any) -> Any:
+        """The expert's own number, or one for it and its column."""
+        column = self._column(ids)
+        if column is None:
+            return expert
+        if not isinstance(expert, int):
+            raise OneByOne("experts are visited together column by column of their ids")
+        return expert * column[2] + column[1]
+
+    def of(self, selection: Selection) -> Any:
+        expert = selection.expert
+        return expert if expert is None or selection.ids is None else self.number(selection.ids, expert)
 
 
 def sliced(value: Value) -> Selection | None:

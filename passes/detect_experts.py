@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect import counts, dense, every, lists, pairs, rows, selection, sorted_rows, sums, tables
+from moe_compile.detect import counts, dense, every, listings, lists, pairs, rows, selection, sorted_rows, sums, tables
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
 from moe_compile.detect.values import ListRegion, Region
 from moe_compile.region import Body, Expr, Leaf, experts
@@ -35,8 +35,8 @@ aten = torch.ops.aten
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
-        counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
-        sums.RULES, lists.RULES, rows.RULES,
+        listings.RULES, counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES,
+        pairs.RULES, sums.RULES, lists.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
     found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}

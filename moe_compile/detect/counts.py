@@ -44,7 +44,7 @@ from moe_compile.detect.values import (
     Unknown,
     Value,
 )
-from moe_compile.region import Leaf
+from moe_compile.region import Leaf, ids_above
 
 aten = torch.ops.aten
 ANY = 2**63 - 1  # ids from 0 on are no error; those of no expert add nothing
@@ -270,7 +270,8 @@ def rows_between(call: Call) -> Value | None:
     everybody = value.selection if isinstance(value, Rows) else everyone(value.ids, order)
     if everybody != everyone(ids, order):
         return Unknown(f"{name_of(call.node)} slices rows by the counts of other ids")
-    mine = one_expert(ids, expert, num if closed and num is not None else ANY, order)
+    classes = num if closed and num is not None else ANY
+    mine = one_expert(ids, expert, None if ids.target is ids_above else classes, order)
     match value:
         case Rows(dim=0) if value.expr.level == "row":
             return Rows(mine, value.expr)
@@ -281,7 +282,7 @@ def rows_between(call: Call) -> Value | None:
     return None
 
 
-def one_expert(ids: Node, expert: int, classes: int, order: Any) -> Selection:
+def one_expert(ids: Node, expert: int, classes: int | None, order: Any) -> Selection:
     """The rows of one expert, in the order in which they lie among the sorted."""
     return Selection(ids, expert, classes, "pair", order, everyone(ids, order).top_k)
 
@@ -345,14 +346,17 @@ def joined(call: Call, parts: Sequence[Rows]) -> Value:
     first, experts = parts[0].selection, [e for p in parts if isinstance(e := p.selection.expert, int)]
     if first.ids is None or first.order in (None, "flat") or len(experts) < len(parts):
         return Unknown(f"{name_of(call.node)} joins rows that were not sliced from sorted ones")
-    alike = one_expert(first.ids, 0, first.classes or 0, first.order)
+    alike = one_expert(first.ids, 0, first.classes, first.order)
     if any(replace(p.selection, expert=0) != alike for p in parts):
         return Unknown(f"{name_of(call.node)} joins rows that were sorted or counted in different ways")
     nobody = {e for ids, e in call.run.empty if ids is first.ids}
     number = max((*experts, *nobody)) + 1 if first.classes == ANY else first.classes
+    listed = first.ids.target is ids_above  # as many rows as there are gates
+    if listed:
+        number = first.ids.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
     if number is None or experts != [e for e in range(number) if e not in nobody or e in experts]:
         return Unknown(f"{name_of(call.node)} joins the rows of experts {experts}, of {number}")
-    if not same_size(call.val().shape[0], call.val(first.ids).numel()):
+    if not listed and not same_size(call.val().shape[0], call.val(first.ids).numel()):
         return Unknown(f"{name_of(call.node)} joins rows that are not those of all pairs")
     everybody = everyone(first.ids, first.order)
     return Pieces(tuple((e, Rows(everybody, p.expr)) for e, p in zip(experts, parts, strict=True)), number)  # type: ignore[misc]

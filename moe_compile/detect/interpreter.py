@@ -39,7 +39,7 @@ from moe_compile.detect.values import (
     Value,
     Visit,
 )
-from moe_compile.region import Expr, Table
+from moe_compile.region import Expr, Table, ids_above
 
 Rule = Callable[["Call"], Value | None]
 LIBRARIES = ("aten", "moe_ep_capture")  # whose ops the rules know by name alone
@@ -100,6 +100,7 @@ class Interpreter:
         self.reads: dict[Node, set[Any]] = {}  # ids -> how rows of all experts choose weights by them (Region.reads)
         self.empty: set[tuple[Node, int]] = set()  # (ids, expert) of experts that have no rows here
         self.written: dict[Node, Node | None] = {}  # ids that only we need -> those that they are a part of
+        self.by_column: dict[Node, Node] = {}  # columns of ids, that had terms of their own -> those ids
         self.inside: set[Node] = set()  # plain nodes that belong to the experts of a dense sum
         self._version: dict[Any, int] = {}  # storage -> number of changes
         self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
@@ -419,10 +420,16 @@ def _joined(node: Node, parts: list[tuple[int, Value]], number: int) -> Value:
     if len(sums) != len(values):
         return Unknown(f"{name_of(node)} adds the rows of experts to different sums")
     terms = [
-        replace(s.terms[-1], selection=replace(s.terms[-1].selection, expert=e, classes=number))
+        replace(s.terms[-1], selection=replace(s.terms[-1].selection, expert=e, classes=_classes(s.terms[-1], number)))
         for s, (e, _) in zip(sums, parts, strict=True)
     ]
     return Sum(first.start, (*first.terms[:-1], *terms))
+
+
+def _classes(term: Rows, number: int) -> int | None:
+    """Joined rows are those of all pairs, so each id has to be an expert's, but where those of nobody were left out."""
+    ids = term.selection.ids
+    return None if ids is not None and ids.target is ids_above else number
 
 
 def goes_with_its_region(value: Value) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from moe_compile.detect.by_column import column_of
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.values import (
     Buffer,
@@ -379,6 +380,8 @@ def gather_rows(call: Call) -> Value | None:
     table, val = call.run.table, call.val()
     if picked == [0] and (rows := one_weight_a_token(call, value, selection, val)):
         return rows
+    if isinstance(value, Column) and picked == [0]:
+        value = Plain(call.run.canonical[call.node.args[0]])  # type: ignore[index]
     if isinstance(value, Repeated):  # x.repeat_interleave(K, 0) at the places of an expert's pairs
         value = Plain(call.run.canonical[call.node.args[0]])  # type: ignore[index]
     if not isinstance(value, Plain):
@@ -413,10 +416,18 @@ def one_weight_a_token(call: Call, value: Value, selection: Selection, val: Any)
             return Unknown(f"weights summed over a token's experts are read for each of them: {repeated}")
         return Rows(selection, table.leaf("pair", value.weights, val))
     if isinstance(value, Column):
+        if _of_own_column(call, value, selection):
+            return None  # an entry of a token, like any
         if value.expert != selection.expert:
             return Unknown(f"column {value.expert} of the weights is read for the rows of expert {selection.expert}")
         return misfit(call.run, selection, value.table, 1) or Rows(selection, table.leaf("column", value.table, val))
     return None
+
+
+def _of_own_column(call: Call, value: Column, selection: Selection) -> bool:
+    """Whether table[:, k] is read by the ids' column k, of as many."""
+    column = column_of(call.run, selection.ids) if selection.ids is not None else None
+    return column is not None and column[1:] == (value.expert, call.val(value.table).shape[1])
 
 
 def some_of(run: Interpreter, ids: Node | None, of: Node) -> bool:

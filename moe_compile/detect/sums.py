@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect import dense, lists
+from moe_compile.detect import by_column, dense, lists
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
 from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not_distinct, same_size
 from moe_compile.detect.unify import by_expert, leaves_of, parts_of, unify
@@ -96,6 +96,8 @@ def index_put(call: Call) -> Value | None:
             return Unknown(f"{name_of(call.node)} keeps only one of the {selection.top_k} rows of a token")
         return index_add_checked(call, total, new.added, selection)
     if isinstance(new, Rows) and not accumulate:
+        if isinstance(total, Sum) and any(t.selection.ids is not selection.ids for t in total.terms):
+            return Unknown(f"{name_of(call.node)} overwrites what was added by other ids")
         ids = selection.ids.meta["val"] if selection.ids is not None else None
         once = isinstance(selection.expert, int) and not not_distinct(call.run, selection.ids)
         if once and isinstance(total, Buffer) and total.kind == "zero":
@@ -209,6 +211,9 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
         if isinstance(gathered, Unknown):
             return gathered
         total = gathered
+    if isinstance(found := by_column.merged(run, total), Unknown):
+        return found
+    total = found
     first = total.terms[0].selection
     tail: tuple[int, Expr] | None = None
     if any(

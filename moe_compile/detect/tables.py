@@ -4,8 +4,9 @@ mask = one_hot(ids, E) * (position <= capacity)    # those who came too late cho
 mask = (ids == e) & (weights > c)                  # those who are not sure enough
 
 A row of such a table has one entry at most for each of its ids, so it has ids of its own, with -1 for nobody:
-`region.ids_kept`, `region.ids_where`, or `region.ids_in` if the table came from outside.  They become nodes of the graph, so that rules,
-surveys and passes see ids as ever, and go again if no region needs them.
+`region.ids_kept`, `region.ids_where`, or `region.ids_in` if the table came from outside.  A table of gates that was
+scattered into zeros has `region.ids_above`.  They become nodes of the graph, so that rules, surveys and passes see ids
+as ever, and go again if no region needs them.
 """
 
 import math
@@ -113,7 +114,8 @@ def gates(call: Call) -> Value | None:
     """gates > 0, gates[:, e] > 0, gates != 0, gates[:, e].nonzero(), of a table that is zero but for chosen experts."""
     table, op = call.arg(0), call.op
     column = isinstance(table, DenseWeight) and table.role == "column"
-    if not column and not (isinstance(table, Spread) and table.fill == 0 and sorted(map(str, table.dims)) == ["0", "e"]):
+    whole = isinstance(table, Spread) and table.fill == 0 and table.dims in ((0, "e"), ("e", 0))
+    if not column and not whole:
         return None
     number, bound = call.number(1, "other"), None
     if op in ("gt", "greater") and type(number) in (int, float) and 0 <= number < math.inf:
@@ -127,6 +129,19 @@ def gates(call: Call) -> Value | None:
     else:
         return None
     assert isinstance(table, Spread | DenseWeight)
+    ids = ids_of_gates(call, table, bound)
+    if ids is None:
+        return None
+    if isinstance(table, Spread):
+        return Member(ids, table.dims, None, None, "any") if op != "nonzero" else None
+    rank = call.val(call.node.args[0]).dim()
+    if rank == 1 and op == "nonzero":
+        return Index(Selection(ids, table.expert, None, "token"), (0,))
+    return Member(ids, (0, *["one"] * (rank - 1)), table.expert, None, "any") if op != "nonzero" else None
+
+
+def ids_of_gates(call: Call, table: Spread | DenseWeight, bound: float | None) -> Node | None:
+    """The ids that a table of gates holds: entries above `bound`, or that are not zero."""
     source, chosen = table.node, call.val(table.ids)
     if bound is None and not op_of(source).startswith("scatter"):
         return None  # 0 / 0 is not zero
@@ -136,13 +151,7 @@ def gates(call: Call) -> Value | None:
     if not fits or not call.run.unchanged(source):
         return None
     sizes = val.new_empty(val.shape[0], top_k, dtype=torch.int64)
-    ids = call.run.write_ids(source, ids_above, (source, bound, top_k), sizes, None)
-    if isinstance(table, Spread):
-        return Member(ids, table.dims, None, None, "any") if op != "nonzero" else None
-    rank = call.val(call.node.args[0]).dim()
-    if rank == 1 and op == "nonzero":
-        return Index(Selection(ids, table.expert, None, "token"), (0,))
-    return Member(ids, (0, *["one"] * (rank - 1)), table.expert, None, "any") if op != "nonzero" else None
+    return call.run.write_ids(source, ids_above, (source, bound, top_k), sizes, None)
 
 
 def gates_of_rows(call: Call) -> Value | None:
@@ -242,9 +251,10 @@ def _above(graph: Graph, table: Node, bound: float | None, top_k: int, like: Nod
 
 
 _WRITTEN: dict[Any, Any] = {ids_above: _above, ids_in: _in, ids_kept: _kept, ids_where: _where}
+_PRODUCTS = ("mul", "mul_", "__and__", "bitwise_and", "bitwise_and_", "logical_and", "logical_and_")
 RULES: dict[str, tuple[Rule, ...]] = {
     "table": (table,),
     **{op: (gates,) for op in ("gt", "greater", "ne", "not_equal", "nonzero", "to", "_to_copy", "bool")},
     **{op: (gates_of_rows,) for op in ("index", "index_select")},
-    **{op: (keep, keep_of_one) for op in ("mul", "mul_", "__and__", "bitwise_and", "bitwise_and_", "logical_and", "logical_and_")},
+    **{op: (keep, keep_of_one) for op in _PRODUCTS},
 }

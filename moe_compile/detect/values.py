@@ -225,6 +225,18 @@ class TokenOf(Value):
 
 
 @dataclass(frozen=True)
+class Listing(Value):
+    """table.nonzero() of a table of gates [T, E], whose ids name a row each: the "pairs" [N, 2], their "tokens".
+
+    Sorted by expert, by `order`: "columns" [N, 2] and their "orders", of experts the "order" and the "experts".
+    """
+
+    ids: Node
+    what: str
+    order: Any = None
+
+
+@dataclass(frozen=True)
 class Counts(Value):
     """Rows of each expert 0..num-1; `ends`: their running sum.
 

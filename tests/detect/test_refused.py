@@ -13,6 +13,8 @@ from tests.detect import (  # noqa: F401
     mutants_bodies,
     mutants_capacity,
     mutants_choice,
+    mutants_columns,
+    mutants_conditions,
     mutants_counts,
     mutants_decisions,
     mutants_dense,

@@ -11,6 +11,8 @@ from moe_compile.errors import Refusal
 from tests.detect import (  # noqa: F401  their idioms
     idioms_capacity,
     idioms_choice,
+    idioms_columns,
+    idioms_conditions,
     idioms_counts,
     idioms_dense,
     idioms_every,
