@@ -44,7 +44,7 @@ def _decide(fn: types.FunctionType, module: nn.Module) -> bool:
     names, opcodes = _looks(fn.__code__)
     if _holds(names, opcodes, module):
         return True
-    helpers = _of_methods(_in_loops(fn.__code__), type(module))
+    helpers = _of_methods(_in_loops(fn.__code__), type(module)) | _of_classes(fn)
     return bool(helpers) and _holds(names | helpers, opcodes, module)
 
 
@@ -60,6 +60,17 @@ def _of_methods(names: set[str], cls: type) -> set[str]:
             found |= new
             todo += new
     return found
+
+
+def _of_classes(fn: types.FunctionType) -> set[str]:
+    """What the methods of ordinary classes mention that a function names: a helper that selects rows for it."""
+    found: set[str] = set()
+    for name in fn.__code__.co_names:
+        cls = fn.__globals__.get(name)
+        if isinstance(cls, type) and not issubclass(cls, nn.Module | Tensor) and not is_torch(cls.__module__ or ""):
+            methods = [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]
+            found = found.union(*(code_names(f.__code__) for f in methods))
+    return found & SELECTS
 
 
 def _in_loops(code: types.CodeType) -> set[str]:

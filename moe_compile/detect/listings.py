@@ -12,7 +12,6 @@ nothing.  So its rows are those of all pairs, sorted by those ids.
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Rule, op_of
@@ -24,7 +23,7 @@ from moe_compile.region import Leaf, ids_above
 aten = torch.ops.aten
 
 NOT_NEGATIVE = ("softmax", "_softmax", "sigmoid", "exp", "relu", "abs", "square", "softplus")
-SAME_SIGN = "to _to_copy clone contiguous detach alias select slice view reshape index_select gather squeeze".split()
+SAME_SIGN = "to _to_copy clone contiguous detach alias select slice view reshape gather squeeze sum".split()
 
 
 def nonzero(call: Call) -> Value | None:
@@ -131,15 +130,23 @@ def not_negative(table: Any) -> bool:
         table = table.args[0]
     if not isinstance(table, Node) or op_of(table) not in ("scatter", "scatter_"):
         return False
-    source = table.args[3]
-    while isinstance(source, Node) and op_of(source) not in NOT_NEGATIVE:
-        if op_of(source) == "getitem" and source.args[1] == 0 and op_of(source.args[0]) == "topk":  # type: ignore[arg-type]
-            source = source.args[0].args[0]  # type: ignore[union-attr]
-        elif op_of(source) in SAME_SIGN:
-            source = source.args[0]
-        else:
-            return False
-    return isinstance(source, Node) and isinstance(source.meta.get("val"), Tensor)
+    return _not_negative(table.args[3])
+
+
+def _not_negative(arg: Any) -> bool:
+    """Of a value; NaN is neither."""
+    if type(arg) in (int, float):
+        return bool(arg >= 0)
+    if not isinstance(arg, Node) or arg.op != "call_function":
+        return False
+    op = op_of(arg)
+    if op in NOT_NEGATIVE:
+        return True
+    if op == "getitem" and arg.args[1] == 0 and op_of(arg.args[0]) == "topk":  # type: ignore[arg-type]
+        return _not_negative(arg.args[0].args[0])  # type: ignore[union-attr]
+    if op in SAME_SIGN:
+        return _not_negative(arg.args[0])
+    return op in ("mul", "div", "add") and not arg.kwargs and all(map(_not_negative, arg.args))
 
 
 def stays(call: Call) -> Value | None:
