@@ -174,6 +174,8 @@ class Answers(TorchFunctionMode):
             return vectors
         if func is torch.Tensor.__getitem__ and _has_mask(args[1]):
             return args[0][self._indices(args[1])]
+        if func is torch.Tensor.__setitem__ and _fills(*args):
+            return args[0].masked_fill_(args[1], float(args[2]))
         if func is torch.Tensor.__setitem__ and (_has_mask(args[1]) or _is_index(args[1])):
             return _put(args[0], self._indices(args[1]), args[2])
         if func in _PARTS and (found := self._source(args)):
@@ -432,6 +434,12 @@ def _put(target: Tensor, index: tuple[Tensor, ...], value: Any) -> None:
         target.index_put_(index, value)
     else:
         target[index] = value
+
+
+def _fills(tensor: Any, index: Any, value: Any) -> bool:
+    """x[mask] = number, with a truth for each number in x: no rows are selected."""
+    whole = _is_mask(index) and isinstance(tensor, Tensor) and index.dim() > 1 and index.shape == tensor.shape
+    return whole and isinstance(value, float | int) and tensor.is_floating_point() and index.dtype == torch.bool
 
 
 def _has_mask(index: Any) -> bool:

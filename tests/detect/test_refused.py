@@ -23,6 +23,7 @@ from tests.detect import (  # noqa: F401
     mutants_forms,
     mutants_helpers,
     mutants_index,
+    mutants_listings,
     mutants_lists,
     mutants_outside,
     mutants_pairs,
