@@ -279,11 +279,7 @@ def _check_answers(found: Capture, run: Interpreter | None, region: Region) -> N
             raise Refusal(f"{value.classes} classes for {region.num_experts} experts")
     for node, answer in found.answered:
         value = run.values[node]
-        if (
-            not isinstance(value, Emptiness)
-            or not of_table(value.ids)
-            or value.kind in ("count", "tokens")
-        ):
+        if not isinstance(value, Emptiness) or not of_table(value.ids) or value.kind in ("count", "tokens"):
             raise Refusal(f"Python decides on {node.name}, not shown to say whether an expert was chosen")
         if (value.kind == "any") is not answer:
             raise Refusal(f"Python decides on {node.name} both ways")

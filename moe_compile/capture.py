@@ -164,7 +164,7 @@ class Answers(TorchFunctionMode):
         if func in _NONZERO and args[0].dim():
             table = self._nonzero(args[0])
             return table.unbind(1) if kwargs.get("as_tuple") else table
-        if func in (torch.Tensor.unique, torch.unique) and (listed := self._unique(args[0], kwargs)) is not None:
+        if func in (torch.Tensor.unique, torch.unique) and (listed := self._unique(args, kwargs)) is not None:
             return listed
         if func in (torch.Tensor.bincount, torch.bincount) and not (len(args) > 1 or kwargs):
             return self._count(args[0])
@@ -239,11 +239,13 @@ class Answers(TorchFunctionMode):
             self._chosen[id(table)] = (table, mask)
         return self._found[id(mask)]
 
-    def _unique(self, ids: Tensor, options: dict[str, Any]) -> Tensor | None:
-        """The chosen experts in their order, as those of a mask of all experts; None if it is not known how many."""
-        plain = options.get("sorted", True) and not any(options.get(o) for o in ("return_inverse", "return_counts"))
-        if not _unknown(ids) or not plain or options.get("dim") is not None:
+    def _unique(self, args: Any, options: dict[str, Any]) -> Tensor | None:
+        """The chosen experts in their order, as those of a mask of all experts; None if they are constants."""
+        (ids, *others), plain = args, options.get("sorted", True) and options.get("dim") is None
+        if not _unknown(ids):
             return None
+        if others or not plain or any(options.get(o) for o in ("return_inverse", "return_counts")):
+            raise Refusal("torch.unique gives more than the experts that were chosen: options are not followed")
         classes = number_of_classes(ids, self.widths)
         if classes is None:
             raise Refusal(

@@ -64,7 +64,6 @@ class HostNumber:
     """A constant plus whole multiples of entries of what was read: `terms` by (number of the read, entry)."""
 
     __slots__ = ("constant", "numpy", "reads", "terms")
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, reads: "HostReads", terms: dict[tuple[int, int], int], constant: int, numpy: bool) -> None:
         self.reads, self.constant, self.numpy = reads, constant, numpy
@@ -90,6 +89,9 @@ class HostNumber:
     def is_zero(self) -> bool:
         """For a number that is never negative, which detection has to show of whatever was asked about."""
         return not self.constant if not self.terms else self.reads.ask(self)
+
+    def __hash__(self) -> int:
+        raise Refusal("Python puts numbers that it read into a set, or looks them up in a dictionary")
 
     def __add__(self, other: Any) -> Any:
         return self.plus(other, 1)

@@ -89,13 +89,16 @@ class DetectExperts(RewritePass[Found]):
             if isinstance(region, ListRegion):
                 site.replace_all_uses_with(lists.write(graph, region, site))
                 return
-            ids = _ids(graph, region, site)
-            node = _experts(graph, region, site, ids, region.body, 0, region.num_experts, region.num_classes)
+            ids, val, start = _ids(graph, region, site), site.meta["val"], region.total.start
+            grid = val.dim() > region.body.val.dim()  # tokens lie in two dimensions
+            flat = val.reshape(-1, *val.shape[2:]) if grid else val
+            node = _experts(graph, region, site, ids, region.body, 0, region.num_experts, region.num_classes, flat)
             if region.tail is not None:
                 last, body = region.tail
-                rest = _experts(graph, region, site, ids, body, region.num_experts, last, None)
-                node = emit(graph, aten.add.Tensor, node, rest, like=site, val=site.meta["val"])
-            start = region.total.start
+                rest = _experts(graph, region, site, ids, body, region.num_experts, last, None, flat)
+                node = emit(graph, aten.add.Tensor, node, rest, like=site, val=flat)
+            if grid:
+                node = emit(graph, aten.view_as.default, node, start.node, like=site, val=val)
             if start.kind == "known":
                 node = emit(graph, aten.add.Tensor, start.node, node, like=site, val=site.meta["val"])
         site.replace_all_uses_with(node)
@@ -115,7 +118,15 @@ class DetectExperts(RewritePass[Found]):
 
 
 def _experts(
-    graph: Graph, region: Region, site: Node, ids: Node, root: Expr, first: int, last: int, num_classes: int | None
+    graph: Graph,
+    region: Region,
+    site: Node,
+    ids: Node,
+    root: Expr,
+    first: int,
+    last: int,
+    num_classes: int | None,
+    val: torch.Tensor,
 ) -> Node:
     """The experts `first` to `last`, without the latter."""
     body = Body(region.families)
@@ -136,7 +147,7 @@ def _experts(
         last - first,
         num_classes,
     )
-    return emit(graph, experts, *args, like=site, val=site.meta["val"])
+    return emit(graph, experts, *args, like=site, val=val)
 
 
 def _params(graph: Graph, leaf: Leaf, region: Region, site: Node) -> Any:

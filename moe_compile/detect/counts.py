@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
-from moe_compile.detect.selection import INTEGERS, equal_sizes, everyone, not_distinct, same_size, unflattened
+from moe_compile.detect.selection import INTEGERS, equal_sizes, everyone, misfit, not_distinct, same_size, unflattened
 from moe_compile.detect.sums import add_term, total_of
 from moe_compile.detect.values import (
     Buffer,
@@ -458,17 +458,33 @@ def scale_grid(call: Call) -> Value | None:
 def token_column(call: Call) -> Value | None:
     """token[:, None], token.view(-1, 1), and repeated for all columns."""
     value, val = call.arg(0), call.val()
-    if isinstance(value, Index) and value.dim == 0 and call.op in ("unsqueeze", "view", "reshape"):
+    of_all = isinstance(value, TokenOf) and value.order != "flat"
+    if (of_all or (isinstance(value, Index) and value.dim == 0)) and call.op in ("unsqueeze", "view", "reshape"):
         column = (
             val.dim() == 2
             and same_size(val.shape[1], 1)
             and same_size(val.shape[0], call.val(call.node.args[0]).shape[0])
         )
-        return TokenGrid(value.selection) if column else None
+        selection = value.selection if isinstance(value, Index) else everyone(value.ids, value.order)  # type: ignore[union-attr]
+        return TokenGrid(selection) if column else None
     if isinstance(value, TokenGrid) and call.op in ("repeat", "expand", "expand_as"):
         before = call.val(call.node.args[0])
         return value if val.dim() == 2 and same_size(val.shape[0], before.shape[0]) else None
     return None
+
+
+def gather(call: Call) -> Value | None:
+    """x.gather(0, token[:, None].expand(-1, D)): whole rows."""
+    value, index = call.arg(0), call.arg(2)
+    if not isinstance(index, TokenGrid) or call.number(1) not in (0, -2) or call.kwargs:
+        return None
+    if not isinstance(value, Plain):
+        return None
+    before, wide = call.val(value.node), call.val().dim() == 2 and call.val(call.node.args[0]).dim() == 2
+    if not wide or not same_size(call.val().shape[1], before.shape[1]):
+        return Unknown(f"{name_of(call.node)} gathers a part of the columns")
+    wrong = misfit(call.run, index.selection, value.node, 1)
+    return wrong or Rows(index.selection, call.run.table.leaf("token", value.node, call.val()))
 
 
 def scatter_add(call: Call) -> Value | None:
@@ -505,6 +521,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "rows_between": (rows_between,),
     "places_between": (places_between,),
     "cat_rows": (join,),
+    "gather": (gather,),
     "index": (by_pair,),
     **{op: (fill, unsort) for op in ("index_put", "index_put_")},
     **{op: (token_column,) for op in ("unsqueeze", "view", "reshape", "repeat", "expand", "expand_as")},

@@ -351,6 +351,8 @@ class Interpreter:
             with self.graph.inserting_before(place):
                 known = self.graph.call_function(target, args)
             known.meta = {k: v for k, v in after.meta.items() if k == "stack_trace"} | {"val": val}
+            if storages(known) & storages(after) and after in self._seen_at:
+                self._seen_at[known] = self._seen_at[after]
         self.written[known] = of
         return known
 

@@ -9,6 +9,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_compile.detect.by_column import column_of
+from moe_compile.detect.grids import GRID, as_table, folded, grid_of, in_grid
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.values import (
     Buffer,
@@ -61,6 +62,16 @@ def ids_in_column(call: Call, value: Any) -> Any:
     return Plain(flat), val.dim() - 1
 
 
+def ids_in_grid(call: Call, value: Any) -> Node | None:
+    """Ids [B, S, K] as a table [B * S, K]."""
+    node = value.node if isinstance(value, Plain) else None
+    val = node.meta.get("val") if node is not None else None
+    if node is None or not isinstance(val, Tensor) or val.dim() != 3 or val.dtype not in INTEGERS:
+        return None
+    column = all(isinstance(s, int) and s == 1 for s in val.shape[1:])
+    return as_table(call.run, node) if isinstance(val.shape[2], int) and not column else None
+
+
 def flat_as_ids(call: Call) -> Value:
     """The first argument; flat ids as a vector of ids, as good as any."""
     value = call.arg(0)
@@ -106,6 +117,8 @@ def equal(call: Call) -> Value | None:
         number = number_in(right)
     if isinstance(number, bool) or not isinstance(number, Expert):
         return None
+    if (table := ids_in_grid(call, left)) is not None:
+        return Member(table, (*GRID, 1), number, None)
     left, ones = ids_in_column(call, left)
     if (ids := ids_node(left)) is None:
         return None
@@ -280,6 +293,9 @@ def unsqueeze(call: Call) -> Value | None:
         return _with(value, dims=(*value.dims[:at], "one", *value.dims[at:]))
     more = val.dim() - len(value.dims)
     before = call.val(call.node.args[0]).shape
+    if more == -1 and in_grid(value.dims):  # mask.view(-1), mask.view(-1, K)
+        rest = call.val(call.node.args[0]).shape[2:]
+        return _with(value, dims=folded(value.dims)) if all(map(same_size, val.shape[1:], rest)) else None
     same = more > 0 and all(map(same_size, val.shape, before)) and all(map(same_size, val.shape[-more:], [1] * more))
     return _with(value, dims=(*value.dims, *["one"] * more)) if same else None
 
@@ -287,12 +303,12 @@ def unsqueeze(call: Call) -> Value | None:
 def reduce(call: Call) -> Value | None:
     value = call.arg(0)
     if isinstance(value, MaskedWeights) and call.op == "sum":
-        dims = call.number(1, "dim")
+        dims, rank = call.number(1, "dim"), call.val(call.node.args[0]).dim()
         dims = dims if isinstance(dims, list) else [dims]
         keep = call.number(2, "keepdim", False)
-        if [d % 2 for d in dims if d is not None] == [1] and not value.summed:
+        if [d % rank for d in dims if d is not None] == [rank - 1] and not value.summed:
             if keep:
-                if not isinstance(value.expert, int):
+                if not isinstance(value.expert, int) or rank != 2:
                     return None
                 return DenseWeight(value.ids, value.expert, value.classes, "pair", value.weights)
             return MaskedWeights(value.weights, value.ids, value.expert, value.classes, summed=True)
@@ -343,10 +359,10 @@ def choose(value: Any) -> Selection | Hits | Unknown | None:
         return Hits(value.ids, value.classes) if value.kind == "any" else None
     if value.expert is None or "e" in value.dims or "one" in value.dims:
         return Unknown("a mask over several experts at once selects rows")
-    rank = value.ids.meta["val"].dim()
-    if sorted(value.dims) == list(range(rank)) and value.kind == "mask":
-        return Selection(value.ids, value.expert, value.classes, "pair", by_slot=value.dims == (1, 0))
-    if value.dims == (0,) and value.kind == "any":
+    rank, dims = value.ids.meta["val"].dim(), folded(value.dims)
+    if dims in ((0,), (0, 1), (1, 0)) and len(dims) == rank and value.kind == "mask":
+        return Selection(value.ids, value.expert, value.classes, "pair", by_slot=dims == (1, 0))
+    if dims == (0,) and value.kind == "any":
         return Selection(value.ids, value.expert, value.classes, "token")
     return Unknown(f"a mask over dimensions {value.dims} of the ids selects rows")
 
@@ -378,6 +394,15 @@ def gather_rows(call: Call) -> Value | None:
     if isinstance(selection, Unknown):
         return selection
     table, val = call.run.table, call.val()
+    if in_grid(picked):
+        grid, sizes = grid_of(selection.ids), call.val(call.node.args[0]).shape[:2]
+        if grid is None or len(sizes) != 2 or not equal_sizes(call.run, sizes, grid):
+            return Unknown("rows are gathered by other tokens than those of the expert ids")
+        picked = list(folded(picked))
+        if isinstance(value, Plain):
+            value = Plain(as_table(call.run, value.node))
+    elif grid_of(selection.ids) and isinstance(value, MaskedWeights) and val.dim() != 1:
+        return Unknown("weights are gathered by other tokens than those of the expert ids")
     if picked == [0] and (rows := one_weight_a_token(call, value, selection, val)):
         return rows
     if isinstance(value, Column) and picked == [0]:
@@ -530,6 +555,11 @@ def masked_weights(call: Call) -> Value | None:
         if isinstance(mask, Member) and mask.kind == "mask" and mask.dims == (0, 1) and mask.expert is not None:
             if isinstance(weights, Plain) and call.val(weights.node).shape == call.val(mask.ids).shape:
                 return MaskedWeights(weights.node, mask.ids, mask.expert, mask.classes)
+        of_grid = isinstance(mask, Member) and mask.kind == "mask" and mask.dims == (*GRID, 1)
+        if of_grid and mask.expert is not None and isinstance(weights, Plain):
+            source: Any = mask.ids.args[0]
+            if call.val(weights.node).shape == source.meta["val"].shape == call.val().shape:
+                return MaskedWeights(as_table(call.run, weights.node), mask.ids, mask.expert, mask.classes)
     return None
 
 
@@ -551,7 +581,9 @@ def not_distinct(run: Interpreter, ids: Node | None) -> str | None:
         source = run.written[source]
     if source.target is ids_above:
         return None
-    if source.meta["val"].dim() == 1 or same_size(source.meta["val"].shape[1], 1):
+    if source in run.written and grid_of(source):
+        source = source.args[0]
+    if source.meta["val"].dim() == 1 or same_size(source.meta["val"].shape[-1], 1):
         return None
     while isinstance(source, Node) and source.op == "call_function" and str(source.target) in _SAME_IDS:
         if source.meta["val"].dtype not in (torch.int32, torch.int64):
@@ -561,7 +593,7 @@ def not_distinct(run: Interpreter, ids: Node | None) -> str | None:
         return None
     if op_of(source) == "getitem" and source.args[1] == 1 and str(source.args[0].target) == "aten.topk.default":
         dims = source.args[0].args[2:3] or (source.args[0].kwargs.get("dim", -1),)
-        if dims[0] in (-1, 1):
+        if dims[0] in (-1, source.meta["val"].dim() - 1):
             return None
     return f"the ids ({ids.name}) are not shown to be distinct, as those of topk are"
 
@@ -586,7 +618,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "slice": (whole,),
     "unsqueeze": (unsqueeze,),
     **{op: (squeeze, unsqueeze) for op in ("view", "reshape")},
-    **{op: (squeeze,) for op in ("squeeze", "flatten")},
+    "squeeze": (squeeze,),
+    "flatten": (squeeze, unsqueeze),
     **{op: (reduce,) for op in ("sum", "any", "count_nonzero")},
     **{op: (nonzero,) for op in ("nonzero", "nonzero_numpy")},
     "where": (nonzero, masked_weights),

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect import by_column, dense, lists
+from moe_compile.detect.grids import GRID, grid_of
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
 from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not_distinct, same_size
 from moe_compile.detect.unify import by_expert, leaves_of, parts_of, unify
@@ -83,7 +84,8 @@ def index_put(call: Call) -> Value | None:
     if isinstance(selection, Unknown):
         return selection
     new, accumulate = call.arg(2), call.number(3, "accumulate", False)
-    if picked != [0]:
+    added = new.added if isinstance(new, SumRead) else new
+    if isinstance(added, Rows) and not _by_token(call, picked, selection, added.expr.val.dim()):
         return Unknown(f"{name_of(call.node)} writes along dimensions {picked} of the expert ids")
     if isinstance(new, Rows) and accumulate:
         return index_add_checked(call, total, new, selection)
@@ -137,7 +139,16 @@ def read(call: Call) -> Value | None:
     picked, selection = index_vectors(call, 1)
     if not isinstance(selection, Selection):
         return selection
-    return SumRead(value, selection) if picked == [0] else Unknown("the sum is read along other dimensions")
+    fits = _by_token(call, picked, selection, call.val().dim())
+    return SumRead(value, selection) if fits else Unknown("the sum is read along other dimensions")
+
+
+def _by_token(call: Call, picked: list[Any], selection: Selection, rank: int) -> bool:
+    """Whether rows of that rank are those of tokens of the running sum, [T, ...] or [B, S, ...]."""
+    sizes, grid = call.val(call.node.args[0]).shape, grid_of(selection.ids)
+    if picked == list(GRID):
+        return grid is not None and len(sizes) == rank + 1 and equal_sizes(call.run, sizes[:2], grid)
+    return picked == [0] and (grid is None or len(sizes) == rank)
 
 
 def add_to_read(call: Call) -> Value | None:
@@ -273,7 +284,8 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
         return Unknown(f"{total.start.node.name} is changed in place while results are added to it")
     here, row = node.meta["val"], body.val
     ids = first.ids.meta["val"]
-    if not (same_size(here.shape[0], ids.shape[0]) and tuple(here.shape[1:]) == tuple(row.shape[1:])):
+    sizes = in_table(here, first.ids) if here.dim() > row.dim() else here.shape
+    if not (same_size(sizes[0], ids.shape[0]) and tuple(sizes[1:]) == tuple(row.shape[1:])):
         shapes = tuple(here.shape), tuple(row.shape), tuple(ids.shape)
         return Unknown(f"the sum is {shapes[0]}, its terms are {shapes[1]}, the expert ids are {shapes[2]}")
     if experts is not None:
@@ -284,6 +296,14 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
         return reads
     masked = bool(_marks(body))
     return Region(total, first.ids, number, None if masked else number, reads, unmarked(run, body), families)
+
+
+def in_table(total: Tensor, ids: Node) -> tuple[Any, ...]:
+    """The sizes of a sum [B, S, ...] of ids of as many tokens, with one for both; else its own."""
+    grid = grid_of(ids)
+    if grid is None or not all(map(same_size, total.shape[:2], grid)):
+        return tuple(total.shape)
+    return (ids.meta["val"].shape[0], *total.shape[2:])
 
 
 def _numbers(term: Rows) -> tuple[int, ...]:

@@ -8,7 +8,9 @@ from torch import Tensor
 from tests.detect.idioms_listings import Dispatched, DispatchedSome, Dispatcher
 from tests.detect.loops import E, mutant
 
-BETWEEN = "moe_ep_capture.rows_between at file.py slices between numbers that are not where an expert's rows begin and end"
+BETWEEN = (
+    "moe_ep_capture.rows_between at file.py slices between numbers that are not where an expert's rows begin and end"
+)
 
 
 @mutant(BETWEEN)

@@ -10,6 +10,9 @@ from tests.detect.loops import SCORES, D, E, K, Listed, mutant
 # -- the ids that occur ---------------------------------------------------------------------
 
 
+MORE = "torch.unique gives more than the experts that were chosen: options are not followed"
+
+
 @mutant("unique of ids that are not shown to be those of a topk: nobody knows how many there could be")
 class UniqueOfAnyIds(Unique):
     """Distinct, but nobody knows how many there could be."""
@@ -59,13 +62,22 @@ class UniqueNumbered(Unique):
         return out
 
 
-@mutant(
-    "Python decides on data: Could not guard on data-dependent expression Eq(u0, 0) (unhinted: Eq(u0, 0)).  (Size-like symbols: u0)",
-    distinct=SCORES,
-)
+@mutant(MORE, distinct=SCORES)
 class UniqueInverse(Unique):
     def chosen(self, ids: Tensor):  # type: ignore[no-untyped-def]
         return torch.unique(ids, return_inverse=True)[0]
+
+
+@mutant(MORE, distinct=SCORES)
+class UniqueByPosition(Unique):
+    def chosen(self, ids: Tensor):  # type: ignore[no-untyped-def]
+        return torch.unique(ids, True, True)[0]
+
+
+@mutant("Python puts numbers that it read into a set, or looks them up in a dictionary", distinct=SCORES)
+class SetOfIds(Unique):
+    def chosen(self, ids: Tensor):  # type: ignore[no-untyped-def]
+        return sorted(set(torch.bincount(ids.flatten(), minlength=E).tolist()))
 
 
 # -- counted up to the largest id -----------------------------------------------------------

@@ -21,6 +21,7 @@ from tests.detect import (  # noqa: F401
     mutants_every,
     mutants_families,
     mutants_forms,
+    mutants_grids,
     mutants_helpers,
     mutants_index,
     mutants_listings,

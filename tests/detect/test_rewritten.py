@@ -17,6 +17,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_dense,
     idioms_every,
     idioms_forms,
+    idioms_grids,
     idioms_helpers,
     idioms_listings,
     idioms_lists,
