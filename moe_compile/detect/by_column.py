@@ -38,7 +38,8 @@ def column_of(run: Interpreter, node: Node) -> tuple[Node, int, int] | None:
     val = table.meta.get("val") if isinstance(table, Node) else None
     if not isinstance(val, Tensor) or type(k) is not int or type(val.shape[1]) is not int:
         return None
-    return run.canonical.get(table, table), k % val.shape[1], val.shape[1]  # type: ignore[arg-type, call-overload]
+    assert isinstance(table, Node)
+    return run.canonical.get(table, table), k % val.shape[1], val.shape[1]
 
 
 def _rank(node: Any) -> int:

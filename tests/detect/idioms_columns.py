@@ -70,6 +70,22 @@ class ColumnsUnweighed(ColumnsFirst):
 
 
 @idiom(any_ids=True, distinct=False)
+class FirstColumnAssigned(Listed):
+    """Into zeros; the second is added."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for k in range(K):
+            for e in range(E):
+                mask = ids[:, k] == e
+                if k == 0:
+                    out[mask] = self.run(e, x[mask]) * weights[mask, k, None]
+                else:
+                    out[mask] += self.run(e, x[mask]) * weights[mask, k, None]
+        return out
+
+
+@idiom(any_ids=True, distinct=False)
 class ColumnsThenSum(Listed):
     """Into a buffer that holds something."""
 

@@ -88,6 +88,17 @@ class SureOfOne(Listed):
         return out
 
 
+@idiom(any_ids=True)
+class SureOnAllTokens(Listed):
+    """Every expert on every token."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            out = out + self.run(e, x) * (weights * ((ids == e) & (weights > SURE))).sum(-1, keepdim=True)
+        return out
+
+
 # -- gates ----------------------------------------------------------------------------------
 
 

@@ -89,6 +89,20 @@ class DispatchedOfAnySign(Dispatched):
 
 
 @idiom(distinct=False)
+class DispatchedByOffsets(DispatchedSome):
+    """Nothing is joined: each expert's rows are added where its tokens begin."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        dispatcher = self.dispatcher(self.gates(x, ids, weights))
+        rows, out, start = dispatcher.dispatch(x), torch.zeros_like(x), 0
+        for e in range(E):
+            end = start + dispatcher.sizes[e]
+            out.index_add_(0, dispatcher.token[start:end], self.run(e, rows[e]) * dispatcher.weights[start:end])
+            start = end
+        return out
+
+
+@idiom(distinct=False)
 class DispatchedUnweighed(DispatchedSome):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         dispatcher = self.dispatcher(self.gates(x, ids, weights))

@@ -81,6 +81,41 @@ class SecondOverwrites(Listed):
         return out
 
 
+@mutant("aten.index_put_ at file.py overwrites what was added by other ids")
+class SecondAssigned(Listed):
+    """The other way round: what the first column added is lost."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for k in range(K):
+            for e in range(E):
+                mask = ids[:, k] == e
+                if k == 1:
+                    out[mask] = self.run(e, x[mask]) * weights[mask, k, None]
+                else:
+                    out[mask] += self.run(e, x[mask]) * weights[mask, k, None]
+        return out
+
+
+@mutant("nothing is summed over experts")
+class ColumnsOnAllTokens(Listed):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for k in range(K):
+            for e in range(E):
+                out = out + (ids[:, k] == e).unsqueeze(-1) * weights[:, k : k + 1] * self.run(e, x)
+        return out
+
+
+@mutant("nothing is summed over experts")
+class PickedOfStack(Listed):
+    """An index from the end would pick a row here, and is an error of a gather."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        stack = torch.stack([expert(x) for expert in self.experts], 1)
+        return (stack[torch.arange(x.shape[0])[:, None], ids] * weights[..., None]).sum(1)
+
+
 @mutant("the iterations choose their rows in different ways")
 class ColumnsOfTwoTables(ColumnsFirst):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -94,6 +94,31 @@ class RealTokensTwice(RealTokensIfAny):
     pass
 
 
+@mutant("no weight belongs to an expert")
+class WhereNothingIs(SurePairs):
+    """A condition of the running sum."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where((ids == e) & (out[:, :1] <= 0))
+            out.index_add_(0, t, self.run(e, x[t]) * weights[t, k, None])
+        return out
+
+
+@mutant("expert 1 differs from expert 0: it reads pair unsqueeze_1, that one pair unsqueeze", distinct=False)
+class WeightsBlanked(SurePairs):
+    """x[mask] = number is no selection of rows."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out, left = torch.zeros_like(x), weights.clone()
+        for e in range(E):
+            left[ids == 2] = float(e)
+            t, k = torch.where(ids == e)
+            out.index_add_(0, t, self.run(e, x[t]) * left[t, k, None])
+        return out
+
+
 # -- gates ----------------------------------------------------------------------------------
 
 
@@ -147,6 +172,17 @@ class GatesOfTheNext(Gates):
         for e in range(E):
             t = self.chosen(gates, e)
             out.index_add_(0, t, self.run(e, x[t]) * gates[t, (e + 1) % E].unsqueeze(1))
+        return out
+
+
+@mutant("scatter is read after it was changed in place through another name")
+class GatesChange(Gates):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gates, out = self.gates(x, ids, weights), torch.zeros_like(x)
+        for e in range(E):
+            t = self.chosen(gates, e)
+            out.index_add_(0, t, self.run(e, x[t]) * gates[t, e].unsqueeze(1))
+            gates[:, e] += 1.0
         return out
 
 
