@@ -176,9 +176,11 @@ class Proof:
         args: tuple[Tensor, ...],
         distinct: bool | Known,
         edit: Callable[[GraphModule], None] | None = None,
+        fixed: bool = False,
     ) -> None:
+        """`fixed`: for this number of tokens, not for any."""
         self.module = module
-        found = analyse(forward_of(module), module, any_length(args), {}, known(distinct))
+        found = analyse(forward_of(module), module, list(args) if fixed else any_length(args), {}, known(distinct))
         if edit is not None:
             edit(found.gm)
         self.detected = found.gm.graph.find_nodes(op="call_function", target=region.experts)
@@ -186,6 +188,7 @@ class Proof:
         assert not found.gm.graph.find_nodes(op="call_function", target=region.experts), str(self.reports[0])
         self.gm, self.state = found.gm, found.capture.state
         self.single = found.capture.out_spec.is_leaf()
+        self.guards = found.capture.guards()  # on the number of tokens
 
     def __call__(self, *args: Tensor) -> Any:
         module = self.module

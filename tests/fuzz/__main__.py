@@ -1,65 +1,51 @@
-"""The long run: `python -m tests.fuzz --cases 10000 [--seed 0] [--report FILE]`.
+"""The long run: `python -m tests.fuzz --cases 1000 [--seed 0] [--jobs 2] [--report FILE]`.
 
-Counts what came of the programs, with and without edits; prints every wrong rewrite as a program to run.
+Program n of seed s is `program(s * 1_000_000 + n)`.  Counts what came of the programs, with and without edits; prints
+every wrong rewrite as a program to run.  `--merge FILE` adds the counts of an earlier report: with `--cases 0`, that of
+several runs.
 """
 
 import collections
-import random
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.fuzz.check import check
-from tests.fuzz.grammar import Parts, programs
+from tests.fuzz.run import run
+from tests.fuzz.tally import Tally
+
+PER_JOB = 50  # programs between two lines of progress
+SEEDS = 1_000_000
 
 
 def main(
-    cases: Annotated[int, typer.Option(min=1)] = 10_000,
-    start: Annotated[int, typer.Option("--seed", help="Another seed, other programs.")] = 0,
+    cases: Annotated[int, typer.Option(min=0)] = 1000,
+    seed: Annotated[int, typer.Option(help="Another seed, other programs.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes at once.")] = 1,
     report: Annotated[Path | None, typer.Option(help="Where the counts and the wrong programs go.")] = None,
+    merge: Annotated[list[Path] | None, typer.Option(help="A report whose counts are added.")] = None,
 ) -> None:
     """Check random programs; exit with an error if one was rewritten wrongly."""
+    total, began = Tally(), time.monotonic()
+    for path in merge or []:
+        total += Tally.parse(path.read_text())
+    last = seed * SEEDS + cases
+    parts = [range(n, min(n + PER_JOB, last)) for n in range(seed * SEEDS, last, PER_JOB)]
     counts: collections.Counter[str] = collections.Counter()
-    reasons: collections.Counter[str] = collections.Counter()
-    wrong: list[str] = []
-    seen: set[str] = set()
-    began = time.monotonic()
-
-    def one(parts: Parts) -> None:
-        if parts.source in seen or len(seen) >= cases:
-            return
-        seen.add(parts.source)
-        try:
-            found = check(parts)
-        except Exception as error:
-            found = "wrong"
-            wrong.append(f"# edits: {parts.edits}\n# {type(error).__name__}: {error}\n{parts.source}")
-            print(wrong[-1], flush=True)
-        result, _, reason = found.partition(": ")
-        counts[f"{'edited' if parts.edits else 'plain'} {parts.form} {result}"] += 1
-        if not parts.edits and result == "refused":
-            reasons[f"{parts.form}: {reason}"] += 1
-
-    options = settings(
-        max_examples=200, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-    )
-    number = start * 1000
-    while len(seen) < cases:
-        seed(number)(options(given(programs())(one)))()
-        number += 1
-        print(f"{len(seen)} programs, {len(wrong)} wrong, {time.monotonic() - began:.0f} s", flush=True)
-    lines = [f"{len(seen)} programs in {time.monotonic() - began:.0f} s, {len(wrong)} rewritten wrongly"]
-    lines += [f"  {name:28} {count}" for name, count in sorted(counts.items())]
-    lines += ["why programs without edits were refused:"]
-    lines += [f"  {count:5} {reason}" for reason, count in reasons.most_common(30)]
-    print("\n".join(lines))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(run, parts):
+            total += found
+            counts.update(programs=found.programs, wrong=len(found.wrong))
+            print(f"{dict(counts)} in {time.monotonic() - began:.0f} s", flush=True)
+            if report is not None:
+                report.write_text(total.text())
+    print(total.text())
     if report is not None:
-        report.write_text("\n".join([*lines, *wrong]) + "\n")
-    random.seed()
-    raise typer.Exit(bool(wrong))
+        report.write_text(total.text())
+    raise typer.Exit(bool(total.wrong))
 
 
 if __name__ == "__main__":
