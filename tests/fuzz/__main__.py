@@ -17,7 +17,7 @@ import typer
 from tests.fuzz.run import run
 from tests.fuzz.tally import Tally
 
-PER_JOB = 50  # programs between two lines of progress
+PER_JOB = 20  # programs between two lines of progress
 SEEDS = 1_000_000
 
 

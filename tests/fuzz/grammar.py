@@ -16,7 +16,7 @@ from tests.fuzz.loop_forms import loop
 from tests.fuzz.parts import LAYOUTS, Parts
 
 FORMS = {  # how it is filled, in which layouts, how often
-    "loop": (loop, sorted(LAYOUTS), 10),
+    "loop": (loop, sorted(LAYOUTS), 14),
     "dense": (forms.dense, sorted(LAYOUTS), 2),
     "gathered": (forms.gathered, sorted(LAYOUTS), 2),
     "choice": (forms.choice, sorted(LAYOUTS), 3),
@@ -51,6 +51,6 @@ def program(number: int) -> Parts:
             *one_of(draw, [], ["weights = weights / weights.sum(-1, keepdim=True)"], ["weights = weights * 2.5"]),
         ]
     fill(draw, parts)
-    for _ in range(one_of(draw, 0, 0, 1, 1, 1, 1, 2, 2)):
+    for _ in range(one_of(draw, 0, 1, 1, 1, 1, 1, 2, 2)):
         edit(draw, parts)
     return parts
