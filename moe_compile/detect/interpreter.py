@@ -123,10 +123,18 @@ class Interpreter:
         self._report_unknown_sums()
 
     def _refuse_lost_changes(self) -> None:
-        """A change in place goes with the region it belongs to; somebody else may see it through another name."""
+        """A change in place goes with the region it belongs to; somebody else may see it: through another name, or
+        after the call, if it changes an input."""
         for node, written in self._dropped:
-            if written & self._stale_reads and not isinstance(self.values[node], Sum | SumRead | Region):
-                self.refused += [(site, f"what {name_of(node)} changes is read elsewhere") for site in self.regions]
+            lost = None
+            if isinstance(self.values[node], Sum | SumRead | Region):
+                continue
+            if written & self._inputs:
+                lost = f"{name_of(node)} changes an input of the region in place"
+            elif written & self._stale_reads:
+                lost = f"what {name_of(node)} changes is read elsewhere"
+            if lost:
+                self.refused += [(site, lost) for site in self.regions]
                 self.regions.clear()
 
     def _report_unknown_sums(self) -> None:
@@ -174,12 +182,14 @@ class Interpreter:
             if stale := self._stale(source):
                 if any(isinstance(self.values[n], Sum | DenseSum | ListSum) for n in node.all_input_nodes):
                     self.refused.append((node, stale))
+                if changed := self._change(node):
+                    self._dropped.append((node, changed))
                 return self._made(node, Unknown(stale))
         changed = self._change(node)
         value = self._apply(node)
         value = self._made(node, value)
         if changed and isinstance(value, _INPUTS_STAY) and changed & self._inputs:
-            return Unknown(f"{name_of(node)} changes an input of the region in place")
+            value = Unknown(f"{name_of(node)} changes an input of the region in place")
         if changed and goes_with_its_region(value):
             self._dropped.append((node, changed))
         return value

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.detect.loops import E, Listed, Stacked, mutant
+from tests.detect.loops import D, E, Listed, Stacked, mutant
 
 # -- mutants: what is used outside ----------------------------------------------------------
 
@@ -462,3 +462,50 @@ class StartChanges(Listed):
             if e == 1:
                 start.mul_(2)
         return out
+
+
+# -- what outlives the call, changed expert by expert ---------------------------------------
+
+
+class Loads(Listed):
+    """`note` is what a mutant changes: a buffer keeps something of each expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("load", torch.zeros(E, D))
+
+    def note(self, e: int, mask: Tensor, t: Tensor, y: Tensor) -> None:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(E):
+            t, k = torch.where(ids == e)
+            y = self.run(e, x[t])
+            self.note(e, ids == e, t, y.detach())
+            out.index_add_(0, t, y * weights[t, k, None])
+        return out
+
+
+@mutant("aten.copy_ at file.py changes an input of the region in place")
+class KeepsHowMany(Loads):
+    def note(self, e: int, mask: Tensor, t: Tensor, y: Tensor) -> None:
+        self.load[e] += mask.sum()
+
+
+@mutant("aten.add_.Tensor at file.py changes an input of the region in place")
+class KeepsTokens(Loads):
+    def note(self, e: int, mask: Tensor, t: Tensor, y: Tensor) -> None:
+        self.load.add_(t.sum())
+
+
+@mutant("aten.add_.Tensor at file.py changes an input of the region in place")
+class KeepsInSlice(Loads):
+    def note(self, e: int, mask: Tensor, t: Tensor, y: Tensor) -> None:
+        self.load[e].add_(1)
+
+
+@mutant("aten.lerp_.Scalar at file.py changes an input of the region in place")
+class KeepsMean(Loads):
+    def note(self, e: int, mask: Tensor, t: Tensor, y: Tensor) -> None:
+        self.load[e].lerp_(y.sum(0), 0.1)
