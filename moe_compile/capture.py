@@ -10,7 +10,7 @@ data is answered here, and each answer becomes an obligation that detection must
     counts.tolist(), count.item()     numbers that may say where rows lie and if there are any (host_reads.py)
 
 The function runs with its module's parameters replaced by fake ones.  What would be lost by running it out of band
-is a refusal: hooks, changed attributes, custom autograd functions, random state, prints.
+is a refusal: hooks, changed attributes, random state, prints.
 """
 
 import builtins
@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from moe_compile import numbers, places
+from moe_compile import numbers, opaque, places
 from moe_compile.arguments import NOTHING_KNOWN, Known
 from moe_compile.detect.values import Each
 from moe_compile.errors import Refusal
@@ -547,7 +547,8 @@ def capture(
             lists.begin({id(t): here[n] for n, t in state.items()})
         try:
             hidden = _lengths_hidden(answers, rows == SYMBOLIC)
-            with _state_replaced(module, here), hidden, answers, answers.watching():
+            functions = opaque.as_calls(module, lambda: answers.visits is None or not answers.visits.is_open)
+            with _state_replaced(module, here), hidden, answers, answers.watching(), functions:
                 run = program(fn, answers.over_numbers) if by_loop else fn  # type: ignore[arg-type]
                 result = places.call(run, module, call_args, call_kwargs)
         except IndexError:
@@ -732,8 +733,7 @@ def _reasons() -> Iterator[None]:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     try:
-        with _no_custom_autograd():
-            yield
+        yield
     except Refusal:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
@@ -741,23 +741,6 @@ def _reasons() -> Iterator[None]:
     except Exception as error:  # the function's own, too: it runs here on other data than it will
         line = (str(error).splitlines() or [""])[0]
         raise Refusal(f"it does not run on fake tensors: {type(error).__name__}: {line}") from error
-
-
-@contextlib.contextmanager
-def _no_custom_autograd() -> Iterator[None]:
-    function = torch.autograd.Function
-    apply = function.__dict__["apply"]
-
-    def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.startswith("torch."):  # the gradient of a library op, which the op itself keeps
-            return apply.__get__(None, cls)(*args, **kwargs)
-        raise Refusal(f"it uses the custom autograd function {cls.__name__}, whose gradient a trace would lose")
-
-    function.apply = classmethod(refuse)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        function.apply = apply  # type: ignore[method-assign]
 
 
 def _literals(gm: GraphModule, constants: dict[str, Any]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from moe_compile import native
+from moe_compile import native, opaque
 from moe_compile.analysis import Analysis, analyse
 from moe_compile.arguments import Known
 from moe_compile.cost import Gain, computing, product_flops
@@ -137,6 +137,9 @@ def _prove(
     try:
         read = reads(fn, module)
         found = analyse(fn, module, args, kwargs, known)
+        for cls in opaque.functions_in(found.gm.graph):
+            if not any(r.how == "is" and r.value is cls for r in read):
+                raise Refusal(f"it uses the custom autograd function {cls.__name__}, for which no name is found")
         node = found.gm.graph.find_nodes(op="call_function", target=experts)[0]
         num_experts, ids = node.args[6], node.args[0]
         top_k = ids.meta["val"].shape[1]  # type: ignore[union-attr]

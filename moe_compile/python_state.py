@@ -83,13 +83,15 @@ BY_NAME = ("setattr", "delattr", "__setattr__", "__delattr__")
 RANDOM_STATE = ("manual_seed", "seed_all", "set_rng_state", "fork_rng", "Generator", "default_generator")
 
 
-def check_effects(functions: Functions) -> None:
-    """Refuse functions that change anything that outlives the call."""
+def check_effects(
+    functions: Functions, allowed: Callable[[types.CodeType, dis.Instruction], bool] = lambda code, step: False
+) -> None:
+    """Refuse functions that change anything that outlives the call.  `allowed`: attributes that may be set all the same."""
     for f in functions:
         for code in _codes(f.__code__):
             for step in dis.get_instructions(code):
                 where = f"{f.__qualname__} ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})"
-                if step.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                if step.opname in ("STORE_ATTR", "DELETE_ATTR") and not allowed(code, step):
                     raise Refusal(f"{where} sets the attribute {step.argval}")
                 if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
                     raise Refusal(f"{where} sets the global {step.argval}")

@@ -295,6 +295,7 @@ class _Walk:
                 "__enter__",
                 "__exit__",
                 "forward",
+                "setup_context",
             ):
                 continue
             value = value.__func__ if isinstance(value, staticmethod) else value

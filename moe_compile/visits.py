@@ -99,6 +99,11 @@ class Visits:
         except OneByOne as why:
             raise self.fail(str(why)) from None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether a visit has begun and not ended."""
+        return self._open is not None
+
     # -- the index ---------------------------------------------------------------------------
 
     def _next(self, numbers: list[int]) -> Any:

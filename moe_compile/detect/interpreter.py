@@ -39,6 +39,7 @@ from moe_compile.detect.values import (
     Value,
     Visit,
 )
+from moe_compile.opaque import applied
 from moe_compile.region import Expr, Table, ids_above
 
 Rule = Callable[["Call"], Value | None]
@@ -450,7 +451,9 @@ def goes_with_its_region(value: Value) -> bool:
 
 
 def is_random(node: Node) -> bool:
-    """Whether a node draws random numbers."""
+    """Whether a node draws random numbers, or may: a custom autograd function is free to."""
+    if applied(node) is not None:
+        return True
     if op_of(node) == "dropout" and (node.args[1] == 0 or node.args[2] is False):
         return False
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
