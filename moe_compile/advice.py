@@ -19,7 +19,10 @@ ADVICE: tuple[tuple[str, str], ...] = (
     (" calls print", OUTSIDE),
     (" calls input", OUTSIDE),
     ("sets the state of random numbers", OUTSIDE),
-    ("custom autograd function", f"plain operations, whose gradients a trace shows; or {OUTSIDE}"),
+    (
+        "custom autograd function",
+        "plain operations, whose gradients a trace shows; or apply it before or after the experts",
+    ),
     ("puts a hook on a tensor", OUTSIDE),
     ("which cannot be guarded", PLAIN),
     ("cannot be guarded: Dynamo has no name", "define it in a module, not while the model is being compiled"),

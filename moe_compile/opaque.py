@@ -39,6 +39,7 @@ def call_of(cls: type[torch.autograd.Function]) -> Callable[..., Any]:
     def autograd_function(*args: Any) -> Any:
         return cls.apply(*args)
 
+    autograd_function.__name__ = autograd_function.__qualname__ = f"{cls.__name__}_apply"
     autograd_function.applies = cls  # type: ignore[attr-defined]
     torch.fx.node.has_side_effect(autograd_function)
     return autograd_function

@@ -218,6 +218,8 @@ class Interpreter:
             return folded
         if all(v.plain for v in values):
             return Plain(node)
+        if (cls := applied(node)) is not None:
+            return Unknown(f"it uses the custom autograd function {cls.__name__} on rows of experts, as no rule does")
         kinds = ", ".join(sorted({type(v).__name__.lower() for v in values if not v.plain}))
         return Unknown(f"{name_of(node)} is not known to be row-wise (it reads {kinds})")
 
@@ -393,6 +395,7 @@ def name_of(node: Node) -> str:
     line = source_line(node)
     target = str(node.target).removesuffix(".default")
     target = "getitem" if node.target is operator.getitem else target
+    target = f"{cls.__name__}.apply" if (cls := applied(node)) is not None else target
     return target + (f" at {line}" if line else "")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from moe_compile.detect.interpreter import is_random
 from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
 from moe_compile.parallel.exchange import fingerprint, host_read, on_the_wire
@@ -163,9 +164,9 @@ def upstream(node: Node) -> set[Node]:
 
 
 def sources(param: Any) -> set[Node]:
-    """The inputs that a value, or each of a list, is computed from."""
+    """The inputs that a value, or each of a list, is computed from, and what is drawn at random on the way."""
     nodes = [param] if isinstance(param, Node) else list(param)
-    return {n for node in nodes for n in upstream(node) if n.op == "placeholder"}
+    return {n for node in nodes for n in upstream(node) if n.op == "placeholder" or is_random(n)}
 
 
 def spelled(value: Any) -> Any:
