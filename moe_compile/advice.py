@@ -21,7 +21,7 @@ ADVICE: tuple[tuple[str, str], ...] = (
     ("sets the state of random numbers", OUTSIDE),
     (
         "custom autograd function",
-        "plain operations, whose gradients a trace shows; or apply it before or after the experts",
+        "plain operations, whose gradients a trace shows; or apply it around the experts",
     ),
     ("puts a hook on a tensor", OUTSIDE),
     ("which cannot be guarded", PLAIN),

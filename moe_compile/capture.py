@@ -129,6 +129,7 @@ class Answers(TorchFunctionMode):
         self._spellings: dict[Node, str] = {}
         self.iterated: list[Tensor] = []
         self.answered: list[Tensor] = []
+        self.answers: list[bool] = []
         self.counted: list[Tensor] = []
         self.empty: list[Tensor] = []
         self.locals = Locals()
@@ -146,6 +147,7 @@ class Answers(TorchFunctionMode):
         self.unsized.look(func, args, kwargs)
         result = self._answered(func, args, kwargs)
         self.unsized.follow(func, args, result)
+        self.host.follow(func, args, kwargs, result)
         if self.visits is not None:
             self.visits.follow(func, args, result)
         return result
@@ -190,7 +192,8 @@ class Answers(TorchFunctionMode):
             if self.visits is not None and (about := self.visits.truth(args[0])) is not None:
                 return about
             self.answered.append(args[0])
-            return self._answer("truth", args[0], self.truth)
+            self.answers.append(self._answer("truth", args[0], self.truth))
+            return self.answers[-1]
         if (reply := self.host.reply(func, args, kwargs)) is not NotImplemented:
             return reply
         if func in (torch.Tensor.item, torch.Tensor.__int__, torch.Tensor.__index__) and _unknown(args[0]):
@@ -597,7 +600,7 @@ def capture(
         list(state),
         seen["spec"],
         iterated=iterated,
-        answered=[(node, truth) for node in answered],
+        answered=list(zip(answered, answers.answers, strict=True)),
         counted=counted,
         decided=decided,
         empty=frozenset(empty),

@@ -1,6 +1,7 @@
 """Numbers of rows that Python reads: stand-ins that may say where rows begin and end, and whether there are any.
 
     sizes = counts.tolist()                     # one `HostNumber` an entry; counts.cpu().numpy(), counts[e].item() too
+    start + counts[e], counts[e]                # tensors, of which Python sees no number yet: read where they are bounds
     x.split(sizes), x[start : start + sizes[e]] # `rows_between`: r rows, and sums of entries for where they lie
     if sizes[e] == 0, if start == end           # a question, answered as those about selections are
     torch.cat(pieces)                           # `cat_rows`: as many rows as were sliced
@@ -23,7 +24,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 
 from moe_compile.errors import Refusal
-from moe_compile.ranges import HIDDEN
+from moe_compile.ranges import HIDDEN, Writes
 
 TRACED = "run_on_fakes"  # the function of capture.py below which the program runs
 NUMBER = "Python reads a number that depends on the data"
@@ -156,12 +157,17 @@ class Locals:
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame.f_code.co_name != TRACED:
             for name, value in frame.f_locals.items():
-                offset = type(value) is HostNumber or (type(value) is int and value == 0)
+                offset = type(value) is HostNumber or (type(value) is int and value == 0) or _is_unread(value)
                 (self.offsets if offset else self.others).add((frame.f_code, name))
             frame = frame.f_back
 
     def only_offsets(self, code: CodeType, name: str) -> bool:
         return (code, name) in self.offsets - self.others
+
+
+def _is_unread(value: Any) -> bool:
+    """Whether a value is a number in a tensor that Python does not know."""
+    return isinstance(value, FakeTensor) and not value.dim() and value.dtype in INTEGERS[:2] and not _is_known(value)
 
 
 class HostReads:
@@ -171,7 +177,9 @@ class HostReads:
         self.rows = rows
         self.decided: list[Tensor] = []
         self._tensors: list[Tensor] = []
-        self._known: dict[int, tuple[Tensor, int]] = {}
+        self._sums: dict[int, tuple[Tensor, tuple[Any, ...]]] = {}  # a tensor that adds two numbers, and these
+        self._read: dict[int, tuple[Tensor, HostNumber]] = {}  # numbers in tensors that nobody wrote to, once read
+        self._writes = Writes()
         self._sliced: dict[Node, Any] = {}
 
     def reply(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -191,9 +199,29 @@ class HostReads:
     def item(self, tensor: Tensor) -> Any:
         if _is_known(tensor) or tensor.dtype == torch.bool or tensor.numel() != 1:
             return NotImplemented
-        entries = self._entries(tensor.reshape(()) if tensor.dim() else tensor, numpy=False)
-        assert type(entries) is HostNumber
-        return entries
+        return self._number_in(tensor.reshape(()) if tensor.dim() else tensor)
+
+    def follow(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Note that a tensor is the sum of two numbers."""
+        if func not in _ADDS or kwargs or len(args) != 2 or not isinstance(result, Tensor) or _is_known(result):
+            return
+        if not result.dim() and result.dtype in INTEGERS[:2] and all(_is_number(a, result.dtype) for a in args):
+            self._sums[id(result)] = result, tuple(args)
+
+    def _number_in(self, tensor: Tensor) -> HostNumber:
+        """The number in a tensor: a sum of others, if it was made so and nobody wrote to any of them since."""
+        if self._writes.may_reach(_node(tensor), tensor):
+            return self._entries(tensor, numpy=False)  # type: ignore[no-any-return]
+        if id(tensor) not in self._read:
+            _, parts = self._sums.get(id(tensor), (None, ()))
+            if parts and not any(isinstance(p, Tensor) and self._writes.may_reach(_node(p), p) for p in parts):
+                number = HostNumber(self, {}, 0, False)
+                for part in parts:
+                    number = number.plus(self._number_in(part) if isinstance(part, Tensor) else part, 1)
+            else:
+                number = self._entries(tensor, numpy=False)
+            self._read[id(tensor)] = tensor, number
+        return self._read[id(tensor)][1]
 
     def numpy(self, tensor: Tensor, **kwargs: Any) -> Any:
         if _is_known(tensor):
@@ -351,10 +379,15 @@ def _is_known(tensor: Tensor) -> bool:
     return not isinstance(tensor, FakeTensor) or tensor.constant is not None
 
 
+def _is_number(value: Any, dtype: torch.dtype) -> bool:
+    return type(value) is int or (isinstance(value, Tensor) and not value.dim() and value.dtype == dtype)
+
+
 def _leaves(index: Iterable[Any]) -> list[Any]:
     return [x for i in index for x in ((i.start, i.stop) if isinstance(i, slice) else (i,))]
 
 
+_ADDS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.item: HostReads.item,
     torch.Tensor.numpy: HostReads.numpy,

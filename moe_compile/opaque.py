@@ -7,8 +7,8 @@ needs to know what comes out, and that nothing else happens:
 - arguments are plain tensors and constants, results plain tensors in memory of their own or of an argument;
 - it changes no argument in place, and nothing that outlives the call but its own `ctx`;
 - Python can name it, so that a guard says that it is this function and its forward this code (`kinds.py`).
-A call is never a part of an expert: it has no rule (detect/), is not the same at every visit (visit_checks.py), and has to
-happen in every world alike, like anything random (worlds.py).
+A call is never a part of an expert: it has no rule (detect/), is not the same at every visit (visit_checks.py), and
+has to happen in every world alike, like anything random (worlds.py).
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def as_calls(module: nn.Module, now: Callable[[], bool]) -> Iterator[None]:
         mode = get_proxy_mode()
         assert mode is not None
         with torch._C.DisableTorchFunction():
-            proxies = tree_map(mode.tracer.unwrap_proxy, args)
+            proxies = tree_map(mode.tracer.unwrap_proxy, args)  # type: ignore[union-attr]
             made = mode.tracer.create_proxy("call_function", call_of(cls), proxies, {})
             return track_tensor_tree(result, made, constant=None, tracer=mode.tracer)
 

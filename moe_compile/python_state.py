@@ -86,7 +86,7 @@ RANDOM_STATE = ("manual_seed", "seed_all", "set_rng_state", "fork_rng", "Generat
 def check_effects(
     functions: Functions, allowed: Callable[[types.CodeType, dis.Instruction], bool] = lambda code, step: False
 ) -> None:
-    """Refuse functions that change anything that outlives the call.  `allowed`: attributes that may be set all the same."""
+    """Refuse functions that change anything that outlives the call.  `allowed`: attributes that may be set."""
     for f in functions:
         for code in _codes(f.__code__):
             for step in dis.get_instructions(code):

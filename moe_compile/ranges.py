@@ -73,6 +73,27 @@ def is_written(node: Node) -> bool:
     return False
 
 
+class Writes:
+    """The same of many values, while the graph grows: what was written to so far is looked at once."""
+
+    def __init__(self) -> None:
+        self._memory: set[int] = set()
+        self._seen: Node | None = None
+
+    def may_reach(self, node: Node | None, value: Tensor) -> bool:
+        if node is None:
+            return True
+        at = self._seen.next if self._seen is not None else next(iter(node.graph.nodes))
+        while at.op != "root":
+            self._seen = at
+            schema = getattr(at.target, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                values = (m.meta.get("val") for m in at.all_input_nodes)
+                self._memory |= {v.untyped_storage()._cdata for v in values if isinstance(v, Tensor)}
+            at = at.next
+        return value.untyped_storage()._cdata in self._memory
+
+
 # -- as long as the largest id --------------------------------------------------------------
 
 

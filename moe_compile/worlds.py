@@ -195,6 +195,7 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
         may_guard=True,
         visits=found.each(),
         empty=found.empty,
+        answered=dict(found.answered),
         tables=found.tables,
     )
     run = Interpreter(found.gm.graph, rules(), facts)

@@ -22,6 +22,7 @@ from moe_compile.detect.values import (
     Dense,
     DenseSum,
     Each,
+    Emptiness,
     Filled,
     FlatIds,
     Index,
@@ -59,6 +60,7 @@ class Facts:
     may_guard: bool = False  # sizes that are equal in the example may be assumed to be: the caller guards it
     classes: int | None = None  # ids outside [0, classes) are shown to be an error
     empty: frozenset[Node] = frozenset()  # numbers of rows that are zero here
+    answered: Mapping[Node, bool] = field(default_factory=dict)  # truths that Python was told here
     visits: Mapping[Node, Each] = field(default_factory=dict)  # inputs whose length is an index, plus VISIT_OFFSET
     tables: frozenset[Node] = frozenset()  # of zeros and ones, with one at most in a row [..., E]
 
@@ -189,6 +191,9 @@ class Interpreter:
         changed = self._change(node)
         value = self._apply(node)
         value = self._made(node, value)
+        if node in self.facts.answered and isinstance(value, Emptiness) and isinstance(value.expert, int):
+            if self.facts.answered[node] is (value.kind == "none") and value.kind in ("any", "none"):
+                self.empty.add((value.ids, value.expert))
         if changed and isinstance(value, _INPUTS_STAY) and changed & self._inputs:
             value = Unknown(f"{name_of(node)} changes an input of the region in place")
         if changed and goes_with_its_region(value):
