@@ -95,7 +95,7 @@ def _proven(
         main, asked = trace(truth=False, visit=visit)
         before, launches = graph_text(main.gm.graph), _launches(main)
         detect, second = _detect(main, known)
-        reason = reason if second is not None else None
+        reason = reason if second is not None and reason != NOTHING else second
     with _for_many(main):
         if reason is not None:
             raise Refusal(reason)
@@ -187,6 +187,9 @@ def _trace(
     return found, worlds.survey(found, known.distinct) if needed else None
 
 
+NOTHING = "nothing is summed over experts"
+
+
 def _detect(found: Capture, known: Known) -> tuple[DetectExperts, str | None]:
     """Run detection on the captured graph; the reason if it proves no region, or not all."""
     inputs = found.gm.graph.find_nodes(op="placeholder")
@@ -202,7 +205,7 @@ def _detect(found: Capture, known: Known) -> tuple[DetectExperts, str | None]:
     if not report.applied:
         assert detect.run is not None
         reason = _first_unknown(detect.run) or _other_mask(detect.run) or _one_batch(detect.run)
-        return detect, reason or "nothing is summed over experts"
+        return detect, reason or NOTHING
     return detect, None
 
 

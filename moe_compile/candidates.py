@@ -14,6 +14,7 @@ import types
 import weakref
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from moe_compile.parallel.shards import dense
 from moe_compile.python_state import code_names, is_torch
@@ -94,7 +95,7 @@ def _holds(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) ->
         return False
     if _is_list(module):
         return bool(names & SELECTS) or "COMPARE_OP" in opcodes
-    if names & VIEWS and names & SELECTS and _names_flat(module, names):
+    if names & VIEWS and names & (SELECTS - {"repeat_interleave"}) and _names_flat(module, names):
         return True
     if not names & {n for n, child in module._modules.items() if child is not None and _is_list(child)}:
         return False
@@ -103,13 +104,16 @@ def _holds(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) ->
 
 def _is_stack(child: nn.Module | None) -> bool:
     """Whether a module is one weight for all experts and no more: a product for each."""
+    if isinstance(child, _ConvNd):
+        return False
     parameters = list(child._parameters.values()) if child is not None else []
     return bool(parameters) and all(p is not None and p.dim() == 3 and p.shape[0] > 1 for p in parameters)
 
 
 def _child_is_stacked(module: nn.Module, names: frozenset[str]) -> bool:
-    """Whether a child is named that holds stacked weights."""
-    children = [child for n, child in module._modules.items() if child is not None and n in names]
+    """Whether a child is named that holds stacked weights, not those of a convolution's channels."""
+    named = [child for n, child in module._modules.items() if child is not None and n in names]
+    children = [child for child in named if not isinstance(child, _ConvNd)]
     return any(p is not None and p.dim() >= 3 and p.shape[0] > 1 for m in children for p in m._parameters.values())
 
 

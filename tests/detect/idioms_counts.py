@@ -227,6 +227,31 @@ class InferredByEnds(Listed):
         return torch.zeros_like(x).index_add(0, order // K, y)
 
 
+@idiom(empty=False)
+class InferredByTensors(Inferred):
+    """The sizes stay tensors, and so do the offsets that add them up."""
+
+    def read(self, counts: Tensor) -> Any:
+        return counts
+
+
+@idiom(empty=False)
+class InferredByTensorsSkippingFirst(Inferred):
+    def read(self, counts: Tensor) -> Any:
+        return counts.cpu()
+
+    def outputs(self, rows: Tensor, sizes: Any) -> Tensor:
+        outputs = []
+        start = 0
+        for e, size in enumerate(sizes):
+            if size == 0:
+                continue
+            end = size + start
+            outputs.append(self.experts[e](rows[start:end]))
+            start = end
+        return torch.cat(outputs, dim=0) if outputs else rows.new_empty(0)
+
+
 @idiom()
 class InferredWithoutSkipping(Inferred):
     def outputs(self, rows: Tensor, sizes: Any) -> Tensor:
