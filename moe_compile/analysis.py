@@ -196,7 +196,7 @@ def _detect(found: Capture, known: Known) -> tuple[DetectExperts, str | None]:
     ids = frozenset(inputs[i] for i in known.distinct)
     facts = Facts(
         ids, found.constants, torch.is_grad_enabled(), may_guard=True, classes=found.classes, visits=found.each(),
-        tables=found.tables,
+        tables=found.tables, sizes=found.sizes,
     )  # fmt: skip
     detect = DetectExperts(facts)
     report = detect(found.gm)

@@ -17,12 +17,20 @@ class Known:
 
     distinct: of ids that come from a topk, so that no row holds one twice.  widths: of ids that come from a topk, in
     any shape, each with the number of scores that it took them from.  tables: of masks [..., E] of zeros and ones,
-    with one at most in a row.
+    with one at most in a row.  sizes: of vectors of numbers none of which is negative, as histc and bincount give.
     """
 
     distinct: tuple[int, ...] = ()
     widths: tuple[tuple[int, int], ...] = ()
     tables: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """In the place of an argument that is a list of `number` integers, none of them negative."""
+
+    number: int
 
 
 NOTHING_KNOWN = Known()
@@ -62,6 +70,19 @@ def _topk(node: Node, same: tuple[str, ...]) -> tuple[Node | None, Any]:
         return None, None
     is_topk = source.target is torch.topk or (source.op == "call_method" and source.target == "topk")
     return (source, node.meta.get("example_value")) if node.args[1] == 1 and is_topk else (None, None)
+
+
+def from_counting(node: Node) -> bool:
+    """Whether a value of Dynamo's graph is a vector of integers that count, none of them negative."""
+    while node.op == "call_method" and node.target in (*_COPIES, "cpu") and isinstance(node.args[0], Node):
+        if _changed_in_place(node):
+            return False
+        node = node.args[0]
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    weighted = len(node.args) > 1 and isinstance(node.args[1], Node)
+    if _changed_in_place(node) or node.kwargs.get("weights", node.kwargs.get("weight")) is not None or weighted:
+        return False
+    return name in ("histc", "bincount") and (node.op == "call_method" or node.target in (torch.histc, torch.bincount))
 
 
 def from_one_hot(node: Node) -> bool:

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moe_compile import numbers, opaque, places
-from moe_compile.arguments import NOTHING_KNOWN, Known
+from moe_compile.arguments import NOTHING_KNOWN, Known, Sizes
 from moe_compile.detect.values import Each
 from moe_compile.errors import Refusal
 from moe_compile.fakes import Fakes
@@ -89,6 +89,7 @@ class Capture:
     guards: Callable[[], list[Any]] = list
     constants: dict[str, Tensor] = field(default_factory=dict)
     tables: frozenset[Node] = frozenset()  # arguments that are shown to be tables (`Facts.tables`)
+    sizes: frozenset[Node] = frozenset()  # arguments that may be numbers of rows (`Facts.sizes`)
     visits: list[Visit] = field(default_factory=list)  # iterations that stand for many; their inputs are the last ones
     by_number: bool = False  # they are those of a loop over numbers
 
@@ -512,8 +513,12 @@ def capture(
     check_module(module)
     world = Fakes()
     fake_args, spec = tree_flatten((list(args), kwargs))
+    lengths_of = {i: a.number for i, a in enumerate(fake_args) if isinstance(a, Sizes)}
+    for i, number in lengths_of.items():
+        fake_args[i] = torch.empty(number, dtype=torch.int64)
     tensors = [i for i, a in enumerate(fake_args) if isinstance(a, Tensor)]
     inputs = [world.fake(fake_args[i], i) for i in tensors]
+    sizes = {*known.sizes, *(tensors.index(i) for i in lengths_of)}
     state = {n: t for n, t in _state(module)}
     by_loop = (visit is not None or by_number) and has_loops(fn)
     lists = Lists(module, numbers.FEW) if by_loop else None
@@ -542,7 +547,7 @@ def capture(
         answers.rows = [t.shape[0] for t in lengths] if rows == SYMBOLIC else rows
         leaves = list(fake_args)
         for i, t in zip(tensors, inputs, strict=True):
-            leaves[i] = t
+            leaves[i] = answers.host.entries(t) if i in lengths_of else t
         call_args, call_kwargs = tree_unflatten(leaves, spec)
         here = dict(zip(present, state_values, strict=True))
         here |= {n: missing[id(absent[id(t)])] for n, t in state.items() if n not in here}
@@ -616,8 +621,14 @@ def capture(
         constants=literals,
         visits=visits,
         tables=frozenset(gm.graph.find_nodes(op="placeholder")[i] for i in known.tables),
+        sizes=frozenset(n for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if i in sizes and _are_sizes(n)),
         by_number=answers.visits is not None and answers.visits.by_number,
     )
+
+
+def _are_sizes(node: Node) -> bool:
+    val = node.meta["val"]
+    return val.dim() == 1 and type(val.shape[0]) is int and val.dtype in (torch.int64, torch.int32)
 
 
 def _add_inputs(

@@ -26,12 +26,13 @@ from torch._dynamo.source import AttrSource, CellContentsSource, DictGetItemSour
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.functions import UserFunctionVariable, UserMethodVariable
+from torch._dynamo.variables.lists import BaseListVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import Source
 
 from moe_compile import hf_experts
-from moe_compile.arguments import Known, from_one_hot, from_topk, number_of_scores
+from moe_compile.arguments import Known, Sizes, from_counting, from_one_hot, from_topk, number_of_scores
 from moe_compile.candidates import is_candidate, is_stack, may_loop
 from moe_compile.errors import MoeCompileError
 from moe_compile.kinds import Declined, Kind, declined, kind_of
@@ -159,7 +160,7 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
         owner, rest = _elsewhere(tx, var, args, kwargs)
     if owner is None or (owner is not _NOBODY and not is_candidate(fn, owner.value)):
         return None
-    found = _values(rest, kwargs)
+    found = _values(tx, rest, kwargs)
     if isinstance(found, str):
         return _Refused(_record(declined(found), fn, owner), owner.value)
     values, named, known = found
@@ -184,7 +185,7 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     _guard_reads(tx, var, owner, kind)
     for name in _shared(owner.value):
         _attribute(tx, owner, name).realize()  # a guard that they are one tensor
-    tensors = [v for v in (*rest, *kwargs.values()) if isinstance(v, TensorVariable)]
+    tensors = [_as_tensor(tx, v) for v in (*rest, *kwargs.values()) if isinstance(v, TensorVariable | BaseListVariable)]
     state = [_attribute(tx, owner, name) for name in kind.state]
     if not sharded:
         return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
@@ -286,7 +287,7 @@ class _Mark:
         return self
 
 
-def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], Known] | str:
+def _values(tx: Any, args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[str, Any], Known] | str:
     """The arguments as fake tensors and constants, and what the graph shows of them; the reason, if it cannot be."""
     for i, arg in enumerate(args):
         args[i] = arg.realize()
@@ -296,6 +297,7 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
     distinct: list[int] = []
     widths: list[tuple[int, int]] = []
     tables: list[int] = []
+    sizes: list[int] = []
     tensors = 0
     for arg in (*args, *kwargs.values()):
         if isinstance(arg, _Mark):
@@ -311,8 +313,13 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
                 widths.append((tensors, width))
             if from_one_hot(node):
                 tables.append(tensors)
+            if from_counting(node):
+                sizes.append(tensors)
             tensors += 1
             values.append(fake)
+        elif isinstance(arg, BaseListVariable) and (number := _number_of_sizes(tx, arg)):
+            tensors += 1
+            values.append(Sizes(number))
         elif isinstance(arg, SymNodeVariable) and arg.python_type() is float:
             values.append(arg.evaluate_expr())  # and a guard on it
         elif arg.is_python_constant() and isinstance(arg.as_python_constant(), SIMPLE):
@@ -320,7 +327,31 @@ def _values(args: list[Any], kwargs: dict[str, Any]) -> tuple[list[Any], dict[st
         else:
             return f"an argument is neither a tensor nor a number ({arg.python_type_name()})"
     named = dict(zip(kwargs, values[len(args) :], strict=True))
-    return values[: len(args)], named, Known(tuple(distinct), tuple(widths), tuple(tables))
+    return values[: len(args)], named, Known(tuple(distinct), tuple(widths), tuple(tables), tuple(sizes))
+
+
+def _number_of_sizes(tx: Any, arg: Any) -> int | None:
+    """Of how many numbers a list is, if they are integers and none is negative; of symbols that becomes a guard."""
+    items = [item.realize() for item in arg.items]
+    for item in items:
+        if isinstance(item, SymNodeVariable) and item.python_type() is int:
+            expr = item.as_proxy().node.meta["example_value"].node.expr
+            sizes = getattr(tx.output.shape_env, "backed_var_to_val", None) or tx.output.shape_env.var_to_val
+            if not expr.free_symbols <= sizes.keys() or not tx.output.shape_env.evaluate_expr(expr >= 0):
+                return None
+        elif not (item.is_python_constant() and type(item.as_python_constant()) is int):
+            return None
+        elif item.as_python_constant() < 0:
+            return None
+    return len(items) if len(items) > 1 and arg.python_type() in (list, tuple) else None
+
+
+def _as_tensor(tx: Any, arg: Any) -> Any:
+    """A tensor argument as it is; a list of numbers as a tensor of its own."""
+    if isinstance(arg, TensorVariable):
+        return arg
+    dtype = VariableTracker.build(tx, torch.int64)
+    return VariableTracker.build(tx, torch.tensor).call_function(tx, [arg], {"dtype": dtype})
 
 
 @contextlib.contextmanager

@@ -33,13 +33,13 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _lib = torch.library.Library("moe_ep_capture", "FRAGMENT")
 _lib.define("host_read(Tensor read) -> Tensor")
 _lib.define("host_number(Tensor[] reads, int[] number) -> Tensor")
-_lib.define("rows_between(Tensor(a) x, Tensor[] reads, int[] start, int[] end, SymInt rows) -> Tensor(a)")
+_lib.define("rows_between(Tensor(a) x, Tensor[] reads, int[] start, int[] end, bool whole, SymInt rows) -> Tensor(a)")
 _lib.define("places_between(Tensor[] reads, int[] start, int[] end, SymInt rows) -> Tensor")
 _lib.define("cat_rows(Tensor[] pieces, SymInt rows) -> Tensor")
 _lib.define("bincount(Tensor flat, int minlength) -> Tensor")
 
 
-def _rows_between(x: Tensor, reads: list[Tensor], start: list[int], end: list[int], rows: Any) -> Tensor:
+def _rows_between(x: Tensor, reads: list[Tensor], start: list[int], end: list[int], whole: bool, rows: Any) -> Tensor:
     return x.as_strided((rows, *x.shape[1:]), x.stride(), x.storage_offset())  # a view, wherever in x it lies
 
 
@@ -300,12 +300,13 @@ class HostReads:
         if dim % tensor.dim() != 0:
             raise Refusal("Python splits features by numbers of rows")
         ends = list(itertools.accumulate(sizes, initial=HostNumber(self, {}, 0, False)))
-        return tuple(self._slice(tensor, start, end) for start, end in itertools.pairwise(ends))
+        return tuple(self._slice(tensor, start, end, True) for start, end in itertools.pairwise(ends))
 
-    def _slice(self, tensor: Tensor, start: HostNumber, end: HostNumber) -> Tensor:
+    def _slice(self, tensor: Tensor, start: HostNumber, end: HostNumber, whole: bool = False) -> Tensor:
+        """Rows of a tensor.  whole: it is an error if those of this slice and its like are not all."""
         reads, (low, high) = self._spelled(start, end)
         with torch._C.DisableTorchFunction():
-            return torch.ops.moe_ep_capture.rows_between(tensor, reads, low, high, self._length(start, end))
+            return torch.ops.moe_ep_capture.rows_between(tensor, reads, low, high, whole, self._length(start, end))
 
     def _length(self, start: HostNumber, end: HostNumber) -> Any:
         length = end - start

@@ -93,6 +93,18 @@ def ids_above(table: Tensor, bound: float | None, top_k: int) -> Tensor:
     return torch.where(found > 0, num_experts - found, -1)
 
 
+def ids_by_sizes(sizes: Tensor, like: Tensor, whole: bool) -> Tensor:
+    """The expert of each row of `like`, which lie expert by expert, `sizes[e]` of each; behind the last one nobody's.
+
+    whole: -1 for all if the sizes are not those of all rows.
+    """
+    sizes = sizes.to(like.device, torch.int64)
+    rows = torch.arange(like.shape[0], device=like.device)
+    ids = torch.searchsorted(sizes.cumsum(0), rows, right=True)
+    fits = (sizes.sum() == like.shape[0]) & (sizes >= 0).all()
+    return torch.where(fits, ids, -1) if whole else ids
+
+
 class Expr:
     """One value of a body: an ATen call on other values, or a leaf.  Equal values are one object (`Table`)."""
 

@@ -197,6 +197,7 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
         empty=found.empty,
         answered=dict(found.answered),
         tables=found.tables,
+        sizes=found.sizes,
     )
     run = Interpreter(found.gm.graph, rules(), facts)
     totals: list[tuple[Node, Sum]] = []

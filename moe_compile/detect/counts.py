@@ -32,6 +32,7 @@ from moe_compile.detect.values import (
     Pieces,
     Places,
     Plain,
+    Region,
     Repeated,
     Rows,
     RowSum,
@@ -44,7 +45,7 @@ from moe_compile.detect.values import (
     Unknown,
     Value,
 )
-from moe_compile.region import Leaf, ids_above
+from moe_compile.region import Leaf, ids_above, ids_by_sizes
 
 aten = torch.ops.aten
 ANY = 2**63 - 1  # ids from 0 on are no error; those of no expert add nothing
@@ -262,6 +263,11 @@ def rows_between(call: Call) -> Value | None:
     if isinstance(found, Unknown):
         return found
     ids, expert, num, closed = found
+    if ids in call.run.facts.sizes:
+        found = _sorted_before(call, value, ids, num)
+        if not isinstance(found, tuple):
+            return found
+        ids, value, closed = found
     if isinstance(value, Pieces):
         value = dict(value.parts).get(expert, Unknown(f"rows of expert {expert} are read that were not computed"))
     order = value.selection.order if isinstance(value, Rows) else getattr(value, "order", "flat")
@@ -280,6 +286,31 @@ def rows_between(call: Call) -> Value | None:
         case TokenOf():
             return Index(mine, 0)
     return None
+
+
+def _sorted_before(call: Call, value: Value, sizes: Node, num: Any) -> tuple[Node, Value, bool] | Unknown | None:
+    """(ids, rows, whether the sizes are those of all) of rows that are sorted as their sizes, which are given, say."""
+    whole = call.number(4)
+    if isinstance(value, Plain | Region) and call.val(call.node.args[0]).is_floating_point():
+        x: Any = call.node.args[0]
+        x = call.run.canonical.get(x, x)
+        last = max(x, sizes)
+        val = x.meta["val"].new_empty(x.meta["val"].shape[:1], dtype=torch.int64)
+        known = (n for n in call.run.written if n.target is ids_by_sizes and n.args[0] is sizes and n.args[2] is whole)
+        ids = next((n for n in known if same_size(n.meta["val"].shape[0], val.shape[0])), None)
+        ids = ids or call.run.write_ids(last, ids_by_sizes, (sizes, x, whole), val, None)
+        leaf = call.run.table.leaf("token", x, call.val())
+        return ids, Rows(everyone(ids, ids), leaf), whole
+    pieces = [v for _, v in value.parts] if isinstance(value, Pieces) else [value]
+    rows = pieces[0]
+    if isinstance(rows, Rows) and isinstance(ids := rows.selection.ids, Node) and _sizes_of(ids) is sizes:
+        return ids, value, bool(ids.args[2])
+    return Unknown(f"{name_of(call.node)} slices rows by sizes that are not shown to be theirs")
+
+
+def _sizes_of(ids: Any) -> Any:
+    """The sizes behind ids that say nothing else."""
+    return ids.args[0] if isinstance(ids, Node) and ids.target is ids_by_sizes else ids
 
 
 def one_expert(ids: Node, expert: int, classes: int | None, order: Any) -> Selection:
@@ -339,6 +370,9 @@ def join(call: Call) -> Value | None:
     parts: list[Any] = call.arg(0)
     if not all(isinstance(p, Rows) and p.dim == 0 and p.expr.level == "row" for p in parts):
         return Unknown(f"{name_of(call.node)} joins something that is not rows")
+    ids = parts[0].selection.ids
+    if ids is not _sizes_of(ids) and not ids.args[2]:
+        return Unknown(f"{name_of(call.node)} joins rows that are not shown to be all")
     return joined(call, parts)
 
 
@@ -359,7 +393,8 @@ def joined(call: Call, parts: Sequence[Rows]) -> Value:
     if not listed and not same_size(call.val().shape[0], call.val(first.ids).numel()):
         return Unknown(f"{name_of(call.node)} joins rows that are not those of all pairs")
     everybody = everyone(first.ids, first.order)
-    return Pieces(tuple((e, Rows(everybody, p.expr)) for e, p in zip(experts, parts, strict=True)), number)  # type: ignore[misc]
+    rows = ((e, Rows(everybody, p.expr)) for e, p in zip(experts, parts, strict=True))
+    return Pieces(tuple(rows), number, first.classes)  # type: ignore[arg-type]
 
 
 def fill(call: Call) -> Value | None:
@@ -373,7 +408,11 @@ def fill(call: Call) -> Value | None:
         return Unknown(f"{name_of(call.node)} sets rows of something that was not made for them")
     if not (isinstance(new, Rows) and new.dim == 0 and new.expr.level == "row" and call.run.is_fresh(call.node)):
         return Unknown(f"{name_of(call.node)} sets something that is not one value a row")
-    if new.selection.ids is not at.ids or new.selection.expert != at.expert or new.selection.order in (None, "flat"):
+    if (
+        _sizes_of(new.selection.ids) is not at.ids
+        or new.selection.expert != at.expert
+        or new.selection.order in (None, "flat")
+    ):
         return Unknown(f"{name_of(call.node)} sets the rows of one expert where another's lie")
     if call.val().dtype != new.expr.val.dtype or tuple(call.val().shape[1:]) != tuple(new.expr.val.shape[1:]):
         return Unknown(f"{name_of(call.node)} changes the dtype or width of the rows that it sets")

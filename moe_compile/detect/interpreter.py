@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from moe_compile.detect.values import (
     Buffer,
     Constant,
+    Counts,
     Dense,
     DenseSum,
     Each,
@@ -62,6 +63,7 @@ class Facts:
     empty: frozenset[Node] = frozenset()  # numbers of rows that are zero here
     answered: Mapping[Node, bool] = field(default_factory=dict)  # truths that Python was told here
     visits: Mapping[Node, Each] = field(default_factory=dict)  # inputs whose length is an index, plus VISIT_OFFSET
+    sizes: frozenset[Node] = frozenset()  # how many rows each expert has, none below zero, of rows sorted by expert
     tables: frozenset[Node] = frozenset()  # of zeros and ones, with one at most in a row [..., E]
 
 
@@ -151,6 +153,9 @@ class Interpreter:
     def settle(self, node: Node) -> Value:
         """The meaning of a node for somebody outside of the sum: a finished region if it is a sum."""
         value = self.values[node]
+        joined = value.join() if isinstance(value, Filled) else value
+        if isinstance(joined, Pieces) and (total := sum_of_pieces(node, joined)) is not None:
+            value = total
         if isinstance(value, Sum | DenseSum | ListSum):
             value = self.values[node] = self._finish(self, node, value)
             if isinstance(value, Region):
@@ -166,6 +171,8 @@ class Interpreter:
             each = self.facts.visits.get(node)
             if node in self.facts.tables and (rule := self.rules.get("table")):
                 return self._made(node, rule[0](Call(node, "table", [], {}, self)) or Plain(node))
+            if node in self.facts.sizes:
+                return self._made(node, Counts(node, node.meta["val"].shape[0]))
             return self._made(node, Plain(node) if each is None else Visit(each, VISIT_OFFSET))
         if node.op == "get_attr":
             literal = (self.facts.constants or {}).get(str(node.target))
@@ -212,7 +219,10 @@ class Interpreter:
             if any(isinstance(v, Filled) for v in values) and call.op not in ("index_put", "index_put_"):
                 continue
             if call.op != "rows_between" and (pieces := [v for v in values if isinstance(v, Pieces)]):
-                return self._piecewise(call, pieces)
+                result = self._piecewise(call, pieces)
+                if not isinstance(result, Unknown) or meaning == self._settled or not any(map(sorted_before, pieces)):
+                    return result
+                continue
             for rule in self.rules.get(call.op, ()):
                 result = rule(call)
                 if result is not None:
@@ -241,7 +251,7 @@ class Interpreter:
             if value is None or isinstance(value, Unknown):
                 return value or Unknown(f"{name_of(call.node)} is not known to be row-wise")
             parts.append((e, self._no_grad_check(call.node, value)))
-        return _joined(call.node, parts, pieces[0].number)
+        return _joined(call.node, parts, pieces[0])
 
     def _no_grad_check(self, node: Node, value: Value) -> Value:
         val = node.meta.get("val")
@@ -426,7 +436,7 @@ def _part(arg: Any, i: int) -> Any:
     return arg.parts[i][1] if isinstance(arg, Pieces) else arg
 
 
-def _joined(node: Node, parts: list[tuple[int, Value]], number: int) -> Value:
+def _joined(node: Node, parts: list[tuple[int, Value]], like: Pieces) -> Value:
     """What the results for each expert are together: a sum has one more term for each."""
     values = [v for _, v in parts]
     if isinstance(wrong := next((v for v in values if isinstance(v, Unknown)), None), Unknown):
@@ -436,12 +446,14 @@ def _joined(node: Node, parts: list[tuple[int, Value]], number: int) -> Value:
         return first
     if not isinstance(first, Sum):
         plain = any(v.plain for v in values)
-        return Unknown(f"{name_of(node)} is not known to be row-wise") if plain else Pieces(tuple(parts), number)
+        return Unknown(f"{name_of(node)} is not known to be row-wise") if plain else replace(like, parts=tuple(parts))
     sums = [v for v in values if isinstance(v, Sum) and (v.start, v.terms[:-1]) == (first.start, first.terms[:-1])]
     if len(sums) != len(values):
         return Unknown(f"{name_of(node)} adds the rows of experts to different sums")
     terms = [
-        replace(s.terms[-1], selection=replace(s.terms[-1].selection, expert=e, classes=_classes(s.terms[-1], number)))
+        replace(
+            s.terms[-1], selection=replace(s.terms[-1].selection, expert=e, classes=_classes(s.terms[-1], like.number))
+        )
         for s, (e, _) in zip(sums, parts, strict=True)
     ]
     return Sum(first.start, (*first.terms[:-1], *terms))
@@ -451,6 +463,26 @@ def _classes(term: Rows, number: int) -> int | None:
     """Joined rows are those of all pairs, so each id has to be an expert's, but where those of nobody were left out."""
     ids = term.selection.ids
     return None if ids is not None and ids.target is ids_above else number
+
+
+def sorted_before(value: Pieces) -> bool:
+    """Whether rows were sorted by expert when they came, so that they are results as they are."""
+    first = value.parts[0][1]
+    return (
+        isinstance(first, Rows) and first.selection.order is not None and first.selection.order is first.selection.ids
+    )
+
+
+def sum_of_pieces(node: Node, value: Pieces) -> Sum | None:
+    """Rows that were sorted before: a token each, to which its expert adds once."""
+    if not sorted_before(value) or not all(isinstance(v, Rows) and v.dim == 0 for _, v in value.parts):
+        return None
+    terms = [
+        Rows(replace(v.selection, expert=e, classes=value.classes), v.expr)
+        for e, v in value.parts
+        if isinstance(v, Rows)
+    ]
+    return Sum(Buffer(node, "zero"), tuple(terms))
 
 
 def goes_with_its_region(value: Value) -> bool:

@@ -31,7 +31,7 @@ from moe_compile.detect.values import (
     Spread,
     Value,
 )
-from moe_compile.region import ids_above, ids_in, ids_kept, ids_where
+from moe_compile.region import ids_above, ids_by_sizes, ids_in, ids_kept, ids_where
 from moe_compile.rewrite import emit
 
 aten = torch.ops.aten
@@ -213,6 +213,27 @@ def _in(graph: Graph, table: Node, like: Node) -> Node:
     return emit(graph, aten.sub.Tensor, emit(graph, aten.sum.dim_IntList, found, [-1], like=like), 1, like=like)
 
 
+def _by_sizes(graph: Graph, sizes: Node, rows: Node, whole: bool, like: Node) -> Node:
+    val = rows.meta["val"]
+    sized = sizes.meta["val"].new_empty(sizes.meta["val"].shape, dtype=torch.int64, device=val.device)
+    sizes = emit(graph, aten.to.device, sizes, val.device, torch.int64, like=like, val=sized)
+    while rows.meta["val"].dim() > 1:
+        rows = emit(graph, aten.select.int, rows, 1, 0, like=like)
+    ones = emit(graph, aten.full_like.default, rows, 1, like=like, val=val.new_empty(val.shape[:1], dtype=torch.int64))
+    ones.kwargs = {"dtype": torch.int64}
+    ends = emit(graph, aten.cumsum.default, sizes, 0, like=like)
+    at = emit(graph, aten.sub.Tensor, emit(graph, aten.cumsum.default, ones, 0, like=like), 1, like=like)
+    ids = emit(graph, aten.searchsorted.Tensor, ends, at, like=like, val=at.meta["val"])
+    ids.kwargs = {"right": True}
+    if not whole:
+        return ids
+    total = emit(graph, aten.sum.default, ones, like=like)
+    fits = emit(graph, aten.eq.Tensor, emit(graph, aten.sum.default, sizes, like=like), total, like=like)
+    known = emit(graph, aten.all.default, emit(graph, aten.ge.Scalar, sizes, 0, like=like), like=like)
+    fits = emit(graph, aten.logical_and.default, fits, known, like=like)
+    return emit(graph, aten.where.ScalarOther, fits, ids, -1, like=like)
+
+
 def _kept(graph: Graph, ids: Node, table: Any, like: Node) -> Node:
     inside = emit(graph, aten.clamp.default, ids, 0, like=like)
     if inside.meta["val"].dtype != torch.int64:
@@ -250,7 +271,7 @@ def _above(graph: Graph, table: Node, bound: float | None, top_k: int, like: Nod
     return emit(graph, aten.where.ScalarOther, emit(graph, aten.gt.Scalar, top, 0, like=like), ids, -1, like=like)
 
 
-_WRITTEN: dict[Any, Any] = {ids_above: _above, ids_in: _in, ids_kept: _kept, ids_where: _where}
+_WRITTEN: dict[Any, Any] = {ids_above: _above, ids_by_sizes: _by_sizes, ids_in: _in, ids_kept: _kept, ids_where: _where}
 _PRODUCTS = ("mul", "mul_", "__and__", "bitwise_and", "bitwise_and_", "logical_and", "logical_and_")
 RULES: dict[str, tuple[Rule, ...]] = {
     "table": (table,),

@@ -297,6 +297,7 @@ class Pieces(Value):
 
     parts: tuple[tuple[int, Value], ...]
     number: int
+    classes: int | None = None  # as of a `Selection`
 
 
 @dataclass(frozen=True)
