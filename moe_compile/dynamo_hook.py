@@ -339,10 +339,10 @@ def _number_of_sizes(tx: Any, arg: Any) -> int | None:
             sizes = getattr(tx.output.shape_env, "backed_var_to_val", None) or tx.output.shape_env.var_to_val
             if not expr.free_symbols <= sizes.keys() or not tx.output.shape_env.evaluate_expr(expr >= 0):
                 return None
-        elif not (item.is_python_constant() and type(item.as_python_constant()) is int):
-            return None
-        elif item.as_python_constant() < 0:
-            return None
+        else:
+            number = item.as_python_constant() if item.is_python_constant() else None
+            if type(number) is not int or number < 0:
+                return None
     return len(items) if len(items) > 1 and arg.python_type() in (list, tuple) else None
 
 

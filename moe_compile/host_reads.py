@@ -1,7 +1,7 @@
 """Numbers of rows that Python reads: stand-ins that may say where rows begin and end, and whether there are any.
 
     sizes = counts.tolist()                     # one `HostNumber` an entry; counts.cpu().numpy(), counts[e].item() too
-    start + counts[e], counts[e]                # tensors, of which Python sees no number yet: read where they are bounds
+    start + counts[e], counts[e]                # tensors, read only where they are bounds
     x.split(sizes), x[start : start + sizes[e]] # `rows_between`: r rows, and sums of entries for where they lie
     if sizes[e] == 0, if start == end           # a question, answered as those about selections are
     torch.cat(pieces)                           # `cat_rows`: as many rows as were sliced

@@ -19,16 +19,11 @@ pytestmark = [
 ]
 
 REWRITTEN = """
-    dbrx deepseek_v3 dots1 ernie4_5_moe flex_olmo glm4_moe gpt_oss granitemoe granitemoeshared hunyuan_v1_moe jamba
-    llama4 longcat_flash minimax mixtral olmoe qwen2_moe qwen3_moe qwen3_next
+    aria dbrx deepseek_v2 deepseek_v3 dots1 ernie4_5_moe flex_olmo glm4_moe gpt_oss granitemoe granitemoehybrid
+    granitemoeshared hunyuan_v1_moe jamba jetmoe llama4 longcat_flash minimax mixtral olmoe phimoe qwen2_moe qwen3_moe
+    qwen3_next
 """.split()
-LEFT = {  # why, at the time of writing; what is rewritten one day must keep its numbers too
-    "aria": "sorted outside of the two functions that loop over rows",
-    "deepseek_v2": "offsets that are added up as tensors",
-    "granitemoehybrid": "its experts are rewritten; a product of its Mamba layers looks like experts",
-    "jetmoe": "its experts are rewritten; those of the attention are in two functions, and sizes are lists",
-}
-MODES = [(family, mode) for family in [*REWRITTEN, "phimoe", *LEFT] for mode in ("train", "eval")]
+MODES = [(family, mode) for family in REWRITTEN for mode in ("train", "eval")]
 
 
 @pytest.mark.parametrize(("family", "mode"), MODES, ids=["-".join(case) for case in MODES])
@@ -39,8 +34,4 @@ def test_model(family: str, mode: str) -> None:
     model.train(mode == "train")
     with regions() as found:
         check(compiled(model, "eager"), model, ids)
-    if family in REWRITTEN or (family, mode) == ("phimoe", "eval"):
-        assert found and all(r.matched for r in found), [(r.location, r.reason) for r in found]
-    assert all(r.matched or r.reason for r in found)
-    if (family, mode) == ("phimoe", "train"):
-        assert all("custom autograd function" in str(r.reason) for r in found)
+    assert found and all(r.matched for r in found), [(r.location, r.reason) for r in found]

@@ -264,10 +264,10 @@ def rows_between(call: Call) -> Value | None:
         return found
     ids, expert, num, closed = found
     if ids in call.run.facts.sizes:
-        found = _sorted_before(call, value, ids, num)
-        if not isinstance(found, tuple):
-            return found
-        ids, value, closed = found
+        rows = _sorted_before(call, value, ids)
+        if isinstance(rows, Unknown):
+            return rows
+        ids, value, closed = rows
     if isinstance(value, Pieces):
         value = dict(value.parts).get(expert, Unknown(f"rows of expert {expert} are read that were not computed"))
     order = value.selection.order if isinstance(value, Rows) else getattr(value, "order", "flat")
@@ -288,7 +288,7 @@ def rows_between(call: Call) -> Value | None:
     return None
 
 
-def _sorted_before(call: Call, value: Value, sizes: Node, num: Any) -> tuple[Node, Value, bool] | Unknown | None:
+def _sorted_before(call: Call, value: Value, sizes: Node) -> tuple[Node, Value, bool] | Unknown:
     """(ids, rows, whether the sizes are those of all) of rows that are sorted as their sizes, which are given, say."""
     whole = call.number(4)
     if isinstance(value, Plain | Region) and call.val(call.node.args[0]).is_floating_point():

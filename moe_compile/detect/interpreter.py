@@ -219,9 +219,9 @@ class Interpreter:
             if any(isinstance(v, Filled) for v in values) and call.op not in ("index_put", "index_put_"):
                 continue
             if call.op != "rows_between" and (pieces := [v for v in values if isinstance(v, Pieces)]):
-                result = self._piecewise(call, pieces)
-                if not isinstance(result, Unknown) or meaning == self._settled or not any(map(sorted_before, pieces)):
-                    return result
+                made = self._piecewise(call, pieces)
+                if not isinstance(made, Unknown) or meaning == self._settled or not any(map(sorted_before, pieces)):
+                    return made
                 continue
             for rule in self.rules.get(call.op, ()):
                 result = rule(call)
