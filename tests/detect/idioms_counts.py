@@ -235,23 +235,6 @@ class InferredByTensors(Inferred):
         return counts
 
 
-@idiom(empty=False)
-class InferredByTensorsSkippingFirst(Listed):
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        order = ids.view(-1).argsort()
-        rows = x[order // K]
-        outputs = []
-        start = 0
-        for e, size in enumerate(torch.bincount(ids.view(-1), minlength=E).cpu()):
-            if size == 0:
-                continue
-            end = size + start
-            outputs.append(self.experts[e](rows[start:end]))
-            start = end
-        y = torch.cat(outputs) * weights.reshape(-1, 1)[order]
-        return torch.zeros_like(x).index_add(0, order // K, y)
-
-
 @idiom()
 class InferredWithoutSkipping(Inferred):
     def outputs(self, rows: Tensor, sizes: Any) -> Tensor:
