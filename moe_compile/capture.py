@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
@@ -43,7 +43,8 @@ from moe_compile.parallel import gather
 from moe_compile.python_state import Functions, watch
 from moe_compile.ranges import READS, Numbers, Unsized, number_of_classes
 from moe_compile.region import EXAMPLE_ROWS
-from moe_compile.stand_ins import Lists, watched, write_columns
+from moe_compile.series import State, add_inputs
+from moe_compile.stand_ins import Lists, watched
 from moe_compile.visit_checks import check_guards
 from moe_compile.visits import MOST, OFFSET, OneByOne, Visit, Visits
 
@@ -56,12 +57,14 @@ torch.library.register_fake(
 EXAMPLE = EXAMPLE_ROWS
 SYMBOLIC = -1
 ROWS = "rows"  # the last placeholders: vectors as long as the selections
+NAME = "qualified_name"  # what an input stands for, in its meta: two names may be spelled alike in a graph
 VISIT = "visit"  # and those as long as the index of a visit, plus `OFFSET`
 
 
 @dataclass
 class Capture:
-    """A function as a graph: `gm(*tensors, *state)`, tensors as they stand in its arguments, state by name.
+    """A function as a graph: `gm(*tensors, *state)`, tensors as they stand in its arguments, state by name, and series
+    of it (series.py) where a visit stands for many modules.
 
     `iterated`, `answered`, `counted` and `selected` are the nodes behind data-dependent answers, `questions` what was
     asked in all captures alike, with its node; `sees_rows`: whether the program looked at a number of rows; `guards()`:
@@ -71,7 +74,7 @@ class Capture:
     """
 
     gm: GraphModule
-    state: list[str]  # qualified names of the parameters and buffers that follow the tensors
+    state: State  # the parameters and buffers that follow the tensors
     out_spec: Any
     iterated: list[Node] = field(default_factory=list)
     answered: list[tuple[Node, bool]] = field(default_factory=list)
@@ -522,17 +525,13 @@ def capture(
     state = {n: t for n, t in _state(module)}
     by_loop = (visit is not None or by_number) and has_loops(fn)
     lists = Lists(module, numbers.FEW) if by_loop else None
-    absent: Mapping[int, Tensor] = {}
+    absent: frozenset[int] = frozenset()
     if lists is not None:
         lists.keep([0] if visited is None else visited)
-        absent = lists.absent
-    unique: dict[int, Tensor] = {}
-    for t in state.values():
-        t = absent.get(id(t), t)
-        unique[id(t)] = unique[id(t)] if id(t) in unique else world.fake(t, None)
-    present = [n for n, t in state.items() if id(t) not in absent]
-    state_fakes = [unique[id(state[n])] for n in present]
-    missing = {i: world.fake(t, None) for i, t in {id(t): t for t in absent.values()}.items()}
+        absent = lists.absent  # a tensor that a trace meets all the same is none of its inputs: a refusal
+    present = {n: t for n, t in state.items() if id(t) not in absent}
+    unique = {i: world.fake(t, None) for i, t in {id(t): t for t in present.values()}.items()}
+    state_fakes = [unique[id(t)] for t in present.values()]
     lengths = [world.vector(f"{ROWS}_{i}", EXAMPLE) for i in range(selections if rows == SYMBOLIC else 0)]
     indices = [world.vector(f"{VISIT}_{i}", OFFSET) for i in range(MOST if visit is not None else 0)]
     answers = Answers(rows, truth, script, classes, visited, dict(known.widths))
@@ -550,9 +549,8 @@ def capture(
             leaves[i] = answers.host.entries(t) if i in lengths_of else t
         call_args, call_kwargs = tree_unflatten(leaves, spec)
         here = dict(zip(present, state_values, strict=True))
-        here |= {n: missing[id(absent[id(t)])] for n, t in state.items() if n not in here}
         if lists is not None:
-            lists.begin({id(t): here[n] for n, t in state.items()})
+            lists.begin({id(t): here[n] for n, t in present.items()})
         try:
             hidden = _lengths_hidden(answers, rows == SYMBOLIC)
             functions = opaque.as_calls(module, lambda: answers.visits is None or not answers.visits.is_open)
@@ -581,9 +579,10 @@ def capture(
         )
     gm.graph.set_codegen(torch.fx.graph.CodeGen())
     as_tables(gm, len(inputs))
-    if lists is not None:
-        _add_inputs(gm.graph, lists, state, len(tensors), missing)
-    named = [*_argument_names(fn, args, kwargs, tensors), *state]
+    places_of_state = gm.graph.find_nodes(op="placeholder")[: len(tensors) + len(present)]
+    in_series = add_inputs(gm.graph, lists.columns, state, places_of_state) if lists is not None else []
+    named = [*_argument_names(fn, args, kwargs, tensors), *present]
+    named += [f"{names[0]}_series" for names in in_series]
     named += [f"{ROWS}_{i}" for i in range(len(lengths))]
     _name_inputs(gm, [*named, *(f"{VISIT}_{i}" for i in range(len(indices)))])
     out = gm.graph.output_node()
@@ -602,7 +601,7 @@ def capture(
         check_guards(visits, [t.shape[0] for t in indices], world.all_guards(), world.env.replacements)
     return Capture(
         gm,
-        list(state),
+        [*present, *in_series],
         seen["spec"],
         iterated=iterated,
         answered=list(zip(answered, answers.answers, strict=True)),
@@ -631,23 +630,6 @@ def _are_sizes(node: Node) -> bool:
     return val.dim() == 1 and type(val.shape[0]) is int and val.dtype in (torch.int64, torch.int32)
 
 
-def _add_inputs(
-    graph: Graph, lists: Lists, state: Mapping[str, Tensor], first: int, missing: Mapping[int, Tensor]
-) -> None:
-    """Inputs for the tensors that the trace did without, and what is picked of them."""
-    rest = iter(list(graph.nodes)[first:])
-    nodes: dict[str, Node] = {}
-    after = next(rest)
-    for name, tensor in state.items():
-        if id(tensor) in lists.absent:
-            with graph.inserting_before(after):
-                nodes[name] = graph.placeholder(name.replace(".", "_"))
-            nodes[name].meta["val"] = missing[id(lists.absent[id(tensor)])]
-        else:
-            nodes[name], after = after, next(rest)
-    write_columns(graph, lists, state, nodes)
-
-
 def _argument_names(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], tensors: list[int]
 ) -> list[str]:
@@ -666,7 +648,7 @@ def _name_inputs(gm: GraphModule, names: list[str]) -> None:
     """Rename the placeholders, so that graphs read like the program."""
     for node, name in zip(gm.graph.find_nodes(op="placeholder"), names, strict=True):
         node._rename(name.replace(".", "_"))
-        node.target = node.name
+        node.target, node.meta[NAME] = node.name, name
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

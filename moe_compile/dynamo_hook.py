@@ -26,7 +26,7 @@ from torch._dynamo.source import AttrSource, CellContentsSource, DictGetItemSour
 from torch._dynamo.variables.base import VariableTracker
 from torch._dynamo.variables.constant import ConstantVariable
 from torch._dynamo.variables.functions import UserFunctionVariable, UserMethodVariable
-from torch._dynamo.variables.lists import BaseListVariable
+from torch._dynamo.variables.lists import BaseListVariable, TupleVariable
 from torch._dynamo.variables.nn_module import UnspecializedNNModuleVariable
 from torch._dynamo.variables.tensor import SymNodeVariable, TensorVariable
 from torch._guards import Source
@@ -186,7 +186,7 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     for name in _shared(owner.value):
         _attribute(tx, owner, name).realize()  # a guard that they are one tensor
     tensors = [_as_tensor(tx, v) for v in (*rest, *kwargs.values()) if isinstance(v, TensorVariable | BaseListVariable)]
-    state = [_attribute(tx, owner, name) for name in kind.state]
+    state = [_state(tx, owner, names) for names in kind.state]
     if not sharded:
         return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
     attach(owner.value)
@@ -195,6 +195,13 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     env.settings = dataclasses.replace(env.settings, allow_scalar_outputs=True)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):  # here only: the splits, which the host reads
         return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
+
+
+def _state(tx: Any, owner: Any, names: str | tuple[str, ...]) -> Any:
+    """A parameter or buffer; for a series the tuple of all."""
+    if isinstance(names, str):
+        return _attribute(tx, owner, names)
+    return TupleVariable([_attribute(tx, owner, name).realize() for name in names])
 
 
 def _shard(tx: Any, owner: Any, name: str) -> Any:

@@ -6,6 +6,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from moe_compile.region import EXAMPLE_ROWS
+from moe_compile.series import Series
 
 _DTYPE = {
     torch.float64: "f64",
@@ -53,10 +54,16 @@ def _target(node: Node) -> str:
 def _type(node: Node) -> str:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return f"{_DTYPE.get(value.dtype, str(value.dtype))}[{', '.join(map(_size, value.shape))}]"
+        return _type_of(value)
+    if isinstance(value, Series):
+        return f"{len(value)} x {_type_of(value.example)}"
     if value is None:
         return "body" if node.op == "get_attr" else "none"
     return "tuple" if isinstance(value, (tuple, list)) else type(value).__name__
+
+
+def _type_of(tensor: torch.Tensor) -> str:
+    return f"{_DTYPE.get(tensor.dtype, str(tensor.dtype))}[{', '.join(map(_size, tensor.shape))}]"
 
 
 def _size(size: object) -> str:

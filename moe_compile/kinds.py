@@ -31,6 +31,7 @@ from moe_compile.reads import SIMPLE, Read, hold
 from moe_compile.region import experts
 from moe_compile.report import RegionReport
 from moe_compile.rewrite import PassReport
+from moe_compile.series import expand
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Kind:
     """A proven function: `run(*tensors, *state)` in place of the original, with the names of the state it takes."""
 
     run: Callable[..., Any]
-    state: tuple[str, ...]
+    state: tuple[str | tuple[str, ...], ...]  # names; of a series (series.py) those of all
     local: tuple[str, ...]  # after the state it takes this rank's shards of these DTensors
     single: bool  # returns one tensor, not a tuple
     guards: tuple[Any, ...]
@@ -199,8 +200,9 @@ def _place(found: Analysis, module: nn.Module, how: _How) -> Placed:
         return Placed(PassReport("PlaceExperts"), "grouped", {})
     if "place_experts" in how.skip:
         raise Refusal("the pass place_experts is left out")
+    found.capture.state[:] = single = expand(found.gm.graph, found.capture.state)
     inputs = found.gm.graph.find_nodes(op="placeholder")
-    state = dict(zip(found.capture.state, inputs[-len(found.capture.state) :], strict=True))
+    state = dict(zip(single, inputs[-len(single) :], strict=True))
     parameters = {name: state[name] for name, _ in module.named_parameters(remove_duplicate=False)}
     decide = functools.partial(agree, how.placement.group)
     placed = place(found.gm, how.placement, parameters, how.strategy, how.numerics, decide)

@@ -12,7 +12,7 @@ To add an op: write `rule(b, node) -> Batched`, give it its line, and test it in
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch.fx import Graph, Node
 
 from moe_compile.errors import Refusal
 from moe_compile.rewrite import emit, value
+from moe_compile.series import series_of
 
 aten, moe_ep = torch.ops.aten, torch.ops.moe_ep
 
 
 @dataclass(frozen=True)
 class Batched:
-    """A value for all experts: one node, or for separate parameters one node an expert."""
+    """A value for all experts: one node; for separate parameters a series (series.py), or one node an expert."""
 
     level: str
     node: Node | tuple[Node, ...]
@@ -79,15 +80,35 @@ class Batcher:
     def stack(self, node: Any) -> Node:
         """A param value as one [E, ...] node."""
         batched = self.env[node].node
-        if isinstance(batched, Node):
-            return batched
-        return self.emit(aten.stack.default, list(batched), 0)
+        if (series := series_of(batched)) is not None:
+            stacked = series.example.new_empty((len(series), *series.example.shape))
+            return emit(self.graph, aten.stack.default, batched, 0, like=self.like, val=stacked)
+        return batched if isinstance(batched, Node) else self.emit(aten.stack.default, list(batched), 0)
+
+    def separate(self, node: Any) -> Sequence[Node]:
+        """A param value as it is: one stack, or one node an expert."""
+        batched = self.env[node].node
+        if (series := series_of(batched)) is not None:
+            return [self.emit(operator.getitem, batched, e) for e in range(len(series))]
+        return [batched] if isinstance(batched, Node) else batched
 
     def transposed(self, matrix: Node) -> Node:
         """The transpose of each matrix; that of a transpose is what it was."""
         if matrix.target is aten.transpose.int and set(matrix.args[1:]) == {-2, -1}:
             return matrix.args[0]  # type: ignore[return-value]
         return self.emit(aten.transpose.int, matrix, -2, -1)
+
+    def product(self, rows: Node, node: Any, offsets: Node, dtype: torch.dtype, transposed: bool) -> Node:
+        """rows @ w.T, or rows @ w if `transposed`, for a param value w of rank 2, in `dtype`."""
+        weights, target = self.env[node].node, moe_ep.grouped_gemm.default
+        series = series_of(weights)
+        if series is not None and series.example.dtype == dtype and not transposed:
+            val = target(value(rows), [series.example], value(offsets))  # of one as of all
+            return emit(self.graph, target, rows, weights, offsets, like=self.like, val=val)
+        first = weights if isinstance(weights, Node) else weights[0]
+        cast = (value(first) if series is None else series.example).dtype != dtype
+        stacks = [self.emit(aten.to.dtype, self.stack(node), dtype)] if cast else list(self.separate(node))
+        return self.emit(target, rows, [self.transposed(s) for s in stacks] if transposed else stacks, offsets)
 
     def rows(self, node: Any, rank: int) -> Node:
         """A value as an operand of a row-wise op of `rank` dimensions: a param is gathered by row."""
@@ -151,15 +172,9 @@ def _grouped(b: Batcher, node: Node, x: Any, w: Any, transposed: bool) -> Node:
     if rank > 2:  # each row is a matrix: as many rows of the product
         rows = b.emit(aten.reshape.default, rows, [-1, value(rows).shape[-1]])
         offsets = b.emit(aten.mul.Tensor, offsets, many)
-    weights = b.env[w].node
-    stacks = [weights] if isinstance(weights, Node) else list(weights)
     if value(rows).dtype != dtype:
         rows = b.emit(aten.to.dtype, rows, dtype)
-    if value(stacks[0]).dtype != dtype:
-        stacks = [b.emit(aten.to.dtype, b.stack(w), dtype)]
-    if transposed:
-        stacks = [b.transposed(s) for s in stacks]
-    product = b.emit(moe_ep.grouped_gemm.default, rows, stacks, offsets)
+    product = b.product(rows, w, offsets, dtype, transposed)
     return product if rank == 2 else b.emit(aten.reshape.default, product, [-1, *value(node).shape[1:]])
 
 
@@ -269,9 +284,9 @@ def transpose(b: Batcher, node: Node) -> Batched:
         return b.env[source]
     a, c = int(a) % rank - rank, int(c) % rank - rank  # type: ignore[arg-type]
     batched = b.env[source].node
-    if isinstance(batched, Node):
+    if isinstance(batched, Node) and series_of(batched) is None:
         return Batched("param", b.emit(aten.transpose.int, batched, a, c))
-    return Batched("param", tuple(b.emit(aten.transpose.int, w, a, c) for w in batched))
+    return Batched("param", tuple(b.emit(aten.transpose.int, w, a, c) for w in b.separate(source)))
 
 
 def permute(b: Batcher, node: Node) -> Batched:

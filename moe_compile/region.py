@@ -13,7 +13,7 @@
 Letters: T tokens, K experts per token, E experts, D model width, r rows of one expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class Leaf(Expr):
     """A value the body receives.  `node` is where it comes from in the outer graph.
 
     role: "token" (a row of node), "pair" (an entry of node [T, K, ...]), "flat_pair" (of node [T*K, ...]),
-    "column" (node[t, id], node is [T, E]), "slice" (node[e]), "picked" (entry e of the list that node picks from),
+    "column" (node[t, id], node is [T, E]), "slice" (node[e]), "picked" (entry e of the series that node picks from),
     "outer" (node itself); where experts have lists of tokens
     "rows" (node[list of the expert]), "listed" (node itself, by row, another one for each expert).
     """
@@ -170,8 +170,8 @@ def _freeze(arg: Any) -> Any:
 class Body:
     """Turns an expression into the body graph, collecting the outer nodes that its leaves stand for."""
 
-    def __init__(self, params: dict[Expr, list[Node]]) -> None:
-        self.families = params  # leaves that differ from expert to expert: the node of each
+    def __init__(self, params: Mapping[Expr, Any]) -> None:
+        self.families = params  # leaves that differ from expert to expert
         self.inputs: dict[str, list[Leaf]] = {level: [] for level in LEVELS}
 
     def build(self, root: Expr) -> GraphModule:

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from moe_compile.series import Series
+
 M = TypeVar("M")
 
 
@@ -82,6 +84,11 @@ def value(node: Node) -> Tensor:
     return fake
 
 
+def _val(node: Node) -> Any:
+    val = node.meta["val"]
+    return [val.example] * len(val) if isinstance(val, Series) else val
+
+
 def emit(graph: Graph, target: Callable[..., Any], *args: Any, like: Node, val: Any = None) -> Node:
     """Insert a call that stands for what `like` stood for in the user's source.
 
@@ -89,5 +96,5 @@ def emit(graph: Graph, target: Callable[..., Any], *args: Any, like: Node, val: 
     """
     node = graph.call_function(target, args)
     node.meta = {k: v for k, v in like.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
-    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"])) if val is None else val
+    node.meta["val"] = target(*map_arg(args, _val)) if val is None else val
     return node

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
 
 from moe_compile.loop_state import OneByOne
 from moe_compile.reads import SIMPLE
@@ -143,7 +142,7 @@ def _check_equal(values: Sequence[Any], name: str) -> None:
 class Lists:
     """The lists of a module whose members are alike.
 
-    A trace holds the tensors of a few members alone (`absent`): those of a list stand behind its first one.
+    A trace holds the tensors of a few members alone, not those that are `absent`.
     """
 
     def __init__(self, module: nn.Module, least: int) -> None:
@@ -161,15 +160,15 @@ class Lists:
             self.known, self.columns = {}, []
         self._holders: dict[int, set[int]] = {}
         self._column: dict[int, int] = {}
-        self.absent: dict[int, Tensor] = {}
+        self.absent: frozenset[int] = frozenset()
 
     def keep(self, few: Sequence[int]) -> None:
-        """Leave out the tensors of all but these members; `absent`: by each the first of its column."""
-        self.absent = {id(t): c[0] for c in self.columns for n, t in enumerate(c) if n not in few}
+        """Leave out the tensors of all but these members."""
+        self.absent = frozenset(id(t) for c in self.columns for n, t in enumerate(c) if n not in few)
 
     def begin(self, traced: Mapping[int, Tensor]) -> None:
         """`traced`: what a trace has in the place of a tensor."""
-        self._column = {id(traced[id(c[0])]): i for i, c in enumerate(self.columns)}
+        self._column = {id(traced[id(c[0])]): i for i, c in enumerate(self.columns) if id(c[0]) in traced}
         self._holders = {}
         for found, alike in self.known.values():
             for part, tables in alike.holders.items():
@@ -213,13 +212,6 @@ def _pick(tensor: Tensor, number: Any, column: int) -> Tensor:
     with torch._C.DisableTorchFunction():
         picked = torch.ops.moe_ep_capture.pick([tensor], number, column)
         return picked.requires_grad_() if tensor.requires_grad else picked  # type: ignore[no-any-return]
-
-
-def write_columns(graph: Graph, lists: Lists, state: Mapping[str, Tensor], nodes: Mapping[str, Node]) -> None:
-    """Before: pick([first], number, column).  After: pick(all of the column, number, column)."""
-    by_tensor = {id(t): nodes[name] for name, t in state.items()}
-    for node in graph.find_nodes(op="call_function", target=torch.ops.moe_ep_capture.pick.default):
-        node.args = ([by_tensor[id(t)] for t in lists.columns[node.args[2]]], *node.args[1:])
 
 
 @contextlib.contextmanager

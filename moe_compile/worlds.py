@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from moe_compile.capture import SYMBOLIC, Capture
+from moe_compile.capture import NAME, SYMBOLIC, Capture
 from moe_compile.detect import dense
 from moe_compile.detect.by_column import column_of, table_of
 from moe_compile.detect.interpreter import Facts, Interpreter, is_random
@@ -50,6 +50,7 @@ from moe_compile.errors import Refusal
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import rules
 from moe_compile.region import Expr, Leaf
+from moe_compile.series import series_of
 from moe_compile.visit_checks import check_visits
 from moe_compile.visits import Visit
 
@@ -360,7 +361,8 @@ class _Speller:
                 literal = self.constants.get(str(n.target))
                 parts: Any = str(literal.tolist()) if literal is not None else n.target
             elif n.op == "placeholder":
-                parts = n.name
+                self.known[n] = _input(n.meta[NAME])
+                continue
             else:
                 parts = (self.grad[n], *map_arg((n.args, n.kwargs), lambda m: self.known[m]))
             self.known[n] = _digest(n.op, str(n.target) if n.op == "call_function" else "", parts)
@@ -370,9 +372,9 @@ class _Speller:
         """The value as it is for an expert."""
         if (id(expr), number) not in self.known:
             if isinstance(expr, Leaf):
-                listed: Any = expr.node.args[0] if expr.role == "picked" else ()
-                role, node = ("outer", listed[number]) if listed else (expr.role, expr.node)
-                parts: Any = (role, self.node(node))
+                series = series_of(expr.node.args[0]) if expr.role == "picked" else None
+                spelled = self.node(expr.node) if series is None else _input(series.names[number])
+                parts: Any = (expr.role if series is None else "outer", spelled)
             else:
                 parts = (str(expr.target), self._parts(expr.args, number), self._parts(expr.kwargs, number))
             self.known[id(expr), number] = _digest("expr", parts)
@@ -408,6 +410,10 @@ def _grad_modes(graph: Graph) -> dict[Node, bool | None]:
             mode = node.args[0]
         found[node] = mode
     return found
+
+
+def _input(name: str) -> str:
+    return _digest("placeholder", name)
 
 
 def _digest(*parts: Any) -> str:

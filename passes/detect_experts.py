@@ -16,6 +16,7 @@ Refuses    whatever the interpreter (moe_compile/detect) cannot prove, with the 
 """
 
 import itertools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_i
 from moe_compile.detect.values import ListRegion, Region
 from moe_compile.region import Body, Expr, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
+from moe_compile.series import series_of
 
 aten = torch.ops.aten
 
@@ -151,9 +153,14 @@ def _experts(
 
 
 def _params(graph: Graph, leaf: Leaf, region: Region, site: Node) -> Any:
-    """The leaf's value for every expert: a stack, or as many nodes."""
+    """The leaf's value for every expert: a stack, a series, or as many nodes."""
     if leaf in region.families:
-        return region.families[leaf]
+        own = region.families[leaf]
+        series = series_of(own)
+        if series is None or len(series) == region.num_experts:
+            return own
+        part = slice(0, region.num_experts)
+        return emit(graph, operator.getitem, own, part, like=site, val=series[part])
     if leaf.node.meta["val"].shape[0] == region.num_experts:
         return leaf.node
     return emit(graph, aten.slice.Tensor, leaf.node, 0, 0, region.num_experts, like=site)

@@ -23,16 +23,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_compile.expert_mlp import has_kernel
 from moe_compile.rewrite import RewritePass, emit, value
+from moe_compile.series import series_of
 
 aten, moe_ep = torch.ops.aten, torch.ops.moe_ep
 RESHAPES = (
     aten.reshape.default, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints,
 )  # fmt: skip
+
+
+Weights = tuple[Node, ...] | Node  # stacked in one node, one node an expert, or a series (series.py)
 
 
 @dataclass(frozen=True)
@@ -41,9 +46,9 @@ class Mlp:
 
     combine: Node
     dispatch: Node
-    gate: tuple[Node, ...]  # weights, as `expert_mlp` takes them
-    up: tuple[Node, ...]
-    down: tuple[Node, ...]
+    gate: Weights  # as `expert_mlp` takes them
+    up: Weights
+    down: Weights
     activation: str
     gated: bool
     inside: frozenset[Node]  # what the op replaces
@@ -59,7 +64,8 @@ class FuseExperts(RewritePass[Mlp]):
         x: Any = found.dispatch.args[0]
         weights: Any = found.combine.args[1]
         of_weights = None if weights is None else value(weights).dtype
-        kinds = {(value(n).device.type, value(n).dtype) for n in (x, *found.gate, *found.up, *found.down)}
+        parts = [value(x), *_fakes(found.gate), *_fakes(found.up), *_fakes(found.down)]
+        kinds = {(t.device.type, t.dtype) for t in parts}
         if len(kinds) > 1 or value(x).device.type != "cpu" or not has_kernel(value(x).dtype, of_weights):
             named = " and ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
             return f"no fused kernel for {named}, routing weights {of_weights}"
@@ -71,11 +77,13 @@ class FuseExperts(RewritePass[Mlp]):
         weights = combine.args[1]
         if isinstance(weights, Node):
             weights = _before_reshapes(weights)
+        lists = [w if isinstance(w, Node) else list(w) for w in (found.gate, found.up, found.down)]
+        rest = (num_experts, found.activation, found.gated)
+        target: Any = moe_ep.expert_mlp.default
+        routed = [value(n) if isinstance(n, Node) else None for n in (x, ids, weights)]
+        val = target(*routed, *map(_fakes, (found.gate, found.up, found.down)), *rest)
         with graph.inserting_before(combine):
-            new = emit(
-                graph, moe_ep.expert_mlp.default, x, ids, weights, list(found.gate), list(found.up), list(found.down),
-                num_experts, found.activation, found.gated, like=combine,
-            )  # fmt: skip
+            new = emit(graph, target, x, ids, weights, *lists, *rest, like=combine, val=val)
             out = emit(graph, operator.getitem, new, 0, like=combine)
         combine.replace_all_uses_with(out)
 
@@ -113,15 +121,16 @@ class _Matcher:
             node = node.args[0]
         return node
 
-    def gemm(self, node: Any, offsets: Any) -> tuple[Node, tuple[Node, ...]] | None:
+    def gemm(self, node: Any, offsets: Any) -> tuple[Node, Weights] | None:
         """(rows, weights) of a grouped GEMM."""
         node = self.see(node)
         if not _is(node, moe_ep.grouped_gemm.default) or node.args[2] is not offsets:
             return None
         self.inside.add(node)
-        return self.see(node.args[0]), tuple(node.args[1])
+        weights = node.args[1]
+        return self.see(node.args[0]), weights if isinstance(weights, Node) else tuple(weights)
 
-    def activated(self, node: Any, offsets: Any) -> tuple[str, bool, Node, tuple[Node, ...], tuple[Node, ...]] | None:
+    def activated(self, node: Any, offsets: Any) -> tuple[str, bool, Node, Weights, Weights] | None:
         """(activation, gated, rows of tokens, gate weights, up weights) of what the last product takes."""
         node = self.see(node)
         known = set(self.inside)
@@ -175,9 +184,15 @@ class _Matcher:
         return source, place
 
 
-def _width(weights: tuple[Node, ...]) -> int:
+def _fakes(weights: Weights) -> list[Tensor]:
+    """The fake of each tensor; of a series one, as all are like it, and no result depends on their number."""
+    series = series_of(weights)
+    return [series.example] if series is not None else [value(w) for w in weights]  # type: ignore[union-attr]
+
+
+def _width(weights: Weights) -> int:
     """How many numbers a product with these weights gives; a product of one would be spread over all of the other."""
-    return int(value(weights[0]).shape[-2])
+    return int(_fakes(weights)[0].shape[-2])
 
 
 def _activation(node: Any) -> tuple[str, Any, tuple[Node, ...]] | None:

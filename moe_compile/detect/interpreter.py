@@ -43,6 +43,7 @@ from moe_compile.detect.values import (
 )
 from moe_compile.opaque import applied
 from moe_compile.region import Expr, Table, ids_above
+from moe_compile.series import Series
 
 Rule = Callable[["Call"], Value | None]
 LIBRARIES = ("aten", "moe_ep_capture")  # whose ops the rules know by name alone
@@ -504,4 +505,8 @@ def rows_of(value: Any) -> bool:
 
 
 def storages(node: Node) -> set[Any]:
-    return {t.untyped_storage()._cdata for t in tree_leaves(node.meta.get("val")) if isinstance(t, Tensor)}
+    val = node.meta.get("val")
+    if isinstance(val, Tensor):
+        return {val.untyped_storage()._cdata}
+    leaves = [val.example] if isinstance(val, Series) else tree_leaves(val)
+    return {t.untyped_storage()._cdata for t in leaves if isinstance(t, Tensor)}

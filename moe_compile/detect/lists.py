@@ -277,7 +277,7 @@ def write(graph: Graph, region: ListRegion, site: Node) -> Node:
         return emit(graph, target, *args, like=site)
 
     lists, number = list(region.lists), region.num_experts
-    listed = next(n for leaf, n in region.families.items() if leaf.role == "listed") if not lists else []  # type: ignore[attr-defined]
+    listed: Any = next(n for leaf, n in region.families.items() if leaf.role == "listed") if not lists else []  # type: ignore[attr-defined]
     counted = lists or [call(aten.to.dtype, _first_column(call, n), torch.int64) for n in listed]
     numbers = [call(aten.full_like.default, i, e) for e, i in enumerate(counted)]
     tokens = call(aten.cat.default, lists) if lists else None

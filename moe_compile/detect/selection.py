@@ -36,6 +36,7 @@ from moe_compile.detect.values import (
     Visit,
 )
 from moe_compile.region import ids_above
+from moe_compile.series import series_of
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -254,9 +255,9 @@ def visit(call: Call) -> Value | None:
 
 def pick(call: Call) -> Value | None:
     """Of a list of modules the tensor of the visit's own."""
-    tensors, chosen = call.arg(0), call.arg(1)
-    number = number_in(chosen, len(tensors)) if isinstance(chosen, Visit) else None
-    if number is None or not all(isinstance(t, Plain) for t in tensors):
+    series, chosen = series_of(call.node.args[0]), call.arg(1)
+    number = number_in(chosen, len(series)) if series is not None and isinstance(chosen, Visit) else None
+    if number is None or not isinstance(call.arg(0), Plain):
         return None
     return Slice(number, call.run.table.leaf("picked", call.node, call.val()))
 

@@ -9,7 +9,7 @@ from moe_compile.detect import by_column, dense, lists
 from moe_compile.detect.grids import GRID, grid_of
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
 from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not_distinct, same_size
-from moe_compile.detect.unify import by_expert, leaves_of, parts_of, unify
+from moe_compile.detect.unify import Families, by_expert, leaves_of, parts_of, unify
 from moe_compile.detect.values import (
     Buffer,
     DenseSum,
@@ -236,7 +236,7 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
     if any(t.selection.expert is None for t in total.terms):
         if len(total.terms) > 1:
             return Unknown("rows of all experts are added more than once")
-        body, families = total.terms[0].expr, dict[Expr, list[Node]]()
+        body, families = total.terms[0].expr, Families()
         experts = None
     else:
         terms = sorted(total.terms, key=lambda t: _numbers(t)[0])
@@ -271,7 +271,8 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
         return Unknown("no weight belongs to an expert")
     if not body.val.is_floating_point():
         return Unknown(f"results are {body.val.dtype}, not floating point")
-    for source in [first.ids, *(leaf.node for leaf in leaves), *(n for nodes in families.values() for n in nodes)]:
+    own_nodes = [n for nodes in families.values() for n in ([nodes] if isinstance(nodes, Node) else nodes)]
+    for source in [first.ids, *(leaf.node for leaf in leaves), *own_nodes]:
         if not run.unchanged(source):
             return Unknown(f"{source.name} is changed in place while the experts run")
     for leaf in leaves:

@@ -7,6 +7,8 @@ from torch.fx import Node
 from moe_compile.detect.values import Unknown
 from moe_compile.region import Expr, Leaf, flat
 
+Families = dict[Expr, list[Node] | Node]  # leaves that differ from expert to expert: the nodes of all, or a series
+
 
 def unify(bodies: list[Expr]) -> "dict[Expr, list[Node]] | Unknown":
     """Show that all experts compute the same function of their own weights.
@@ -26,17 +28,20 @@ def unify(bodies: list[Expr]) -> "dict[Expr, list[Node]] | Unknown":
     }
 
 
-def by_expert(merged: "dict[Expr, list[Node]]", numbers: list[tuple[int, ...]]) -> "dict[Expr, list[Node]] | Unknown":
-    """The node of every expert behind each leaf, of the node of every body; `numbers`: the experts of each body."""
-    found: dict[Expr, list[Node]] = {}
+def by_expert(merged: "dict[Expr, list[Node]]", numbers: list[tuple[int, ...]]) -> Families | Unknown:
+    """What every expert has in the place of a leaf, of the node of every body; `numbers`: the experts of each body."""
+    found: Families = {}
     for leaf, nodes in merged.items():
         assert isinstance(leaf, Leaf)
-        if leaf.role != "picked" and any(len(n) > 1 for n in numbers):
+        if leaf.role == "picked":  # by the expert's own number
+            first, *others = {node.args[0] for node in nodes}
+            if others or not isinstance(first, Node):
+                return Unknown("experts that are visited apart have their weights from other places")
+            found[leaf] = first
+            continue
+        if any(len(n) > 1 for n in numbers):
             return Unknown("experts that are visited together share a weight that others do not")
-        own: dict[int, Any] = {}
-        for node, mine in zip(nodes, numbers, strict=True):
-            listed: Any = node.args[0] if leaf.role == "picked" else {}
-            own |= {n: listed[n] if listed else node for n in mine}
+        own = {n: node for node, mine in zip(nodes, numbers, strict=True) for n in mine}
         found[leaf] = [own[n] for n in sorted(own)]
     return found
 

@@ -4,7 +4,7 @@ A `plain` value can be computed outside of the region, whatever it means; the ot
 `ids` is always the node that holds the expert ids; its dimensions are named 0, 1, ... and the expert dimension "e".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -487,7 +487,7 @@ class Region(Value):
     num_classes: int | None  # ids outside [0, num_classes) are an error; None: they choose nobody
     reads: Any  # how ids choose weights: "number"; "index", from the end if negative; limits (low, high)
     body: Expr
-    families: dict[Expr, list[Node]] = field(repr=False)
+    families: Mapping[Expr, Sequence[Node] | Node] = field(repr=False)  # nodes of all experts, or a series (series.py)
     tail: tuple[int, Expr] | None = None  # ids in [num_experts, tail[0]) run tail[1], which holds nothing of an expert
     plain = True
 
