@@ -40,6 +40,7 @@ from moe_compile.flat_ids import as_tables
 from moe_compile.host_reads import HostReads, Locals
 from moe_compile.numbers import EQUAL, has_loops, long_enough, numbers_in, program
 from moe_compile.parallel import gather
+from moe_compile.parts import parts
 from moe_compile.python_state import Functions, watch
 from moe_compile.ranges import READS, Numbers, Unsized, number_of_classes
 from moe_compile.region import EXAMPLE_ROWS
@@ -522,7 +523,7 @@ def capture(
     tensors = [i for i, a in enumerate(fake_args) if isinstance(a, Tensor)]
     inputs = [world.fake(fake_args[i], i) for i in tensors]
     sizes = {*known.sizes, *(tensors.index(i) for i in lengths_of)}
-    state = {n: t for n, t in _state(module)}
+    state = dict(parts(module).tensors)
     by_loop = (visit is not None or by_number) and has_loops(fn)
     lists = Lists(module, numbers.FEW) if by_loop else None
     absent: frozenset[int] = frozenset()
@@ -651,19 +652,14 @@ def _name_inputs(gm: GraphModule, names: list[str]) -> None:
         node.target, node.meta[NAME] = node.name, name
 
 
-def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
 @contextlib.contextmanager
 def _state_replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
     from torch.nn.utils.stateless import _reparametrize_module
 
-    places: dict[Any, str] = {}  # a module that has two names is changed, and put back, by one of them
-    for name in values:
+    children, places = dict(parts(module).everywhere), dict[Any, str]()
+    for name in values:  # a module that has two names is changed, and put back, by one of them
         owner, _, attribute = name.rpartition(".")
-        places.setdefault((module.get_submodule(owner), attribute), name)
+        places.setdefault((children[owner], attribute), name)
     with _reparametrize_module(module, {name: values[name] for name in places.values()}):
         yield
 
@@ -757,16 +753,19 @@ def _literals(gm: GraphModule, constants: dict[str, Any]) -> dict[str, Tensor]:
 
 def check_module(module: nn.Module) -> None:
     """Refuse modules that a trace would not show whole."""
-    for name, child in module.named_modules():
-        label = name or type(module).__name__
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        found = [hook for h in hooks for hook in getattr(child, h, {}).values() if hook not in gather.HOOKS]
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    for name, child in parts(module).modules:
+        label, own = name or type(module).__name__, vars(child)
+        found = [hook for h in hooks if own.get(h) for hook in own[h].values() if hook not in gather.HOOKS]
         if child is not module and found:
             raise Refusal(f"module {label} has hooks")
-        if getattr(child, "_compiled_call_impl", None) is not None and child is not module:
+        if own.get("_compiled_call_impl") is not None and child is not module:
             raise Refusal(f"module {label} is compiled on its own")
-    for name, tensor in _state(module):
-        if tensor.is_complex():
+    for name, tensor in parts(module).tensors:
+        if tensor.dtype.is_complex:
             raise Refusal(f"{name} is {tensor.dtype}")
-        if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+        if type(tensor) not in PLAIN and torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
             raise Refusal(f"{name} is a {type(tensor).__name__}")
+
+
+PLAIN = (nn.Parameter, Tensor, nn.Buffer)

@@ -25,6 +25,7 @@ from moe_compile.errors import MoeCompileError, Refusal
 from moe_compile.graph_text import graph_text
 from moe_compile.parallel.agree import agree
 from moe_compile.parallel.shards import Placement, dense, placement
+from moe_compile.parts import listed, parts
 from moe_compile.pipeline import Placed, canonicalise, place
 from moe_compile.read_walk import TORCH_OWN, plain_attributes, reads
 from moe_compile.reads import SIMPLE, Read, hold
@@ -81,7 +82,7 @@ def kind_of(
     dense meaning.
     """
     where = placement(module)
-    with dense(module):
+    with dense(module), listed(module):
         return _kind_of(fn, module, args, kwargs, known, _How(skip, where, strategy, numerics), holds)
 
 
@@ -111,7 +112,7 @@ def _kind_of(
             return kind
     if len(_known) > 512:
         _known.clear()
-    for dtype in {p.dtype for p in module.parameters() if p.device.type == "cpu"} & native.NUMBERS.keys():
+    for dtype in {p.dtype for _, p in parts(module).parameters if p.is_cpu} & native.NUMBERS.keys():
         native.prepare(dtype)  # a compiler runs while the proof does
     started = time.perf_counter()
     kind = _prove(fn, module, args, kwargs, known, how)
@@ -203,7 +204,7 @@ def _place(found: Analysis, module: nn.Module, how: _How) -> Placed:
     found.capture.state[:] = single = expand(found.gm.graph, found.capture.state)
     inputs = found.gm.graph.find_nodes(op="placeholder")
     state = dict(zip(single, inputs[-len(single) :], strict=True))
-    parameters = {name: state[name] for name, _ in module.named_parameters(remove_duplicate=False)}
+    parameters = {name: state[name] for name, _ in parts(module).parameters if name in state}
     decide = functools.partial(agree, how.placement.group)
     placed = place(found.gm, how.placement, parameters, how.strategy, how.numerics, decide)
     if placed.report.refused:
@@ -243,25 +244,27 @@ def _returns_one(source: str) -> str:
 def _structure(module: nn.Module) -> Any:
     """Classes, plain attributes and tensor metadata of a module and its children, and which tensors are one."""
     number: dict[int, int] = {}
-    parts = []
-    for name, child in module.named_modules(remove_duplicate=False):
-        plain = tuple((k, v if isinstance(v, SIMPLE) else type(v)) for k, v in plain_attributes(child))
+    found = []
+    for name, child in parts(module).everywhere:
+        plain = tuple([(k, v if isinstance(v, SIMPLE) else type(v)) for k, v in plain_attributes(child)])
         tensors = tuple(
-            (k, number.setdefault(id(t), len(number)), _metadata(t), *(a for a in vars(t) if a not in TORCH_OWN))
-            for group in (child._parameters, child._buffers)
-            for k, t in group.items()
-            if t is not None
+            [
+                (k, number.setdefault(id(t), len(number)), _metadata(t), *[a for a in vars(t) if a not in TORCH_OWN])
+                for group in (child._parameters, child._buffers)
+                for k, t in group.items()
+                if t is not None
+            ]
         )
         hooked = bool(
             child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
         )
-        parts.append((name, type(child), plain, tensors, hooked))
-    return tuple(parts)
+        found.append((name, type(child), plain, tensors, hooked))
+    return tuple(found)
 
 
 def _metadata(tree: Any) -> Any:
     if isinstance(tree, Tensor):
-        sizes = tuple(s if isinstance(s, int) else str(s) for s in (*tree.shape, *tree.stride()))
+        sizes = tuple([s if isinstance(s, int) else str(s) for s in (*tree.shape, *tree.stride())])
         return (sizes, tree.dtype, tree.device, tree.requires_grad)
     if isinstance(tree, (list, tuple)):
         return tuple(map(_metadata, tree))

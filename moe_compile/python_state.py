@@ -11,6 +11,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import operator
 import textwrap
 import types
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from moe_compile.carried import lists, offsets
 from moe_compile.errors import Refusal
+from moe_compile.parts import parts
 
 Functions = tuple[types.FunctionType, ...]
 
@@ -31,8 +33,14 @@ def reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
 
     Decorators' functions are among them, but for those around `fn` itself, which run before it.
     """
-    classes = {c for m in module.modules() for c in type(m).__mro__ if not is_torch(c.__module__)}
-    called = {c for child in module.modules() if child is not module for c in type(child).__mro__}
+    modules = [child for _, child in parts(module).modules]
+    classes = {c for kind in {type(m) for m in modules} for c in kind.__mro__ if not is_torch(c.__module__)}
+    called = {c for kind in {type(m) for m in modules if m is not module} for c in kind.__mro__}
+    own = collections.defaultdict(list)  # what modules hold themselves and code can call, by its name
+    for m in modules:
+        for n, v in vars(m).items():
+            if callable(v):
+                own[n].append(v)
     found: dict[int, types.FunctionType] = {}
     names: set[str] = set()  # that code mentions; a child's forward runs without that
     todo: list[Any] = [fn]
@@ -53,8 +61,7 @@ def reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
         todo += [f.__globals__[n] for n in new if n in f.__globals__]
         todo += [c.cell_contents for c in f.__closure__ or () if _filled(c)]
         todo += [vars(c)[n] for c in classes for n in (names | CALLED if c in called else names) if n in vars(c)]
-        for m in module.modules():
-            todo += [vars(m)[n] for n in names | CALLED if n in vars(m) and callable(vars(m)[n])]
+        todo += [v for n in (names | CALLED) & own.keys() for v in own[n]]
     return tuple(found.values())
 
 
@@ -116,7 +123,9 @@ def check_tensors(functions: Functions, module: nn.Module) -> None:
     """Refuse functions that could read what was set on a parameter or buffer: a trace has tensors of its own."""
     names = {n for f in functions for n in code_names(f.__code__)}
     by_any_name = names & {"getattr", "hasattr", "attrgetter", "vars", "__dict__"}
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in parts(module).tensors:
+        if not vars(tensor):
+            continue
         for attribute in vars(tensor).keys() - (_of_fakes() if isinstance(tensor, FakeTensor) else ()):
             if attribute in names or (by_any_name and not attribute.startswith("_")):
                 raise Refusal(f"it could read {attribute}, an attribute of {name}")
@@ -131,15 +140,21 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 @contextlib.contextmanager
 def watch(module: nn.Module) -> Iterator[None]:
-    """Undo and refuse changes of module attributes during a trace."""
-    before = {m: dict(vars(m)) for m in module.modules()}
+    """Undo and refuse changes of module attributes, parameters, buffers and children during a trace."""
+    before = []
+    for _, m in parts(module).modules:
+        own = vars(m)
+        for table in (own, own["_parameters"], own["_buffers"], own["_modules"]):
+            if table:
+                before.append((m, table, tuple(table), tuple(table.values())))
     yield
-    for m, attributes in before.items():
-        changed = [k for k in vars(m).keys() | attributes.keys() if vars(m).get(k) is not attributes.get(k)]
-        if changed:
-            vars(m).clear()
-            vars(m).update(attributes)
-            raise Refusal(f"{type(m).__name__} changes its attribute {changed[0]} when it runs")
+    for m, table, names, values in before:
+        if len(table) != len(names) or not all(map(operator.is_, table.values(), values)) or tuple(table) != names:
+            old = dict(zip(names, values, strict=True))
+            changed = [k for k in table.keys() | old.keys() if table.get(k) is not old.get(k)]
+            table.clear()
+            table.update(old)
+            raise Refusal(f"{type(m).__name__} changes its attribute {[*changed, *names][0]} when it runs")
 
 
 @contextlib.contextmanager
@@ -157,8 +172,10 @@ def unchanged(functions: Functions, module: nn.Module) -> Iterator[None]:
 def _containers(functions: Functions, module: nn.Module) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
     todo: list[tuple[str, Any]] = []
-    for name, child in module.named_modules():
-        own = vars(nn.Module()).keys()
+    own = vars(nn.Module()).keys()
+    for name, child in parts(module).modules:
+        if vars(child).keys() <= own:
+            continue
         todo += [(f"self.{name}.{k}".replace("..", "."), v) for k, v in vars(child).items() if k not in own]
     for f in functions:
         todo += [(n, f.__globals__[n]) for n in code_names(f.__code__) if n in f.__globals__]

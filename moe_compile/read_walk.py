@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_compile.errors import Refusal
+from moe_compile.parts import parts
 from moe_compile.python_state import code_names, is_torch
 from moe_compile.reads import SIMPLE, Path, Read, spell
 
@@ -63,7 +64,7 @@ class _Walk:
     def run(self) -> None:
         self._function((("fn", ""),), self.fn)
         reached = {""}
-        for name, child in self.module.named_modules():
+        for name, child in parts(self.module).modules:
             if name and self._reaches(name, child, reached):
                 reached.add(name)
             self._module((("module", name),), child, name in reached)
@@ -196,7 +197,7 @@ class _Walk:
         self._add(path, "length", (type(value), len(value)))
 
     def _value(self, path: Path, value: Any) -> None:
-        if isinstance(value, nn.Module) and any(value is m for m in self.module.modules()):
+        if isinstance(value, nn.Module) and any(value is m for _, m in parts(self.module).modules):
             self.holds.add(id(value))
             self._add(path, "is", value) if path[0][0] != "module" else None
             return
@@ -321,12 +322,15 @@ class _Walk:
 
 def plain_attributes(module: nn.Module) -> list[tuple[str, Any]]:
     """Attributes that are not torch's own bookkeeping, children, parameters or buffers."""
+    own = vars(module)
+    return [(k, own[k]) for k in _plain(tuple(own))]
+
+
+@functools.lru_cache(1024)
+def _plain(names: tuple[str, ...]) -> tuple[str, ...]:
     inner = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_compiled_call_impl")
-    return [
-        (k, v)
-        for k, v in vars(module).items()
-        if k not in inner and not k.startswith(("_backward", "_moe_ep")) and not (k.startswith("_") and "hooks" in k)
-    ]
+    hooks = [k for k in names if k.startswith(("_backward", "_moe_ep")) or (k.startswith("_") and "hooks" in k)]
+    return tuple(k for k in names if k not in inner and k not in hooks)
 
 
 @functools.cache

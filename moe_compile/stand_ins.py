@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_compile.loop_state import OneByOne
+from moe_compile.parts import Parts, parts
 from moe_compile.reads import SIMPLE
 
 _lib = torch.library.Library("moe_ep_capture", "FRAGMENT")
@@ -45,16 +46,16 @@ class Alike:
 
     def _column(self, items: Sequence[Any], holder: Mapping[str, Any] | None) -> None:
         """Note the tensors or modules in one place, one of each module."""
-        first = items[0]
-        if all(item is first for item in items):
+        first, ids = items[0], set(map(id, items))
+        if len(ids) == 1:
             self._common.add(id(first))
             return
         known = self.columns.get(id(first))
         if known is None:
-            if len({id(item) for item in items} - self.holders.keys()) < len(items):
+            if len(ids) < len(items) or not ids.isdisjoint(self.holders):
                 raise OneByOne("modules share parts")
             self.columns[id(first)] = items
-            self.holders |= {id(item): set() for item in items}
+            self.holders.update((i, set()) for i in ids)
         elif any(a is not b for a, b in zip(known, items, strict=True)):
             raise OneByOne("modules share parts in other ways")
         if holder is not None:
@@ -68,7 +69,7 @@ class Alike:
 
     def _modules(self, modules: Sequence[Any]) -> None:
         kind = type(modules[0])
-        if any(type(m) is not kind for m in modules):
+        if len(set(map(type, modules))) > 1:
             raise OneByOne("modules have other classes")
         own = [vars(m) for m in modules]
         names = list(own[0])
@@ -115,12 +116,14 @@ def _metadata(t: Tensor) -> Any:
 
 def _check_equal(values: Sequence[Any], name: str) -> None:
     """Raise unless one attribute means the same in all modules: equal numbers and texts, else one object."""
-    first = values[0]
-    if all(v is first for v in values):
+    if len(set(map(id, values))) == 1:
         return
+    first = values[0]
     kind = type(first)
-    if any(type(v) is not kind for v in values):
+    if len(set(map(type, values))) > 1:
         raise OneByOne(f"modules differ in {name}")
+    if kind in BOXES and not any(values):
+        return
     if kind in (list, tuple):
         if any(len(v) != len(first) for v in values):
             raise OneByOne(f"modules differ in {name}")
@@ -132,11 +135,11 @@ def _check_equal(values: Sequence[Any], name: str) -> None:
             raise OneByOne(f"modules differ in {name}")
         for key in first:
             _check_equal([v[key] for v in values], name)
-    elif kind in (set, frozenset):
-        if any(v for v in values):
-            raise OneByOne(f"modules differ in {name}")
-    elif kind not in SIMPLE or any(repr(v) != repr(first) for v in values):
+    elif kind in (set, frozenset) or kind not in SIMPLE or len(set(map(repr, values))) > 1:
         raise OneByOne(f"modules differ in {name}")
+
+
+BOXES = (list, tuple, dict, collections.OrderedDict, set, frozenset)
 
 
 class Lists:
@@ -146,17 +149,11 @@ class Lists:
     """
 
     def __init__(self, module: nn.Module, least: int) -> None:
-        self.known: dict[int, tuple[nn.ModuleList, Alike]] = {}
-        inside: set[int] = set()
-        for found in module.modules():
-            if type(found) is nn.ModuleList and len(found) >= least and id(found) not in inside and _in_order(found):
-                with contextlib.suppress(OneByOne):
-                    self.known[id(found)] = found, Alike(list(found._modules.values()))  # type: ignore[arg-type]
-                    inside |= {id(m) for m in found.modules()}
+        self.known = {id(found): (found, alike) for found, alike in alike_lists(module, least)}
         alike = [alike for _, alike in self.known.values()]
-        parts = [id(part) for a in alike for part in a.holders]
+        held = [part for a in alike for part in a.holders]
         self.columns = [c for a in alike for c in a.columns.values() if isinstance(c[0], Tensor)]
-        if len(set(parts)) < len(parts):
+        if len(set(held)) < len(held):
             self.known, self.columns = {}, []
         self._holders: dict[int, set[int]] = {}
         self._column: dict[int, int] = {}
@@ -171,10 +168,9 @@ class Lists:
         self._column = {id(traced[id(c[0])]): i for i, c in enumerate(self.columns) if id(c[0]) in traced}
         self._holders = {}
         for found, alike in self.known.values():
-            for part, tables in alike.holders.items():
-                self._holders[part] = tables
-                if part in traced:
-                    self._holders.setdefault(id(traced[part]), set()).update(tables)
+            self._holders |= alike.holders
+            for part in traced.keys() & alike.holders.keys():
+                self._holders.setdefault(id(traced[part]), set()).update(alike.holders[part])
             for m in alike.modules:
                 self._holders[id(m)] = self._holders[id(m)] | {id(found._modules)}
 
@@ -200,6 +196,21 @@ class Lists:
             for part in held:
                 if id(part) in self._holders and id(item) not in self._holders[id(part)]:
                     raise OneByOne(f"a {type(item).__name__} holds a part of a module that others are like")
+
+
+def alike_lists(module: nn.Module, least: int) -> list[tuple[nn.ModuleList, Alike]]:
+    """The lists of at least so many modules, all alike, which are not in such a list themselves.  Not to be changed."""
+    of = parts(module)
+    if ("alike", least) not in of.memo:
+        result: list[tuple[nn.ModuleList, Alike]] = []
+        inside: set[int] = set()
+        for _, found in of.modules:
+            if type(found) is nn.ModuleList and len(found) >= least and id(found) not in inside and _in_order(found):
+                with contextlib.suppress(OneByOne):
+                    result.append((found, Alike(list(found._modules.values()))))  # type: ignore[arg-type]
+                    inside |= {id(m) for _, m in Parts(found).modules}
+        of.memo["alike", least] = result
+    return of.memo["alike", least]  # type: ignore[no-any-return]
 
 
 def _in_order(found: nn.ModuleList) -> bool:

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_compile.parallel.mesh import shard_sizes
+from moe_compile.parts import parts
 
 ATTRIBUTE = "_moe_ep_shards"
 
@@ -136,7 +137,7 @@ def shards_of(module: nn.Module) -> Shards | None:
 
 def holders(module: nn.Module) -> Iterator[tuple[str, nn.Module, Shards]]:
     """The modules at or below this one that hold families."""
-    for name, child in module.named_modules():
+    for name, child in parts(module).modules:
         if (shards := shards_of(child)) is not None:
             yield name, child, shards
 

@@ -195,7 +195,8 @@ class Proof:
         known = dict(module.named_parameters(remove_duplicate=False)) | dict(
             module.named_buffers(remove_duplicate=False)
         )
-        out = self.gm(*args, *[known[name] for name in self.state])
+        of = lambda names: known[names] if isinstance(names, str) else tuple(known[n] for n in names)  # noqa: E731
+        out = self.gm(*args, *map(of, self.state))
         return out[0] if self.single else out
 
 

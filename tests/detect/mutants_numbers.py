@@ -920,7 +920,7 @@ class NestedLists(Listed):
         return self.experts[e][1](F.gelu(self.experts[e][0](x)))  # type: ignore[index]
 
 
-@apart("a dict holds a part")
+@apart("the modules of a list are not alike")
 @idiom()
 class TwoListsOfTheSame(TwoLists):
     """The second list holds modules of the first, moved by one."""
