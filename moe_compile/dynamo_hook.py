@@ -40,6 +40,7 @@ from moe_compile.options import Options
 from moe_compile.parallel import fsdp, gather
 from moe_compile.parallel.gradients import attach
 from moe_compile.parallel.shards import placement, shards_of
+from moe_compile.parts import parts
 from moe_compile.places import HERE, NOT_PASSED, NOTHING, Place
 from moe_compile.python_state import is_torch
 from moe_compile.reads import SIMPLE, Path
@@ -182,37 +183,53 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
         return _Refused(report, owner.value)
     for condition in kind.guards:  # what the trace assumed of sizes becomes a guard of this translation
         tx.output.shape_env.evaluate_expr(condition)
-    _guard_reads(tx, var, owner, kind)
+    members = _Members(tx, owner)
+    _guard_reads(tx, var, members, kind)
     for name in _shared(owner.value):
-        _attribute(tx, owner, name).realize()  # a guard that they are one tensor
+        members[name].realize()  # a guard that they are one tensor
     tensors = [_as_tensor(tx, v) for v in (*rest, *kwargs.values()) if isinstance(v, TensorVariable | BaseListVariable)]
-    state = [_state(tx, owner, names) for names in kind.state]
+    state = [_state(members, names) for names in kind.state]
     if not sharded:
         return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
     attach(owner.value)
-    state += [_shard(tx, owner, name) for name in kind.local]
+    state += [_shard(members, name) for name in kind.local]
     env = tx.output.shape_env  # as it is with fullgraph=True; also for who traces this graph again
     env.settings = dataclasses.replace(env.settings, allow_scalar_outputs=True)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):  # here only: the splits, which the host reads
         return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
 
 
-def _state(tx: Any, owner: Any, names: str | tuple[str, ...]) -> Any:
+class _Members:
+    """The parts of a module as Dynamo has them, by their qualified names; each is asked for once."""
+
+    def __init__(self, tx: Any, owner: Any) -> None:
+        self.tx, self.owner = tx, owner
+        self._known = {"": owner}
+
+    def __getitem__(self, path: str) -> Any:
+        if path not in self._known:
+            before, _, last = path.rpartition(".")
+            self._known[path] = self[before].realize().var_getattr(self.tx, last)
+        return self._known[path]
+
+
+def _state(members: _Members, names: str | tuple[str, ...]) -> Any:
     """A parameter or buffer; for a series the tuple of all."""
     if isinstance(names, str):
-        return _attribute(tx, owner, names)
-    return TupleVariable([_attribute(tx, owner, name).realize() for name in names])
+        return members[names]
+    return TupleVariable([members[name].realize() for name in names])
 
 
-def _shard(tx: Any, owner: Any, name: str) -> Any:
+def _shard(members: _Members, name: str) -> Any:
     """This rank's shard of a DTensor parameter: a plain tensor, and a leaf (gradients.py).
 
     With the DTensor in the graph, a checkpointed region would save the DeviceMesh, which AOTAutograd refuses.
     """
-    parameter = _attribute(tx, owner, name).realize()  # and guards on it
-    local = owner.value.get_parameter(name)._local_tensor
+    tx, owner = members.tx, members.owner.value
+    parameter = members[name].realize()  # and guards on it
+    local = owner.get_parameter(name)._local_tensor
     found = VariableTracker.build(tx, local, AttrSource(parameter.source, "_local_tensor"))
-    shards = shards_of(owner.value.get_submodule(name.rpartition(".")[0]))
+    shards = shards_of(owner.get_submodule(name.rpartition(".")[0]))
     if shards is not None and shards.dtype(local) != local.dtype:
         found = found.realize().call_method(tx, "to", [VariableTracker.build(tx, shards.dtype(local))], {})
     return found
@@ -462,7 +479,7 @@ def _module_name(owner: Any) -> str:
 def _shared(module: nn.Module) -> list[str]:
     """The names of parameters that have more than one."""
     names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
+    for name, parameter in parts(module).parameters:
         names.setdefault(id(parameter), []).append(name)
     return [name for group in names.values() if len(group) > 1 for name in group]
 
@@ -478,14 +495,15 @@ def _holds(tx: Any, condition: Any) -> bool:
     return condition.xreplace(known) == True  # noqa: E712  sympy's true
 
 
-def _guard_reads(tx: Any, var: Any, owner: Any, kind: Kind) -> None:
+def _guard_reads(tx: Any, var: Any, members: _Members, kind: Kind) -> None:
     """A guard for each value that the original's Python could have looked at."""
     named: dict[Path, Source] = {}
+    owner = members.owner
     for read in kind.reads:
         if owner is _NOBODY and read.path[0][0] == "module":
             continue
         path, absent = (read.path[:-1], read.path[-1][1]) if read.how == "absent" else (read.path, None)
-        source = _source(tx, var, owner, path, named)
+        source = _source(tx, var, members, path, named)
         if source is None:
             continue  # the function itself, made while Dynamo traced
         match read.how:
@@ -507,23 +525,24 @@ def _guard_reads(tx: Any, var: Any, owner: Any, kind: Kind) -> None:
                     source = AttrSource(source, str(absent))
         install_guard(source.make_guard(guard))
     if not torch._dynamo.config.skip_nnmodule_hook_guards and owner is not _NOBODY:
-        for name, _ in owner.value.named_modules():
-            child = _source(tx, var, owner, (("module", name),), named)
+        for name, _ in parts(owner.value).modules:
+            child = _source(tx, var, members, (("module", name),), named)
             for hooks in (
                 ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks") if name else ()
             ):
                 install_guard(AttrSource(child, hooks).make_guard(GuardBuilder.SEQUENCE_LENGTH))
 
 
-def _source(tx: Any, var: Any, owner: Any, path: Path, named: dict[Path, Source]) -> Source:
+def _source(tx: Any, var: Any, members: _Members | None, path: Path, named: dict[Path, Source]) -> Source:
     """How Dynamo names the value at the end of a path.  `named`: those found before."""
     if path in named:
         return named[path]
     before, (step, key) = path[:-1], path[-1]
-    base: Any = _source(tx, var, owner, before, named) if before else None
+    base: Any = _source(tx, var, members, before, named) if before else None
     match step:
         case "module":
-            source = (_attribute(tx, owner, key) if key else owner).realize().source
+            assert members is not None
+            source = members[key].realize().source
         case "fn":
             source = var.source
         case "globals":
@@ -536,9 +555,3 @@ def _source(tx: Any, var: Any, owner: Any, path: Path, named: dict[Path, Source]
             source = CellContentsSource(GetItemSource(AttrSource(base, "__closure__"), key), "cell_contents")
     named[path] = source
     return source
-
-
-def _attribute(tx: Any, owner: Any, path: str) -> Any:
-    for part in path.split("."):
-        owner = owner.realize().var_getattr(tx, part)
-    return owner
