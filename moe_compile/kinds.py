@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from moe_compile import native, opaque
+from moe_compile import native, numbers, opaque
 from moe_compile.analysis import Analysis, analyse
 from moe_compile.arguments import Known
 from moe_compile.cost import Gain, computing, product_flops
@@ -33,6 +33,7 @@ from moe_compile.region import experts
 from moe_compile.report import RegionReport
 from moe_compile.rewrite import PassReport
 from moe_compile.series import expand
+from moe_compile.stand_ins import twins
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def _prove(
 ) -> Kind | Declined:
     read: tuple[Read, ...] = ()
     try:
-        read = reads(fn, module)
+        read = reads(fn, module, twins(module, numbers.FEW))
         found = analyse(fn, module, args, kwargs, known)
         for cls in opaque.functions_in(found.gm.graph):
             if not any(r.how == "is" and r.value is cls for r in read):

@@ -65,6 +65,7 @@ def reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
     return tuple(found.values())
 
 
+@functools.cache
 def is_torch(module: str) -> bool:
     return module.partition(".")[0] in ("torch", "builtins", "math", "typing", "functools", "operator")
 

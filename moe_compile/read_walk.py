@@ -32,16 +32,23 @@ ANY = "*"  # among the names: any attribute
 TORCH_OWN = ("_is_full_backward_hook", "_is_hf_initialized")
 
 
-def reads(fn: types.FunctionType, module: nn.Module) -> tuple[Read, ...]:
-    """All that `fn(module, ...)` could read.  Raises `Refusal` if something of it cannot be guarded."""
+def reads(fn: types.FunctionType, module: nn.Module, twins: frozenset[int] = frozenset()) -> tuple[Read, ...]:
+    """All that `fn(module, ...)` could read.  Raises `Refusal` if something of it cannot be guarded.
+
+    `twins`: modules, by id, that are like others: they are left out while names are still found, of which they mention
+    no new ones.  The last walk is a whole one.
+    """
     names: set[str] = set()
     held: set[int] = set()
+    left_out = twins
     while True:  # what is found by a name mentions names: to a fixed point
         walk, known = _Walk(fn, module, frozenset(names), frozenset(held)), len(held)
-        walk.run()
+        walk.run(left_out)
         held |= walk.holds
         if walk.mentioned <= names and len(held) == known:
-            return tuple(walk.found.values())
+            if not left_out:
+                return tuple(walk.found.values())
+            left_out = frozenset()
         names |= walk.mentioned
 
 
@@ -61,11 +68,15 @@ class _Walk:
         self._entered: set[int] = set()  # functions whose code was read
         self.strings: set[str] = set()  # what getattr and hasattr may be asked for
 
-    def run(self) -> None:
+    def run(self, left_out: frozenset[int] = frozenset()) -> None:
         self._function((("fn", ""),), self.fn)
-        reached = {""}
+        reached, everywhere = {""}, bool(self.names & WALKS) or ANY in self.names
+        children = dict(parts(self.module).everywhere)
         for name, child in parts(self.module).modules:
-            if name and self._reaches(name, child, reached):
+            if id(child) in left_out:
+                continue
+            parent, _, last = name.rpartition(".")
+            if everywhere or (parent in reached and self._has(children[parent], last)) or id(child) in self.held:
                 reached.add(name)
             self._module((("module", name),), child, name in reached)
         for name in sorted(self.strings):
@@ -79,15 +90,9 @@ class _Walk:
 
     # -- modules of the model ---------------------------------------------------------------
 
-    def _reaches(self, name: str, child: nn.Module, reached: set[str]) -> bool:
-        """Whether code can get at a child: it mentions its name, walks over all children, or has it from elsewhere."""
-        parent, _, last = name.rpartition(".")
-        if id(child) in self.held or self.names & WALKS or ANY in self.names:
-            return True
-        if parent not in reached:
-            return False
-        owner = self.module.get_submodule(parent)
-        return last in self.names or isinstance(owner, CONTAINERS) or is_torch(type(owner).__module__)
+    def _has(self, owner: nn.Module, name: str) -> bool:
+        """Whether code that has a module can get at a child of it: it mentions its name, or the module is torch's."""
+        return name in self.names or isinstance(owner, CONTAINERS) or is_torch(type(owner).__module__)
 
     def _module(self, path: Path, module: nn.Module, reached: bool) -> None:
         own = is_torch(type(module).__module__)

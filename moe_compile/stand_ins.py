@@ -213,6 +213,12 @@ def alike_lists(module: nn.Module, least: int) -> list[tuple[nn.ModuleList, Alik
     return of.memo["alike", least]  # type: ignore[no-any-return]
 
 
+def twins(module: nn.Module, least: int) -> frozenset[int]:
+    """The ids of modules in these lists that are like another, the one in the same place of the first member."""
+    columns = [c for _, alike in alike_lists(module, least) for c in alike.columns.values()]
+    return frozenset(id(m) for c in columns if isinstance(c[0], nn.Module) for m in c[1:])
+
+
 def _in_order(found: nn.ModuleList) -> bool:
     """Whether a list gives its modules, and no gaps, in the order of their numbers."""
     names = [str(i) for i in range(len(found))]
