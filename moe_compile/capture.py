@@ -526,13 +526,14 @@ def capture(
     state = dict(parts(module).tensors)
     by_loop = (visit is not None or by_number) and has_loops(fn)
     lists = Lists(module, numbers.FEW) if by_loop else None
-    absent: frozenset[int] = frozenset()
+    absent: Mapping[int, Tensor] = {}
     if lists is not None:
         lists.keep([0] if visited is None else visited)
-        absent = lists.absent  # a tensor that a trace meets all the same is none of its inputs: a refusal
+        absent = lists.absent
     present = {n: t for n, t in state.items() if id(t) not in absent}
     unique = {i: world.fake(t, None) for i, t in {id(t): t for t in present.values()}.items()}
     state_fakes = [unique[id(t)] for t in present.values()]
+    missing = {i: world.fake(t, None) for i, t in {id(t): t for t in absent.values()}.items()}  # no input: a refusal
     lengths = [world.vector(f"{ROWS}_{i}", EXAMPLE) for i in range(selections if rows == SYMBOLIC else 0)]
     indices = [world.vector(f"{VISIT}_{i}", OFFSET) for i in range(MOST if visit is not None else 0)]
     answers = Answers(rows, truth, script, classes, visited, dict(known.widths))
@@ -551,6 +552,7 @@ def capture(
         call_args, call_kwargs = tree_unflatten(leaves, spec)
         here = dict(zip(present, state_values, strict=True))
         if lists is not None:
+            here |= {n: missing[id(absent[id(t)])] for n, t in state.items() if id(t) in absent}
             lists.begin({id(t): here[n] for n, t in present.items()})
         try:
             hidden = _lengths_hidden(answers, rows == SYMBOLIC)

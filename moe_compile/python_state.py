@@ -146,8 +146,7 @@ def watch(module: nn.Module) -> Iterator[None]:
     for _, m in parts(module).modules:
         own = vars(m)
         for table in (own, own["_parameters"], own["_buffers"], own["_modules"]):
-            if table:
-                before.append((m, table, tuple(table), tuple(table.values())))
+            before.append((m, table, tuple(table), tuple(table.values())))
     yield
     for m, table, names, values in before:
         if len(table) != len(names) or not all(map(operator.is_, table.values(), values)) or tuple(table) != names:

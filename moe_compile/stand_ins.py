@@ -157,11 +157,11 @@ class Lists:
             self.known, self.columns = {}, []
         self._holders: dict[int, set[int]] = {}
         self._column: dict[int, int] = {}
-        self.absent: frozenset[int] = frozenset()
+        self.absent: dict[int, Tensor] = {}  # by the id of each the first of its column
 
     def keep(self, few: Sequence[int]) -> None:
         """Leave out the tensors of all but these members."""
-        self.absent = frozenset(id(t) for c in self.columns for n, t in enumerate(c) if n not in few)
+        self.absent = {id(t): c[0] for c in self.columns for n, t in enumerate(c) if n not in few}
 
     def begin(self, traced: Mapping[int, Tensor]) -> None:
         """`traced`: what a trace has in the place of a tensor."""

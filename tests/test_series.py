@@ -103,6 +103,26 @@ class Mapped(Pairs):
         return F.linear(x, self.experts[(e + 1) % E].a)  # type: ignore[arg-type]
 
 
+class AliasChanged(Pairs):
+    """A member's weight, under another name, is changed in place: on fakes, not while a trace runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alias = self.experts[3].a
+
+    def before(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.alias.mul_(2.0)  # type: ignore[operator]
+        return x
+
+
+def test_a_trace_changes_no_weight() -> None:
+    module = AliasChanged()
+    before = module.experts[3].a.detach().clone()  # type: ignore[operator, union-attr]
+    proven(module)
+    assert torch.equal(before, module.experts[3].a)  # type: ignore[arg-type]
+
+
 SERIES: dict[type[Pairs], bool] = {
     Pairs: True, Products: True, Longer: True, Biased: True, FirstScales: True, SameTwice: True,
     OneHalf: False, FirstSwaps: False, Mapped: False,
