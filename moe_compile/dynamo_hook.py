@@ -39,7 +39,7 @@ from moe_compile.kinds import Declined, Kind, declined, kind_of
 from moe_compile.options import Options
 from moe_compile.parallel import fsdp, gather
 from moe_compile.parallel.gradients import attach
-from moe_compile.parallel.shards import placement, shards_of
+from moe_compile.parallel.shards import holders, placement, shards_of
 from moe_compile.parts import parts
 from moe_compile.places import HERE, NOT_PASSED, NOTHING, Place
 from moe_compile.python_state import is_torch
@@ -166,7 +166,8 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
         return _Refused(_record(declined(found), fn, owner), owner.value)
     values, named, known = found
     sharded = placement(owner.value) is not None
-    options.check_strategy(sharded)
+    if sharded or next(holders(owner.value), None) is None:  # not where they are sharded, but gathered now
+        options.check_strategy(sharded)
     if torch.nn.modules.module._has_any_global_hook():
         return _Refused(_record(declined("hooks for all modules are registered"), fn, owner), owner.value)
     with _outside_dynamo():

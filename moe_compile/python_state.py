@@ -12,6 +12,7 @@ import dis
 import functools
 import inspect
 import operator
+import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterator
@@ -88,6 +89,11 @@ def _filled(cell: types.CellType) -> bool:
 
 CALLED = {"forward", "__call__"}
 BY_NAME = ("setattr", "delattr", "__setattr__", "__delattr__")
+SETTINGS = (
+    "set_default_dtype", "set_default_device", "set_default_tensor_type", "use_deterministic_algorithms",
+    "set_deterministic_debug_mode", "set_float32_matmul_precision", "set_num_threads", "set_num_interop_threads",
+    "set_flush_denormal", "set_printoptions",
+)  # fmt: skip
 RANDOM_STATE = ("manual_seed", "seed_all", "set_rng_state", "fork_rng", "Generator", "default_generator")
 
 
@@ -105,8 +111,12 @@ def check_effects(
                     raise Refusal(f"{where} sets the global {step.argval}")
                 if step.opname == "STORE_DEREF" and step.argval in code.co_freevars and code is f.__code__:
                     raise Refusal(f"{where} sets the nonlocal {step.argval}")
-                if step.opname == "LOAD_GLOBAL" and step.argval in ("print", "input", "breakpoint"):
+                if step.opname == "LOAD_GLOBAL" and step.argval in ("print", "input", "breakpoint", "id"):
                     raise Refusal(f"{where} calls {step.argval}")
+                if step.opname.startswith(("LOAD_", "IMPORT_FROM")) and step.argval in SETTINGS:
+                    raise Refusal(f"{where} changes a setting of torch ({step.argval})")
+                if step.opname.startswith("LOAD_") and step.argval == "retain_grad":
+                    raise Refusal(f"{where} asks a tensor to keep its gradient (retain_grad)")
                 if step.opname.startswith("LOAD_") and step.argval in BY_NAME:
                     raise Refusal(f"{where} sets attributes by name ({step.argval})")
                 if step.opname.startswith(("LOAD_", "IMPORT_FROM")) and step.argval in RANDOM_STATE:
@@ -147,19 +157,24 @@ def watch(module: nn.Module) -> Iterator[None]:
         own = vars(m)
         for table in (own, own["_parameters"], own["_buffers"], own["_modules"]):
             before.append((m, table, tuple(table), tuple(table.values())))
-    yield
-    for m, table, names, values in before:
-        if len(table) != len(names) or not all(map(operator.is_, table.values(), values)) or tuple(table) != names:
-            old = dict(zip(names, values, strict=True))
-            changed = [k for k in table.keys() | old.keys() if table.get(k) is not old.get(k)]
-            table.clear()
-            table.update(old)
-            raise Refusal(f"{type(m).__name__} changes its attribute {[*changed, *names][0]} when it runs")
+    changes: list[str] = []
+    try:
+        yield
+    finally:
+        for m, table, names, values in before:
+            if len(table) != len(names) or not all(map(operator.is_, table.values(), values)) or tuple(table) != names:
+                old = dict(zip(names, values, strict=True))
+                changed = [k for k in table.keys() | old.keys() if table.get(k) is not old.get(k)]
+                changes.append(f"{type(m).__name__} changes its attribute {[*changed, *names][0]} when it runs")
+                table.clear()
+                table.update(old)
+    if changes:
+        raise Refusal(changes[0])
 
 
 @contextlib.contextmanager
 def unchanged(functions: Functions, module: nn.Module) -> Iterator[None]:
-    """Undo and refuse changes inside lists, dicts and sets that the functions can reach."""
+    """Undo and refuse changes inside lists, dicts, sets and objects that the functions can reach."""
     before = [(where, box, _contents(box)) for where, box in _containers(functions, module)]
     try:
         yield
@@ -170,13 +185,14 @@ def unchanged(functions: Functions, module: nn.Module) -> Iterator[None]:
 
 
 def _containers(functions: Functions, module: nn.Module) -> Iterator[tuple[str, Any]]:
+    names = {n for f in functions for n in code_names(f.__code__)}
     seen: set[int] = set()
     todo: list[tuple[str, Any]] = []
     own = vars(nn.Module()).keys()
     for name, child in parts(module).modules:
-        if vars(child).keys() <= own:
-            continue
-        todo += [(f"self.{name}.{k}".replace("..", "."), v) for k, v in vars(child).items() if k not in own]
+        if not vars(child).keys() <= own:
+            todo += [(f"self.{name}.{k}".replace("..", "."), v) for k, v in vars(child).items() if k not in own]
+    todo += [(c.__name__, c) for c in {c for _, m in parts(module).modules for c in type(m).__mro__}]
     for f in functions:
         todo += [(n, f.__globals__[n]) for n in code_names(f.__code__) if n in f.__globals__]
         cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)
@@ -185,10 +201,25 @@ def _containers(functions: Functions, module: nn.Module) -> Iterator[tuple[str, 
         todo += [(f"a default of {f.__qualname__}", d) for d in defaults]
     while todo:
         where, box = todo.pop()
-        if isinstance(box, _CONTAINERS) and id(box) not in seen:
-            seen.add(id(box))
+        if id(box) in seen or isinstance(box, (str, int, float, type(None), torch.Tensor, nn.Module)):
+            continue
+        seen.add(id(box))
+        if isinstance(box, _CONTAINERS):
             yield where, box
             todo += [(where, item) for item in (box.values() if isinstance(box, dict) else box)]
+        elif isinstance(box, tuple):
+            todo += [(where, item) for item in box]
+        elif isinstance(box, (type, types.ModuleType)):
+            if not _library(getattr(box, "__module__", None) or box.__name__):
+                todo += [(f"{box.__name__}.{n}", vars(box)[n]) for n in sorted(names & vars(box).keys())]
+        elif type(vars_of := getattr(box, "__dict__", None)) is dict and not isinstance(box, types.FunctionType):
+            if not is_torch(type(box).__module__) and type(box).__module__ != "logging":
+                todo.append((where, vars_of))
+
+
+def _library(module: str) -> bool:
+    top = module.partition(".")[0]
+    return is_torch(module) or top in sys.stdlib_module_names or top == "numpy"
 
 
 _CONTAINERS = (list, dict, set, collections.deque)

@@ -8,6 +8,7 @@ import enum
 import functools
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -218,6 +219,8 @@ class _Walk:
         home = getattr(type(value), "__module__", "") or ""
         if isinstance(value, SIMPLE):
             self._add(path, "equals", value)
+        elif isinstance(value, (set, bytearray, Iterator)):  # they change and stay the same object
+            raise Refusal(f"it could read {spell(path)}, a {type(value).__name__}, which cannot be guarded")
         elif isinstance(value, types.FunctionType):
             self._function(path, value)
         elif isinstance(value, types.MethodType):

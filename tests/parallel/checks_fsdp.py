@@ -39,20 +39,25 @@ from tests.parallel.ranks import Ranks
 from tests.tiny import Block, D, Experts, Net, close, compiled, regions
 
 
+def placed(model: nn.Module, inner: str = "eager", **kwargs: Any) -> Any:
+    """Compiled; tokens travel, however small the experts are."""
+    return compiled(model, inner, strategy="alltoall", **kwargs)
+
+
 def layers(model: nn.Module) -> nn.Module:
     """Each unit compiled on its own, as one full graph."""
     for module in model.modules():
         if isinstance(module, FSDPModule) and module is not model:
-            module.compile(backend="moe_ep", fullgraph=True, options={"inner": "aot_eager"})
+            module.compile(backend="moe_ep", fullgraph=True, options={"inner": "aot_eager", "strategy": "alltoall"})
     return model
 
 
 def whole_model(ranks: Ranks) -> None:
-    model = parity(ranks, stacked(2), tokens(ranks), dp_shard=ranks.size, run=lambda m: compiled(m, "aot_eager"))
+    model = parity(ranks, stacked(2), tokens(ranks), dp_shard=ranks.size, run=lambda m: placed(m, "aot_eager"))
     assert all(isinstance(p, DTensor) for p in model.parameters())
     assert isinstance(model.layers[0], FSDPModule) and isinstance(model.head.weight, DTensor)
     torch._dynamo.reset()
-    call = compiled(model, fullgraph=True)
+    call = placed(model, fullgraph=True)
     try:
         call(torch.randn(3, D))
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -67,7 +72,7 @@ def layer_by_layer(ranks: Ranks) -> None:
 
 def module_list(ranks: Ranks) -> None:
     """Uneven batches, one of them empty, gradients accumulated, experts in copies if there are ranks for them."""
-    parity(ranks, listed(), tokens(ranks, [5, 0, 3, 9]), ep=2, dp_shard=ranks.size, run=compiled, parts=2, steps=2)
+    parity(ranks, listed(), tokens(ranks, [5, 0, 3, 9]), ep=2, dp_shard=ranks.size, run=placed, parts=2, steps=2)
 
 
 def hybrid(ranks: Ranks) -> None:
@@ -85,11 +90,11 @@ def mixtral_checkpointing(ranks: Ranks) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     batches: Batches = [(torch.randint(0, 32, (2, 5)),) for _ in range(ranks.size)]
-    parity(ranks, model, batches, language, dp_shard=ranks.size, steps=2, run=compiled)
+    parity(ranks, model, batches, language, dp_shard=ranks.size, steps=2, run=placed)
 
 
 def inductor(ranks: Ranks) -> None:
-    parity(ranks, stacked(), tokens(ranks, [6, 4]), dp_shard=ranks.size, run=lambda m: compiled(m, "inductor"))
+    parity(ranks, stacked(), tokens(ranks, [6, 4]), dp_shard=ranks.size, run=lambda m: placed(m, "inductor"))
 
 
 def gathered(ranks: Ranks) -> None:
@@ -105,12 +110,12 @@ def frozen_experts(ranks: Ranks) -> None:
     model = stacked()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("experts" not in name)
-    parity(ranks, model, tokens(ranks), dp_shard=ranks.size, run=compiled)
+    parity(ranks, model, tokens(ranks), dp_shard=ranks.size, run=placed)
 
 
 def one_block(ranks: Ranks) -> None:
     """A model without a list of layers is one unit."""
-    parity(ranks, Block(Experts(checks.E), num_experts=checks.E), tokens(ranks), dp_shard=ranks.size, run=compiled)
+    parity(ranks, Block(Experts(checks.E), num_experts=checks.E), tokens(ranks), dp_shard=ranks.size, run=placed)
 
 
 class Universal(Net):
@@ -138,7 +143,7 @@ def shared_parameters(ranks: Ranks) -> None:
     reference = copy.deepcopy(model)
     moe_compile.parallelize(model, moe_compile.build_mesh(dp_shard=ranks.size))
     assert [n for n, m in model.named_modules() if isinstance(m, FSDPModule)] == ["", "extra.a.1"]
-    call = compiled(model)
+    call = placed(model)
     for _ in range(2):
         assert agree(ranks, model, call, reference, tokens(ranks, [5, 3]))
         for m in (model, reference):
@@ -150,7 +155,7 @@ def without_synchronisation(ranks: Ranks) -> None:
     reference = stacked(2)
     model = copy.deepcopy(reference)
     moe_compile.parallelize(model, moe_compile.build_mesh(ep=2, dp_shard=ranks.size), reshard_after_forward=False)
-    call = compiled(model)
+    call = placed(model)
     for last in (False, True):
         model.set_requires_gradient_sync(last)
         batches = tokens(ranks, [5, 3])
@@ -162,19 +167,19 @@ def without_synchronisation(ranks: Ranks) -> None:
 def mixed_precision(ranks: Ranks) -> None:
     """Computed in bfloat16, experts too: the bits of a bfloat16 model.  Weights and gradients stay in float32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for run in (compiled, lambda model: model):
+    for run in (placed, lambda model: model):
         torch.manual_seed(0)
         reference = stacked(2)
         model = moe_compile.parallelize(
             copy.deepcopy(reference), moe_compile.build_mesh(dp_shard=ranks.size), mp_policy=policy
         )
         reference.bfloat16()
-        alone = compiled(reference) if run is compiled else reference
+        alone = compiled(reference) if run is placed else reference
         batches = tokens(ranks, [40, 30])
         call = run(model)
         with regions() as found:
             assert torch.equal(call(*batches[ranks.rank]), alone(batches[ranks.rank][0].bfloat16()))
-        assert {r.strategy for r in found} == ({"alltoall", "grouped"} if run is compiled else set()), found
+        assert {r.strategy for r in found} == ({"alltoall", "grouped"} if run is placed else set()), found
         square(call, *batches[ranks.rank]).backward()
         for (x,) in batches:
             (square(reference, x.bfloat16()) / ranks.size).backward()
@@ -229,7 +234,7 @@ def copies_that_differ(ranks: Ranks) -> None:
     torch.manual_seed(0)
     reference = stacked()
     reference.load_state_dict(own_names(model, lambda p: p.data))
-    assert agree(ranks, model, compiled(model), reference, tokens(ranks))
+    assert agree(ranks, model, placed(model), reference, tokens(ranks))
 
 
 def sabotage(ranks: Ranks) -> None:
@@ -239,7 +244,7 @@ def sabotage(ranks: Ranks) -> None:
         reference = stacked()
         model = moe_compile.parallelize(copy.deepcopy(reference), moe_compile.build_mesh(ep=2, dp_shard=4))
         setattr(vars(model)[gradients.ATTRIBUTE], attribute or "nothing", value)
-        assert agree(ranks, model, compiled(model), reference, tokens(ranks, [5, 2, 3])) == (not attribute), attribute
+        assert agree(ranks, model, placed(model), reference, tokens(ranks, [5, 2, 3])) == (not attribute), attribute
 
 
 # -- clipping -------------------------------------------------------------------------------
@@ -484,7 +489,7 @@ def loading(ranks: Ranks) -> None:
         model.to_empty(device="cpu")
         model.load_state_dict(reference.state_dict(), strict=True)
         same(own_names(model, lambda p: p.data), dict(reference.state_dict()), "loaded")
-        assert agree(ranks, model, compiled(model), reference, tokens(ranks))
+        assert agree(ranks, model, placed(model), reference, tokens(ranks))
         mine = {n: t.clone() for n, t in model.state_dict().items()}
         model.load_state_dict(mine, strict=True)
         same(own_names(model, lambda p: p.data), dict(reference.state_dict()), "loaded from its own")
