@@ -36,6 +36,7 @@ from moe_compile.kernels.grouped_gemm import (
     program_tile,
     row_tiles,
     rows_per_expert,
+    store_columns,
 )
 
 # -- kernel ---------------------------------------------------------------------------------
@@ -75,16 +76,13 @@ def _gated_gemm_kernel(
     G: tl.constexpr = 2 * F if GATED else F
     number = a_ptr.dtype.element_ty
     f_out = column * BLOCK_F + tl.arange(0, BLOCK_F)
-    inside = r_in[:, None] & (f_out < F)[None, :]
-    a_ptrs = a_ptr + r[:, None] * F + f_out[None, :]
-    h_ptrs = h_ptr + r[:, None] * G + f_out[None, :]
     if e == E:
         zero = tl.zeros([BLOCK_M, BLOCK_F], number)
-        tl.store(a_ptrs, zero, mask=inside)
+        store_columns(a_ptr, zero, r, r_in, f_out, F, F)
         if KEEP_H:
-            tl.store(h_ptrs, zero, mask=inside)
+            store_columns(h_ptr, zero, r, r_in, f_out, F, G)
             if GATED:
-                tl.store(h_ptrs + F, zero, mask=inside)
+                store_columns(h_ptr + F, zero, r, r_in, f_out, F, G)
         return
     t = (tl.load(order_ptr + r, mask=r_in, other=0) // K).to(tl.int64)
     d = tl.arange(0, BLOCK_K)
@@ -115,14 +113,14 @@ def _gated_gemm_kernel(
         gate, up = gate.to(number), up.to(number)
         a = activated(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32)
         if KEEP_H:
-            tl.store(h_ptrs, gate, mask=inside)
-            tl.store(h_ptrs + F, up, mask=inside)
+            store_columns(h_ptr, gate, r, r_in, f_out, F, G)
+            store_columns(h_ptr + F, up, r, r_in, f_out, F, G)
     else:
         h = acc.to(number)
         a = activated(h.to(tl.float32), ACTIVATION)
         if KEEP_H:
-            tl.store(h_ptrs, h, mask=inside)
-    tl.store(a_ptrs, a.to(number), mask=inside)
+            store_columns(h_ptr, h, r, r_in, f_out, F, G)
+    store_columns(a_ptr, a.to(number), r, r_in, f_out, F, F)
 
 
 # -- launcher: the grid is never empty, so that nothing is asked about R -----------------------

@@ -68,6 +68,12 @@ def program_tile(
     return e, r, r < tl.load(tiles_ptr + 3 * tile + 2), within // group_size
 
 
+@triton.jit
+def store_columns(out_ptr, tile, r, r_in, f, F: tl.constexpr, ROW: tl.constexpr):
+    """out[r, f] = tile, rows of ROW numbers, of which the first F are meant."""
+    tl.store(out_ptr + r[:, None] * ROW + f[None, :], tile, mask=r_in[:, None] & (f < F)[None, :])
+
+
 @triton.jit(do_not_specialize=["num_row_tiles"])
 def _grouped_gemm_kernel(
     x_ptr,
