@@ -1,10 +1,11 @@
 """Triton kernel for the backward of `moe_ep.expert_mlp`, from its result to its products before the activation.
 
-    da_RF[r]    = dout_TD[t] @ down_EDF[e]                      for the pair p = order_R[r], t = p // K, expert e of row r
-    dots_R[p]   = dot(da_RF[r], a_RF[r])                        the gradient of the routing weight of p
-    dh_RG[r, f] = w[p] * da_RF[r, f] * h[r, F + f] * act'(h[r, f]),  dh_RG[r, F + f] = w[p] * da_RF[r, f] * act(h[r, f])
-    dh_RG[r, f] = w[p] * da_RF[r, f] * act'(h[r, f])            not gated
-    a_RF[r]     = (w[p] *) a of `gated_gemm`, from h again      for the gradient of down
+    p, t            = order_R[r], order_R[r] // K            where offsets_E[e-1] <= r < offsets_E[e]
+    da_RF[r]        = dout_TD[t] @ down_EDF[e]
+    dots_R[p]       = dot(da_RF[r], a_RF[r])                 the gradient of the routing weight w[p]
+    dh_RG[r, f]     = w[p] * da_RF[r, f] * act'(h[r, f])     times h[r, F + f] if gated
+    dh_RG[r, F + f] = w[p] * da_RF[r, f] * act(h[r, f])      if gated
+    a_RF[r]         = a of `gated_gemm`, from h again, times w[p] if asked for: for the gradient of down
     all zero where r >= offsets_E[E-1]
 
 Rows of dout are gathered as they are loaded.  da stays in registers, in f32, and meets the routing weight there.
@@ -189,8 +190,11 @@ def gated_gemm_backward(
     keep_a: bool,
     scale_a: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dh, a_RF, dots_R): dh [1, R, G], or [2, R, F] if `apart`; a is empty unless kept, times the weights if asked for;
-    dots by pair, f32, empty without weights."""
+    """(dh, a_RF, dots_R).
+
+    dh is [1, R, G], or [2, R, F] if `apart`.  a is empty unless `keep_a`, and times the weights if `scale_a`.  dots are
+    by pair, in f32, and empty without weights.
+    """
     if reason := why_not(dout_TD, down_EDF, h_RG, weights_TK, offsets_E, order_R, top_k, activation, gated):
         raise ValueError(f"moe_ep_triton.gated_gemm_backward: {reason}")
     order_R, R, (E, D, F) = order_R.contiguous(), order_R.shape[0], map(int, down_EDF.shape)

@@ -52,9 +52,7 @@ def _row_tiles_kernel(offsets_ptr, tiles_ptr, R, E: tl.constexpr, GROUPS: tl.con
 
 
 @triton.jit
-def program_tile(
-    tiles_ptr, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
-):
+def program_tile(tiles_ptr, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
     """(expert, rows, which of them are its own, column tile) of this program; expert > E: nothing to do.
 
     Row tiles run fastest, within groups of GROUP_M, so that neighbours read the same weights.

@@ -87,7 +87,7 @@ def grouped_gemm_dw(
     dy_top_k: int = 0,
     x_top_k: int = 0,
 ) -> Tensor:
-    """dw_EFD.  dy_top_k, x_top_k: K if that operand has a row a token, to be gathered by `order_R`; 0 if a row each r."""
+    """dw_EFD.  dy_top_k, x_top_k: K if that operand has a row for each token, else 0."""
     if reason := why_not(dy_RF, x_RD, offsets_E, order_R, dy_top_k, x_top_k):
         raise ValueError(f"moe_ep_triton.grouped_gemm_dw: {reason}")
     E, F, D = int(offsets_E.shape[0]), int(dy_RF.shape[1]), int(x_RD.shape[1])
@@ -106,9 +106,7 @@ def grouped_gemm_dw(
     return dw_EFD
 
 
-def _launch_config(
-    rows: int, dtype: torch.dtype, hip: bool, gathered: bool = False
-) -> tuple[int, int, int, int, int]:
+def _launch_config(rows: int, dtype: torch.dtype, hip: bool, gathered: bool = False) -> tuple[int, int, int, int, int]:
     """(BLOCK_M over F, BLOCK_N over D, BLOCK_K rows, num_warps, num_stages).
 
     Two stages more where rows are gathered: Triton 3.6 and 3.7 spend them on the load of the indices.

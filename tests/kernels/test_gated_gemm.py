@@ -157,5 +157,5 @@ def test_says_why_not() -> None:
     assert why_not(x, None, w[:, :5], *rest) == "up has 5 rows"
     assert why_not(x, w[:, :3], w, *rest) == "gate is (2, 3, 8), up is (2, 6, 8), expected the same, and `gated`"
     assert "activation elu" in str(why_not(x, None, w, offsets, order, 2, "elu", True))
-    with pytest.raises(ValueError, match="order is torch.int64"):
+    with pytest.raises(ValueError, match="order is"):
         gated_gemm(x, None, w, offsets, order.long(), 2, "silu", True, True)

@@ -31,7 +31,7 @@ def wide(args: tuple) -> tuple:
 
 def check(found: tuple[Tensor, Tensor, Tensor], args: tuple, activation: str, gated: bool, scaled: bool) -> None:
     dh, a, dots = found
-    weights, order, K = args[3], args[5], args[6]
+    weights, order = args[3], args[5]
     dh_ref, a_ref, dots_ref = gated_gemm_backward_reference(*wide(args), activation, gated)
     if scaled and weights is not None:
         a_ref = a_ref * weights.double().reshape(-1).index_select(0, order)[:, None]
@@ -122,9 +122,7 @@ def test_a_large_gradient_of_f16_meets_its_weight_before_it_is_rounded() -> None
     dout, down = torch.full((1, 64), 4e4).half().to(DEVICE), torch.ones(1, 64, 16).half().to(DEVICE)
     order, offsets = sort_by_expert(torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), 1)
     h, weights = torch.ones(1, 16).half().to(DEVICE), torch.full((1, 1), 1e-3).half().to(DEVICE)
-    dh, _, _ = gated_gemm_backward(
-        dout, down, h, weights, offsets, order, 1, "relu", False, False, False, False
-    )
+    dh, _, _ = gated_gemm_backward(dout, down, h, weights, offsets, order, 1, "relu", False, False, False, False)
     torch.testing.assert_close(dh, torch.full_like(dh, 64 * 4e4 * 1e-3), rtol=1e-2, atol=0)
 
 
