@@ -234,7 +234,9 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     E, K, F, D = 128, 8, 768, 2048
     cases: list[tuple] = []
 
-    def case(dtype: torch.dtype, rows: int, gated: bool, keep: bool, packed: str = "d", form: str = "one") -> None:
+    def case(
+        dtype: torch.dtype, rows: int, gated: bool, keep: bool, packed: str = "d", form: str = "one", how: str = "silu"
+    ) -> None:
         m, f, k, warps, stages = _launch_config(rows, dtype, gated, hip)
         short = "bf16" if dtype == torch.bfloat16 else "fp32"
         args = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "a_ptr", "h_ptr"), f"*{short}")
@@ -243,10 +245,11 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         strides = {"d": (G * D, D, 1), "f": (G * D, 1, G)}[packed]
         constants = dict(zip(("STRIDE_E", "STRIDE_F", "STRIDE_D"), strides, strict=True))
         constants |= {"E": E, "K": K, "D": D, "F": F, "UP_START": F * strides[1] if G > F else 0}
-        constants |= {"ACTIVATION": "silu", "GATED": gated, "KEEP_H": keep, "GROUP_M": GROUP_M}  # type: ignore[dict-item]
+        constants |= {"ACTIVATION": how, "GATED": gated, "KEEP_H": keep, "GROUP_M": GROUP_M}  # type: ignore[dict-item]
         constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k}
         tile = f"{m}x{'2x' if gated else ''}{f}x{k} w{warps} s{stages}"
         rest = f"{' h' if keep else ''}{', f packed' if packed == 'f' else ''}{', two' if form == 'two' else ''}"
+        rest += "" if how == "silu" else f", {how}"
         cases.append((f"{short} {tile}{rest}", _gated_gemm_kernel, args, constants, warps, stages))
 
     for rows in (256, 32, 1):
@@ -256,6 +259,8 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         case(torch.bfloat16, rows, True, True, form="two")
         case(torch.float32, rows, True, True)
     case(torch.bfloat16, 256, True, True, packed="f")
+    for how in ACTIVATIONS[1:]:
+        case(torch.bfloat16, 256, True, True, how=how)
     return cases
 
 

@@ -277,18 +277,20 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     E, K, F, D = 128, 8, 768, 2048
     cases: list[tuple] = []
 
-    def case(dtype: torch.dtype, rows: int, gated: bool = True, apart: bool = False, packed: str = "f") -> None:
+    def case(
+        dtype: torch.dtype, rows: int, gated: bool = True, apart: bool = False, packed: str = "f", how: str = "silu"
+    ) -> None:
         m, f, k, parts, warps, stages = _launch_config(rows, dtype, hip)
         short = "bf16" if dtype == torch.bfloat16 else "fp32"
         args = dict.fromkeys(("dout_ptr", "down_ptr", "h_ptr", "weights_ptr", "dh_ptr", "a_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "dots_ptr": "*fp32", "R": "i32", "num_row_tiles": "i32"}
         strides = (F * D, F, 1) if packed == "f" else (F * D, 1, D)
         constants = dict(zip(("STRIDE_E", "STRIDE_D", "STRIDE_F"), strides, strict=True))
-        constants |= {"E": E, "K": K, "D": D, "F": F, "GROUP_M": GROUP_M, "ACTIVATION": "silu"}  # type: ignore[dict-item]
+        constants |= {"E": E, "K": K, "D": D, "F": F, "GROUP_M": GROUP_M, "ACTIVATION": how}  # type: ignore[dict-item]
         constants |= {"GATED": gated, "WEIGHTED": True, "APART": apart, "KEEP_A": True, "SCALE_A": True}
         constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "PARTS": parts}
         rest = f"{'' if gated else ' plain'}{' apart' if apart else ''}{' d packed' if packed == 'd' else ''}"
-        setting = f"{short} {m}x{f}x{k}/{parts} w{warps} s{stages}{rest}"
+        setting = f"{short} {m}x{f}x{k}/{parts} w{warps} s{stages}{rest}{'' if how == 'silu' else f' {how}'}"
         cases.append((setting, _gated_gemm_backward_kernel, args, constants, warps, stages))
 
     for rows in (256, 32, 1):
@@ -297,6 +299,8 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         case(torch.float32, rows)
     case(torch.bfloat16, 256, apart=True)
     case(torch.bfloat16, 256, packed="d")
+    for how in ACTIVATIONS[1:]:
+        case(torch.bfloat16, 256, how=how)
     return cases
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_compile.expert_mlp import ACTIVATIONS, activate
+from moe_compile.expert_mlp import ACTIVATIONS, activate, activate_backward
 from moe_compile.kernels.dispatch import sort_by_expert
+from moe_compile.kernels.gated_gemm import gated_gemm
 from moe_compile.kernels.gated_gemm_backward import gated_gemm_backward, gated_gemm_backward_reference, why_not
 
 from .conftest import DEVICE, DTYPES, random
@@ -91,6 +92,27 @@ def test_it_is_the_gradient(activation: str, gated: bool) -> None:
     mine, _, dots = gated_gemm_backward(*args, activation, gated, False, False, False)
     torch.testing.assert_close(mine[0], dh.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(dots.view(dweights.shape), dweights.float(), rtol=1e-4, atol=1e-4)
+
+
+SPECIAL = [0.0, -0.0, 1e-30, -1e-30, 20.0, -20.0, 89.0, -89.0, 1e4, -1e4, 1e18, -1e18, float("nan")]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_activation_is_torchs(activation: str) -> None:
+    """Value and slope far from zero and on NaN; the value on infinities too."""
+    g = torch.cat([torch.tensor(SPECIAL), torch.linspace(-12, 12, 999)]).to(DEVICE)[:, None]
+    order, offsets = sort_by_expert(torch.zeros_like(g).long(), 1)
+    one = torch.ones(1, 1, 1, device=DEVICE)
+    args = torch.ones_like(g), one, g, None, offsets, order, 1, activation, False
+    dh, a, _ = gated_gemm_backward(*args, False, True, False)
+    wide = g.double()
+    near = {"rtol": 2e-5, "atol": 3e-6, "equal_nan": True}  # as the CPU kernel's test
+    torch.testing.assert_close(a, activate(activation, wide).float(), **near)
+    torch.testing.assert_close(dh[0], activate_backward(activation, torch.ones_like(wide), wide).float(), **near)
+    x = g if activation == "gelu" else torch.cat([g, torch.tensor([[float("inf")], [-float("inf")]], device=DEVICE)])
+    order, offsets = sort_by_expert(torch.zeros_like(x).long(), 1)
+    forward, _ = gated_gemm(x, None, one, offsets, order, 1, activation, False, False)
+    torch.testing.assert_close(forward, activate(activation, x), **near)
 
 
 def test_nobodys_rows_are_zeros_whatever_they_hold() -> None:
