@@ -96,7 +96,10 @@ class FuseExperts(RewritePass[Mlp]):
 def _why_not_cuda(found: Mlp) -> str | None:
     x, ids, num_experts = found.dispatch.args
     weights: Any = found.combine.args[1]
-    gate, up, down = map(_fakes, (found.gate, found.up, found.down))
+    gate, up, down = (
+        _fakes(w) if (series := series_of(w)) is None else [series.example] * len(series)
+        for w in (found.gate, found.up, found.down)
+    )
     top_k: Any = found.combine.args[4]
     return cuda.why_not_mlp(
         value(x), None if weights is None else value(weights), gate, up, down, num_experts, top_k,  # type: ignore[arg-type]

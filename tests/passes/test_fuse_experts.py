@@ -17,6 +17,7 @@ from moe_compile.graph_text import graph_text
 from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
 from moe_compile.passes.fuse_experts import FuseExperts
+from moe_compile.series import Series
 from tests.golden import D, E, F, Stacked, detected, inputs, run
 
 moe_ep = torch.ops.moe_ep
@@ -304,6 +305,25 @@ FuseExperts: 0 applied, 1 refused
             report, calls = self.on_cuda(*pair)
             self.assertEqual(calls, ["x_1, i_1, weights_1, [], [up_1], [down_1], 2, silu, True"])
             self.assertEqual(report, "FuseExperts: 1 applied, 0 refused\n  + combine")
+
+    def test_a_series_on_cuda(self):
+        """One input for like tensors of like modules (series.py): as many as it has, which must be the experts."""
+
+        def layer(x, i, gate, up, down):
+            rows, offsets, order = moe_ep.dispatch(x, i, 5)
+            h = silu(moe_ep.grouped_gemm(rows, [gate], offsets)) * moe_ep.grouped_gemm(rows, [up], offsets)
+            return moe_ep.combine(moe_ep.grouped_gemm(h, [down], offsets), None, order, offsets, 2)
+
+        for count, fused in ((5, 1), (4, 0)):
+            with FakeTensorMode():
+                one = [torch.empty(*s, device="cuda") for s in ((F, D), (F, D), (D, F))]
+                x, ids = torch.empty(5, D, device="cuda"), torch.empty(5, 2, dtype=torch.int64, device="cuda")
+                gm = make_fx(layer)(x, ids, *(w.expand(5, -1, -1) for w in one))
+            for node in gm.graph.find_nodes(op="call_function", target=moe_ep.grouped_gemm.default):
+                (weight,) = node.args[1]
+                weight.meta["val"] = Series(one[2 if node.args[1][0].name.startswith("down") else 0], ("w",) * count)
+                node.args = (node.args[0], weight, node.args[2])
+            self.assertIn(f"{fused} applied, {1 - fused} refused", str(FuseExperts()(gm)))
 
     def test_declines_on_cuda_what_no_kernel_takes(self):
         half, single, double = torch.float16, torch.float32, torch.float64
