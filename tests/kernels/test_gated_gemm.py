@@ -14,7 +14,7 @@ from .conftest import DEVICE, DTYPES, ON_GPU, random
 # (ids of the tokens, E, D, F): ids outside [0, E) are nobody's
 SHAPES = {
     "odd sizes": (torch.arange(46).view(23, 2) % 3, 3, 33, 35),
-    "several tiles": (torch.arange(300).view(150, 2) ** 2 % 5, 5, 64, 130),
+    "several tiles": (torch.arange(300).view(150, 2) ** 2 % 5, 5, 64, 70),
     "whole tiles": (torch.arange(256).view(256, 1) // 128, 2, 128, 128),
     "empty experts": (torch.tensor([[1, 4], [4, 1], [4, 4]]), 6, 48, 16),
     "one takes all": (torch.full((50, 1), 2), 3, 16, 24),

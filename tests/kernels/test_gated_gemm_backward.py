@@ -100,7 +100,7 @@ SPECIAL = [0.0, -0.0, 1e-30, -1e-30, 20.0, -20.0, 89.0, -89.0, 1e4, -1e4, 1e18, 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_activation_is_torchs(activation: str) -> None:
     """Value and slope far from zero and on NaN; the value on infinities too."""
-    g = torch.cat([torch.tensor(SPECIAL), torch.linspace(-12, 12, 999)]).to(DEVICE)[:, None]
+    g = torch.cat([torch.tensor(SPECIAL), torch.linspace(-12, 12, 193)]).to(DEVICE)[:, None]
     order, offsets = sort_by_expert(torch.zeros_like(g).long(), 1)
     one = torch.ones(1, 1, 1, device=DEVICE)
     args = torch.ones_like(g), one, g, None, offsets, order, 1, activation, False
