@@ -116,7 +116,7 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
 
 
 def _sort(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    if reason := _why_not_sort(ids_TK, num_experts):
+    if reason := why_not_sort(ids_TK, num_experts):
         raise ValueError(f"moe_ep_triton.sort_by_expert: {reason}")
     ids_TK, R, E = ids_TK.contiguous(), ids_TK.shape[0] * ids_TK.shape[1], num_experts
     num_blocks, bins = torch.sym_max((R + BLOCK - 1) // BLOCK, 1), triton.next_power_of_2(E + 2)
@@ -159,10 +159,10 @@ def why_not(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> str | None:
     """Return why these kernels cannot take these arguments, or None if they can."""
     if x_TD.dtype not in FLOATS or x_TD.dim() != 2:
         return f"x is {x_TD.dtype} with {x_TD.dim()} dimensions, expected bf16, f16 or f32 with 2"
-    return _why_not_sort(ids_TK, num_experts)
+    return why_not_sort(ids_TK, num_experts)
 
 
-def _why_not_sort(ids_TK: Tensor, num_experts: int) -> str | None:
+def why_not_sort(ids_TK: Tensor, num_experts: int) -> str | None:
     if ids_TK.dtype not in INTEGERS or ids_TK.dim() != 2:
         return f"ids are {ids_TK.dtype} with {ids_TK.dim()} dimensions, expected integers with 2"
     if not 1 <= num_experts <= MAX_EXPERTS:

@@ -51,6 +51,27 @@ def _row_tiles_kernel(offsets_ptr, tiles_ptr, R, E: tl.constexpr, GROUPS: tl.con
     tl.store(tiles_ptr + 3 * i + 2, tl.sum(tl.where(mine, end, 0), 0))
 
 
+@triton.jit
+def program_tile(tiles_ptr, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """(expert, rows, which of them are its own, column tile) of this program; expert > E: nothing to do.
+
+    Row tiles run fastest, within groups of GROUP_M, so that neighbours read the same weights.
+    """
+    group = tl.program_id(0) // (GROUP_M * NUM_COL_TILES)
+    within = tl.program_id(0) % (GROUP_M * NUM_COL_TILES)
+    group_size = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
+    tile = group * GROUP_M + within % group_size
+    e = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+    r = tl.load(tiles_ptr + 3 * tile + 1).to(tl.int64) + tl.arange(0, BLOCK_M)
+    return e, r, r < tl.load(tiles_ptr + 3 * tile + 2), within // group_size
+
+
+@triton.jit
+def store_columns(out_ptr, tile, r, r_in, f, F: tl.constexpr, ROW: tl.constexpr):
+    """out[r, f] = tile, rows of ROW numbers, of which the first F are meant."""
+    tl.store(out_ptr + r[:, None] * ROW + f[None, :], tile, mask=r_in[:, None] & (f < F)[None, :])
+
+
 @triton.jit(do_not_specialize=["num_row_tiles"])
 def _grouped_gemm_kernel(
     x_ptr,
@@ -69,18 +90,11 @@ def _grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # Row tiles run fastest, within groups of GROUP_M, so that neighbours read the same w.
     num_col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    group = tl.program_id(0) // (GROUP_M * num_col_tiles)
-    within = tl.program_id(0) % (GROUP_M * num_col_tiles)
-    group_size = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
-    tile = group * GROUP_M + within % group_size
-    e = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+    e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     if e > E:
         return
-    r = tl.load(tiles_ptr + 3 * tile + 1).to(tl.int64) + tl.arange(0, BLOCK_M)
-    r_in = r < tl.load(tiles_ptr + 3 * tile + 2)
-    f = within // group_size * BLOCK_N + tl.arange(0, BLOCK_N)
+    f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     f_in = f < F
     y_ptrs = y_ptr + r[:, None] * F + f[None, :]
     y_in = r_in[:, None] & f_in[None, :]
@@ -117,11 +131,7 @@ def grouped_gemm(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> Tensor:
     y_RF = x_RD.new_empty(R, F)
     rows, hip = rows_per_expert(R, E), torch.version.hip is not None
     block_m, block_n, block_k, warps, stages = _launch_config(rows, x_RD.dtype, hip)
-    num_row_tiles = (R + block_m - 1) // block_m + E
-    tiles = offsets_E.new_empty(num_row_tiles, 3)
-    make: Any = wrap_triton(_row_tiles_kernel) if compiled(_row_tiles_kernel) else _row_tiles_kernel
-    groups = triton.next_power_of_2(E + 1)
-    make[(num_row_tiles,)](offsets_E.contiguous(), tiles, R, E, groups, block_m, num_warps=4)
+    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
     run: Any = _grouped_gemm_kernel
     run = wrap_triton(_grouped_gemm_kernel) if compiled(run) else run
     arguments = (x_RD, w_EFD, tiles, y_RF, num_row_tiles, E, D, F, *map(int, w_EFD.stride()))
@@ -129,6 +139,17 @@ def grouped_gemm(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> Tensor:
         *arguments, block_m, block_n, block_k, GROUP_M, num_warps=warps, num_stages=stages
     )
     return y_RF
+
+
+def row_tiles(offsets_E: Tensor, R: int | torch.SymInt, block_m: int) -> tuple[Tensor, int | torch.SymInt]:
+    """(i32[tiles, 3], number of tiles): expert, first row and end of its rows of each tile of `block_m` rows."""
+    E = int(offsets_E.shape[0])
+    num_row_tiles = (R + block_m - 1) // block_m + E
+    tiles = offsets_E.new_empty(num_row_tiles, 3)
+    make: Any = wrap_triton(_row_tiles_kernel) if compiled(_row_tiles_kernel) else _row_tiles_kernel
+    groups = triton.next_power_of_2(E + 1)
+    make[(num_row_tiles,)](offsets_E.contiguous(), tiles, R, E, groups, block_m, num_warps=4)
+    return tiles, num_row_tiles
 
 
 def rows_per_expert(R: int | torch.SymInt, E: int) -> int:

@@ -2,10 +2,11 @@
 
     dw_EFD[e, f, d] = sum over offsets_E[e-1] <= r < offsets_E[e] of dy_RF[r, f] * x_RD[r, d]
 
-One program writes one tile of one expert, whatever its number of rows: zeros where it has none.
+One program writes one tile of one expert, whatever its number of rows: zeros where it has none.  With `order_R`, rows
+of dy, of x or of both are those of tokens, gathered as they are loaded: row r is row order_R[r] // K of what is given.
 
-Letters    R routed rows, E experts, D inner width, F outer width.
-Types      dy, x, dw: bf16 | f16 | f32, all the same, summed in f32 (f32: no tf32).  offsets: i32.
+Letters    K experts per token, R routed rows, E experts, D inner width, F outer width.
+Types      dy, x, dw: bf16 | f16 | f32, all the same, summed in f32 (f32: no tf32).  order, offsets: i32.
 Layout     All row-major; other strides are copied first.
 Cost       2*R*D*F FLOP, R*(D + F) elements read for each tile row and column, E*D*F written.
            Compute bound from about 125 rows per expert on (H100, bf16), else by writing dw.
@@ -32,15 +33,18 @@ from moe_compile.kernels.grouped_gemm import rows_per_expert
 def _grouped_gemm_dw_kernel(
     dy_ptr,
     x_ptr,
+    order_ptr,
     offsets_ptr,
     dw_ptr,
     D: tl.constexpr,
     F: tl.constexpr,
+    DY_K: tl.constexpr,
+    X_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # The tiles of one expert run together: they share its rows.
+    # The tiles of one expert run together: they share its rows.  DY_K, X_K: K where rows are gathered, else 0.
     num_f_tiles: tl.constexpr = (F + BLOCK_M - 1) // BLOCK_M
     num_tiles: tl.constexpr = num_f_tiles * ((D + BLOCK_N - 1) // BLOCK_N)
     e = tl.program_id(0) // num_tiles
@@ -50,17 +54,23 @@ def _grouped_gemm_dw_kernel(
     k = tl.arange(0, BLOCK_K)
     start = tl.load(offsets_ptr + e - 1, mask=e > 0, other=0)
     stop = tl.load(offsets_ptr + e)
-    rows = start.to(tl.int64) + k
-    dy_ptrs = dy_ptr + rows[:, None] * F + f[None, :]
-    x_ptrs = x_ptr + rows[:, None] * D + d[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(start, stop, BLOCK_K):
-        r_in = first + k < stop
+        rows = first + k
+        r_in = rows < stop
+        dy_rows = rows.to(tl.int64)
+        x_rows = dy_rows
+        if DY_K > 0 or X_K > 0:
+            pair = tl.load(order_ptr + rows, mask=r_in, other=0)
+            if DY_K > 0:
+                dy_rows = (pair // DY_K).to(tl.int64)
+            if X_K > 0:
+                x_rows = (pair // X_K).to(tl.int64)
+        dy_ptrs = dy_ptr + dy_rows[:, None] * F + f[None, :]
+        x_ptrs = x_ptr + x_rows[:, None] * D + d[None, :]
         dy = tl.load(dy_ptrs, mask=r_in[:, None] & (f < F)[None, :], other=0.0)
         x = tl.load(x_ptrs, mask=r_in[:, None] & (d < D)[None, :], other=0.0)
         acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
-        dy_ptrs += BLOCK_K * F
-        x_ptrs += BLOCK_K * D
     dw_ptrs = dw_ptr + e.to(tl.int64) * F * D + f.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(f < F)[:, None] & (d < D)[None, :])
 
@@ -69,36 +79,64 @@ def _grouped_gemm_dw_kernel(
 
 
 @triton_op("moe_ep_triton::grouped_gemm_dw", mutates_args=())
-def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
-    if reason := why_not(dy_RF, x_RD, offsets_E):
+def grouped_gemm_dw(
+    dy_RF: Tensor,
+    x_RD: Tensor,
+    offsets_E: Tensor,
+    order_R: Tensor | None = None,
+    dy_top_k: int = 0,
+    x_top_k: int = 0,
+) -> Tensor:
+    """dw_EFD.  dy_top_k, x_top_k: K if that operand has a row for each token, else 0."""
+    if reason := why_not(dy_RF, x_RD, offsets_E, order_R, dy_top_k, x_top_k):
         raise ValueError(f"moe_ep_triton.grouped_gemm_dw: {reason}")
     E, F, D = int(offsets_E.shape[0]), int(dy_RF.shape[1]), int(x_RD.shape[1])
-    dw_EFD = dy_RF.new_empty(E, F, D)
-    rows, hip = rows_per_expert(dy_RF.shape[0], E), torch.version.hip is not None
-    block_m, block_n, block_k, warps, stages = _launch_config(rows, dy_RF.dtype, hip)
+    dw_EFD, R = dy_RF.new_empty(E, F, D), dy_RF.shape[0] if order_R is None else order_R.shape[0]
+    block_m, block_n, block_k, warps, stages = _launch_config(
+        rows_per_expert(R, E), dy_RF.dtype, torch.version.hip is not None, order_R is not None
+    )
+    order = offsets_E if order_R is None else order_R.contiguous()
     run: Any = wrap_triton(_grouped_gemm_dw_kernel) if compiled(_grouped_gemm_dw_kernel) else _grouped_gemm_dw_kernel
     run[(E * triton.cdiv(F, block_m) * triton.cdiv(D, block_n),)](
-        *(dy_RF.contiguous(), x_RD.contiguous(), offsets_E.contiguous(), dw_EFD, D, F),
-        *(block_m, block_n, block_k),
+        *(dy_RF.contiguous(), x_RD.contiguous(), order, offsets_E.contiguous(), dw_EFD, D, F),
+        *(dy_top_k, x_top_k, block_m, block_n, block_k),
         num_warps=warps,
         num_stages=stages,
     )
     return dw_EFD
 
 
-def _launch_config(rows: int, dtype: torch.dtype, hip: bool) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M over F, BLOCK_N over D, BLOCK_K rows, num_warps, num_stages)."""
+def _launch_config(rows: int, dtype: torch.dtype, hip: bool, gathered: bool = False) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M over F, BLOCK_N over D, BLOCK_K rows, num_warps, num_stages).
+
+    Two stages more where rows are gathered: Triton 3.6 and 3.7 spend them on the load of the indices.
+    """
     if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
         return (64, 64, 16, 8, 2)
-    return (128, 128, 64, 8, 2 if hip else 3) if rows >= 64 else (128, 128, 32, 8, 2 if hip else 3)
+    stages = 2 if hip else 5 if gathered else 3
+    return (128, 128, 64, 8, stages) if rows >= 64 else (128, 128, 32, 8, stages)
 
 
 @grouped_gemm_dw.register_fake
-def _(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
+def _(
+    dy_RF: Tensor,
+    x_RD: Tensor,
+    offsets_E: Tensor,
+    order_R: Tensor | None = None,
+    dy_top_k: int = 0,
+    x_top_k: int = 0,
+) -> Tensor:
     return dy_RF.new_empty(offsets_E.shape[0], dy_RF.shape[1], x_RD.shape[1])
 
 
-def why_not(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> str | None:
+def why_not(
+    dy_RF: Tensor,
+    x_RD: Tensor,
+    offsets_E: Tensor,
+    order_R: Tensor | None = None,
+    dy_top_k: int = 0,
+    x_top_k: int = 0,
+) -> str | None:
     """Return why this kernel cannot take these arguments, or None if it can."""
     if dy_RF.dim() != 2 or x_RD.dim() != 2:
         return f"dy has {dy_RF.dim()} dimensions and x {x_RD.dim()}, expected 2"
@@ -108,6 +146,10 @@ def why_not(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> str | None:
         return f"offsets are {offsets_E.dtype}, expected int32"
     if offsets_E.shape[0] < 1:
         return "offsets are for 0 experts"
+    if order_R is not None and order_R.dtype != torch.int32:
+        return f"order is {order_R.dtype}, expected int32"
+    if (order_R is None) != (dy_top_k == 0 and x_top_k == 0) or min(dy_top_k, x_top_k) < 0:
+        return f"rows of {dy_top_k} and {x_top_k} experts a token, {'no' if order_R is None else 'an'} order"
     return None
 
 
@@ -116,12 +158,14 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     cases: list[tuple] = []
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for rows in (256, 32) if short == "bf16" else (256,):
-            m, n, k, warps, stages = _launch_config(rows, dtype, hip)
-            args = dict.fromkeys(("dy_ptr", "x_ptr", "dw_ptr"), f"*{short}")
-            args |= {"offsets_ptr": "*i32"}
-            constants = {"D": 2048, "F": 1536, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
-            setting = f"{short} {m}x{n}x{k} w{warps} s{stages}"
-            cases.append((setting, _grouped_gemm_dw_kernel, args, constants, warps, stages))
+            for dy_k, x_k in ((0, 0), (8, 0), (0, 8)):
+                m, n, k, warps, stages = _launch_config(rows, dtype, hip, dy_k + x_k > 0)
+                args = dict.fromkeys(("dy_ptr", "x_ptr", "dw_ptr"), f"*{short}")
+                args |= {"offsets_ptr": "*i32", "order_ptr": "*i32"}
+                constants = {"D": 2048, "F": 1536, "DY_K": dy_k, "X_K": x_k, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
+                gathered = " dy gathered" if dy_k else " x gathered" if x_k else ""
+                setting = f"{short} {m}x{n}x{k} w{warps} s{stages}{gathered}"
+                cases.append((setting, _grouped_gemm_dw_kernel, args, constants, warps, stages))
     return cases
 
 

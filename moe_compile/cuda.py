@@ -2,6 +2,9 @@
 
 Under Inductor `choose_kernels` decides instead, with a cost table; a node that it leaves comes here.  A list of
 separate weights is stacked for each call.
+
+`expert_mlp` is four kernels: sort, gather with the first product and the activation, last product, combine.  No row of
+tokens is copied, and nothing between the products is written but what the backward or the last product reads.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compile import ops
+from moe_compile import expert_mlp, ops
 
 
 def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +51,141 @@ def _run(op: str, reference: Callable[..., Any], *args: Any) -> Any:
     return reference(*args) if kernel.why_not(*args) else getattr(kernel, op)(*args)
 
 
+# -- an expert's two products ---------------------------------------------------------------
+
+
+def why_not_mlp(
+    x_TD: Tensor,
+    weights_TK: Tensor | None,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    num_experts: int,
+    top_k: int,
+    activation: str,
+    gated: bool,
+) -> str | None:
+    """Return why the kernels cannot serve an `expert_mlp`, or None.  The tensors may be fakes.
+
+    f16 takes routing weights of f16 alone: with wider ones the result's gradient is wider, and may not fit into f16
+    before it is scaled by them.
+    """
+    try:
+        from moe_compile.kernels import combine, gated_gemm
+    except ImportError:
+        return "triton is not installed"
+    of_weights = None if weights_TK is None else weights_TK.dtype
+    if of_weights not in (None, x_TD.dtype, None if x_TD.dtype == torch.float16 else torch.float32):
+        return f"rows are {x_TD.dtype}, routing weights {of_weights}"
+    for w in (gate, up, down):
+        if any(v.dtype != x_TD.dtype or v.shape != w[0].shape for v in w):
+            return f"rows are {x_TD.dtype}, weights {', '.join(f'{v.dtype} {tuple(v.shape)}' for v in w)}"
+        if w and (w[0].shape[0] if w[0].dim() == 3 else len(w)) != num_experts:
+            return f"weights of {w[0].shape[0] if w[0].dim() == 3 else len(w)} experts, expected {num_experts}"
+    if top_k > combine.MAX_TOP_K:
+        return f"{top_k} experts a token, expected {combine.MAX_TOP_K} at most"
+    if 0 in down[0].shape:
+        return f"down is {tuple(down[0].shape)}"
+    first, second = ((w[0] if w[0].dim() == 3 else w[0].expand(num_experts, -1, -1)) if w else None for w in (gate, up))
+    assert second is not None
+    return gated_gemm.why_not_weights(x_TD, first, second, top_k, activation, gated)
+
+
+def why_not_routing(ids_TK: Tensor, num_experts: int) -> str | None:
+    """Return why the kernels cannot sort these ids, or None."""
+    try:
+        from moe_compile.kernels import dispatch
+    except ImportError:
+        return "triton is not installed"
+    return dispatch.why_not_sort(ids_TK, num_experts)
+
+
+def mlp(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor | None,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    num_experts: int,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    expert_mlp.check_widths(gate, up, down, gated)
+    if why_not_routing(ids_TK, num_experts) or why_not_mlp(
+        x_TD, weights_TK, gate, up, down, num_experts, ids_TK.shape[1], activation, gated
+    ):
+        return expert_mlp.reference(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated)
+    from moe_compile.kernels import combine, dispatch, gated_gemm, grouped_gemm
+
+    K = ids_TK.shape[1]
+    order_R, offsets_E = dispatch.sort_by_expert(ids_TK, num_experts)
+    a_RF, h_RG = gated_gemm.gated_gemm(
+        x_TD, _stack(gate), _stack(up), offsets_E, order_R, K, activation, gated, True
+    )  # fmt: skip
+    y_RD = grouped_gemm.grouped_gemm(a_RF, _stack(down), offsets_E)
+    return combine.combine(y_RD, weights_TK, order_R, offsets_E, K), h_RG, offsets_E, order_R
+
+
+def mlp_backward(
+    dout_TD: Tensor,
+    x_TD: Tensor,
+    h_RG: Tensor,
+    weights_TK: Tensor | None,
+    offsets_E: Tensor,
+    order_R: Tensor,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    activation: str,
+    gated: bool,
+    of_x: bool,
+    of_params: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    E, K = offsets_E.shape[0], max(order_R.shape[0] // max(x_TD.shape[0], 1), 1)
+    K = K if weights_TK is None else weights_TK.shape[1]  # also where there are no tokens
+    if why_not_mlp(x_TD, weights_TK, gate, up, down, E, K, activation, gated):
+        return expert_mlp.backward_reference(
+            dout_TD, x_TD, h_RG, weights_TK, offsets_E, order_R, gate, up, down, activation, gated, of_x, of_params
+        )
+    from moe_compile.kernels import combine, gated_gemm_backward, grouped_gemm, grouped_gemm_dw
+
+    # a loses bits of f16 where a weight is small; there the gradient is scaled instead, as the definition does it
+    scale_a = x_TD.dtype != torch.float16
+    dout_TD, last, routing = dout_TD.to(x_TD.dtype), _stack(down), (offsets_E, order_R)
+    dh, a_RF, dots_R = gated_gemm_backward.gated_gemm_backward(
+        dout_TD, last, h_RG, weights_TK, *routing, K, activation, gated, len(gate) > 0, of_params, scale_a
+    )
+    first = [_stack(w) for w in (gate, up) if w]
+    dx_TD, dgate, dup, ddown = (x_TD.new_empty(0) for _ in range(4))
+    if of_x:
+        dx_RD, *other = (grouped_gemm.grouped_gemm(d, w.mT, offsets_E) for d, w in zip(dh, first, strict=True))
+        dx_TD = combine.combine(dx_RD.add_(other[0]) if other else dx_RD, None, order_R, offsets_E, K)
+    if of_params:
+        *before, dup = (grouped_gemm_dw.grouped_gemm_dw(d, x_TD, *routing, 0, K) for d in dh)
+        dgate = before[0] if before else dgate
+        if weights_TK is None or scale_a:
+            ddown = grouped_gemm_dw.grouped_gemm_dw(dout_TD, a_RF, *routing, K, 0)
+        else:
+            token_R = order_R.div(K, rounding_mode="floor")
+            dy_RD = dout_TD.index_select(0, token_R) * weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(1)
+            ddown = grouped_gemm_dw.grouped_gemm_dw(dy_RD, a_RF, offsets_E)
+    dweights_TK = dout_TD.new_empty(0)
+    if weights_TK is not None:
+        dweights_TK = dots_R.view(weights_TK.shape).to(weights_TK.dtype)
+    return dx_TD, dweights_TK, dgate, dup, ddown
+
+
+def _stack(weights: Sequence[Tensor]) -> Any:
+    """[E, F, D], or None of no weights."""
+    if not weights:
+        return None
+    return weights[0] if weights[0].dim() == 3 else torch.stack(list(weights))
+
+
 def register() -> None:
     """Make these the CUDA kernels of the ops."""
     for name in ("dispatch", "grouped_gemm", "grouped_gemm_dw", "combine", "combine_backward"):
         getattr(ops, name).register_kernel("cuda")(globals()[name])
+    expert_mlp.expert_mlp.register_kernel("cuda")(mlp)
+    expert_mlp.expert_mlp_backward.register_kernel("cuda")(mlp_backward)

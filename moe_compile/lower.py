@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
 SOURCES = (
-    HERE / "lower.py", HERE / "cost.py", HERE / "ops.py", HERE / "expert_mlp.py", HERE / "rewrite.py",
+    HERE / "lower.py", HERE / "cost.py", HERE / "cuda.py", HERE / "ops.py", HERE / "expert_mlp.py", HERE / "rewrite.py",
     HERE / "passes" / "choose_kernels.py", HERE / "passes" / "save_collectives.py",
     *sorted((HERE / "kernels").glob("*.py")),
 )  # fmt: skip

@@ -7,6 +7,8 @@ Before:
 After:
     y = moe_ep_triton.grouped_gemm(x, w, offsets)      # on CUDA; or aten._grouped_mm, where the cost table says so
     o = moe_ep_triton.combine(y, weights, order, offsets, K)
+    # on CUDA, `expert_mlp` whose products before the activation nobody keeps is written as its four kernels;
+    # otherwise it stays one call of the op, which runs them (moe_compile/cuda.py)
     # on a CPU the nodes stay: each op has its CPU form (moe_compile/ops.py, moe_compile/cpu.py)
 
 Stage      lower; runs on Inductor's forward and backward graphs, after autograd and the partitioner.
@@ -15,6 +17,7 @@ Why        one graph for all devices until here; the choice needs shapes, dtypes
 Refuses    nothing: an op that no kernel takes keeps its own form, and the report says what each kernel lacked.
 """
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,13 +27,14 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from moe_compile import cuda
 from moe_compile.cost import grouped_gemm_us
 from moe_compile.rewrite import RewritePass, emit, value
 
 aten, moe_ep = torch.ops.aten, torch.ops.moe_ep
 
 OPS = ("dispatch", "grouped_gemm", "grouped_gemm_dw", "combine", "combine_backward")
-FUSED = ("expert_mlp", "expert_mlp_backward")  # on a CPU only: fuse_experts makes no others
+FUSED = ("expert_mlp", "expert_mlp_backward")
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class ChooseKernels(RewritePass[Site]):
     def rewrite(self, graph: Graph, site: Site) -> None:
         node = site.node
         device = next(value(n).device.type for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
-        if device == "cuda" and site.op in OPS:
-            self._on_cuda(graph, site)
+        if device == "cuda":
+            (self._on_cuda if site.op in OPS else self._fused_on_cuda)(graph, site)
         else:
             self.chosen.append((node.name, "moe_ep", ""))
 
@@ -70,7 +74,7 @@ class ChooseKernels(RewritePass[Site]):
                 args[1] = stack
             reason = _why_not_triton(op, map_arg(tuple(args), lambda n: n.meta["val"]))
             lacking = f"triton: {reason}" if reason else ""
-            if op == "grouped_gemm" and (cost := _prefer_grouped_mm(*args)) is not None:
+            if op == "grouped_gemm" and (cost := _prefer_grouped_mm(*args[:2])) is not None:
                 new, name, lacking = _grouped_mm(graph, node, *args), "aten._grouped_mm", cost
             elif reason is None:
                 target = getattr(torch.ops.moe_ep_triton, op).default
@@ -80,6 +84,60 @@ class ChooseKernels(RewritePass[Site]):
         if new is not node:
             node.replace_all_uses_with(new)
         self.chosen.append((node.name, name, lacking))
+
+    def _fused_on_cuda(self, graph: Graph, site: Site) -> None:
+        """One call for a training step: Inductor could fuse nothing into its kernels, and what they hand each other is
+        freed inside.  An inference does without one output, which a call cannot know."""
+        node, forward = site.node, site.op == "expert_mlp"
+        reason = _why_not_fused(node, forward)
+        read = [n for n in node.users if n.users]
+        results = [n for n in read if n.target is operator.getitem and n.args[1] == 0]
+        if reason is None and forward and results == read:
+            with graph.inserting_before(node):
+                out, name = _inference(graph, node)
+            for result in results:
+                result.replace_all_uses_with(out)
+            self.chosen.append((node.name, name, ""))
+        else:
+            lacking = f"triton: {reason}" if reason else ""
+            self.chosen.append((node.name, "moe_ep" if reason else "triton, in one call", lacking))
+
+
+def _why_not_fused(node: Node, forward: bool) -> str | None:
+    vals: Any = map_arg(node.args, lambda n: n.meta["val"])
+    if forward:
+        x, ids, weights, gate, up, down, num_experts, activation, gated = vals
+        top_k, routing = ids.shape[1], cuda.why_not_routing(ids, num_experts)
+    else:
+        _, x, _, weights, offsets, _, gate, up, down, activation, gated, _, _ = vals
+        num_experts, routing, top_k = offsets.shape[0], None, 1 if weights is None else weights.shape[1]
+    return routing or cuda.why_not_mlp(x, weights, gate, up, down, num_experts, top_k, activation, gated)
+
+
+def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
+    """(result, by whom the last product is done) of an `expert_mlp` whose other outputs nobody reads."""
+    x, ids, weights, gate, up, down, num_experts, activation, gated = node.args
+    top_k, triton = value(ids).shape[1], torch.ops.moe_ep_triton  # type: ignore[arg-type]
+
+    def stack(w: Any) -> Any:
+        if not w:
+            return None
+        return w[0] if value(w[0]).dim() == 3 else emit(graph, aten.stack.default, list(w), like=node)
+
+    def part(of: Node, index: int) -> Node:
+        return emit(graph, operator.getitem, of, index, like=node)
+
+    routing = emit(graph, triton.sort_by_expert.default, ids, num_experts, like=node)
+    order, offsets = part(routing, 0), part(routing, 1)
+    arguments = (x, stack(gate), stack(up), offsets, order, top_k, activation, gated, False)
+    a, last = part(emit(graph, triton.gated_gemm.default, *arguments, like=node), 0), stack(down)
+    if _prefer_grouped_mm(a, last) is not None:
+        product = emit(graph, moe_ep.grouped_gemm.default, a, [last], offsets, like=node)
+        y, name = _grouped_mm(graph, product, a, last, offsets), "triton and aten._grouped_mm"
+        graph.erase_node(product)
+    else:
+        y, name = emit(graph, triton.grouped_gemm.default, a, last, offsets, like=node), "triton"
+    return emit(graph, triton.combine.default, y, weights, order, offsets, top_k, like=node), name
 
 
 def _why_not_triton(op: str, vals: tuple[Any, ...]) -> str | None:
@@ -91,7 +149,7 @@ def _why_not_triton(op: str, vals: tuple[Any, ...]) -> str | None:
     return dict(zip(OPS, modules, strict=True))[op].why_not(*vals)
 
 
-def _prefer_grouped_mm(x: Any, w: Any, offsets: Any) -> str | None:
+def _prefer_grouped_mm(x: Any, w: Any) -> str | None:
     """Why torch's own grouped product is the better choice, or None."""
     x_RD, w_EFD = value(x), value(w)
     aligned = all(isinstance(s, int) and s * x_RD.element_size() % 16 == 0 for s in (*w_EFD.shape[1:], x_RD.shape[1]))

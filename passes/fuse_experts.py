@@ -14,7 +14,8 @@ Numerics   the same sums; the gradient of the routing weights is a dot product i
            numbers between two products are rounded once instead of after each op.
 Why        a dozen nodes fewer a layer for the compiler to work on, in the forward and in the backward; no gathered row
            and no activation is kept for the backward.
-Refuses    dtypes and devices without such a kernel.  Any other body keeps the general ops.
+Refuses    dtypes and devices without such a kernel: on a CPU see `has_kernel`, on CUDA the kernels' own `why_not`.  Any
+           other body keeps the general ops.
 """
 
 import operator
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from moe_compile import cuda
 from moe_compile.expert_mlp import has_kernel
 from moe_compile.rewrite import RewritePass, emit, value
 from moe_compile.series import series_of
@@ -66,8 +68,11 @@ class FuseExperts(RewritePass[Mlp]):
         of_weights = None if weights is None else value(weights).dtype
         parts = [value(x), *_fakes(found.gate), *_fakes(found.up), *_fakes(found.down)]
         kinds = {(t.device.type, t.dtype) for t in parts}
+        named = " and ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
+        if len(kinds) == 1 and value(x).device.type == "cuda":
+            reason = _why_not_cuda(found)
+            return reason and f"no fused kernel for {named}: {reason}"
         if len(kinds) > 1 or value(x).device.type != "cpu" or not has_kernel(value(x).dtype, of_weights):
-            named = " and ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
             return f"no fused kernel for {named}, routing weights {of_weights}"
         return None
 
@@ -86,6 +91,20 @@ class FuseExperts(RewritePass[Mlp]):
             new = emit(graph, target, x, ids, weights, *lists, *rest, like=combine, val=val)
             out = emit(graph, operator.getitem, new, 0, like=combine)
         combine.replace_all_uses_with(out)
+
+
+def _why_not_cuda(found: Mlp) -> str | None:
+    x, ids, num_experts = found.dispatch.args
+    weights: Any = found.combine.args[1]
+    gate, up, down = (
+        _fakes(w) if (series := series_of(w)) is None else [series.example] * len(series)
+        for w in (found.gate, found.up, found.down)
+    )
+    top_k: Any = found.combine.args[4]
+    return cuda.why_not_mlp(
+        value(x), None if weights is None else value(weights), gate, up, down, num_experts, top_k,  # type: ignore[arg-type]
+        found.activation, found.gated,
+    ) or cuda.why_not_routing(value(ids), num_experts)  # type: ignore[arg-type]  # fmt: skip
 
 
 # -- matching, backwards from combine --------------------------------------------------------

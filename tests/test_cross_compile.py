@@ -16,6 +16,8 @@ KERNELS = {
     "combine",
     "combine_backward",
     "count",
+    "gated_gemm",
+    "gated_gemm_backward",
     "gather",
     "grouped_gemm",
     "grouped_gemm_dw",
@@ -40,7 +42,7 @@ def test_one_setting_of_each_kernel_on_hopper() -> None:
     rows = [line for line in result.stdout.splitlines() if " sm_90 " in line]
     assert {row.split()[0] for row in rows} >= KERNELS
     assert all(" 0/0 " in row for row in rows), result.stdout
-    multiplies = [row for row in rows if row.startswith("grouped_gemm")]
+    multiplies = [row for row in rows if row.startswith(("grouped_gemm", "gated_gemm"))]
     assert multiplies
     assert all("wgmma" in row for row in multiplies), result.stdout
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe_compile.kernels.dispatch import sort_by_expert
 from moe_compile.kernels.grouped_gemm_dw import (
     grouped_gemm_dw,
     grouped_gemm_dw_reference,
@@ -11,7 +12,8 @@ from moe_compile.kernels.grouped_gemm_dw import (
 )
 from moe_compile.ops import grouped_gemm
 
-from .conftest import DTYPES, offsets, random
+from .conftest import DEVICE, DTYPES, offsets, random
+from .test_gated_gemm import SHAPES as ROUTED
 from .test_grouped_gemm import SHAPES
 
 
@@ -48,6 +50,23 @@ def test_rows_of_others_do_not_leak() -> None:
     dw = grouped_gemm_dw(dy, x, ends)
     assert not dw[0].isnan().any()
     assert dw[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", ["odd sizes", "several tiles", "empty experts", "no rows", "nobody's"])
+def test_rows_gathered_as_they_are_loaded(shape: str, dtype: torch.dtype) -> None:
+    """The bits of a gathered copy."""
+    ids, E, D, F = ROUTED[shape]
+    (T, K), R = ids.shape, ids.numel()
+    order, ends = sort_by_expert(ids.to(DEVICE), E)
+    per_row, per_token = random(R, F, dtype=dtype), random(T, D, dtype=dtype, seed=1)
+    copy = per_token[order // K]
+    for mine, theirs in (
+        (grouped_gemm_dw(per_row, per_token, ends, order, 0, K), grouped_gemm_dw(per_row, copy, ends)),
+        (grouped_gemm_dw(per_token, per_row, ends, order, K, 0), grouped_gemm_dw(copy, per_row, ends)),
+        (grouped_gemm_dw(per_token, per_token, ends, order, K, K), grouped_gemm_dw(copy, copy, ends)),
+    ):
+        assert torch.equal(mine, theirs)
 
 
 def test_strided_gradient() -> None:

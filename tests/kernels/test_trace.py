@@ -17,11 +17,12 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from moe_compile.kernels import combine, combine_backward, dispatch, grouped_gemm, grouped_gemm_dw
+from moe_compile.kernels import gated_gemm, gated_gemm_backward
 
 logging.disable(logging.WARNING)  # without a driver it cannot tell which arguments are written
 ops = torch.ops.moe_ep_triton
 
-def layer(x, ids, w, weights, mask):
+def layer(x, ids, w, down, weights, mask):
     if mask is not None:  # a number of tokens that only the device knows
         kept = torch.ops.aten.nonzero.default(mask).squeeze(1)
         x, ids, weights = (torch.index_select(t, 0, kept) for t in (x, ids, weights))
@@ -29,7 +30,11 @@ def layer(x, ids, w, weights, mask):
     y = ops.grouped_gemm(rows, w, ends)
     out = ops.combine(y, weights, order, ends, 2), ops.combine(y, None, order, ends, 2)
     dy, dweights = ops.combine_backward(out[0], y, weights, order, ends)
-    return *out, ops.grouped_gemm_dw(y, rows, ends), dy, dweights
+    order, ends = ops.sort_by_expert(ids, 8)
+    a, h = ops.gated_gemm(x, None, w, ends, order, 2, "silu", True, True)
+    dh, _, dots = ops.gated_gemm_backward(x, down, h, weights, ends, order, 2, "silu", True, False, True, True)
+    dup = ops.grouped_gemm_dw(dh.select(0, 0), x, ends, order, 0, 2)
+    return *out, ops.grouped_gemm_dw(y, rows, ends), dy, dweights, a, dup, dots
 
 for unbacked in (False, True):
     shape_env = ShapeEnv(allow_dynamic_output_shape_ops=True)
@@ -37,7 +42,7 @@ for unbacked in (False, True):
         T = 10 if unbacked else mode.from_tensor(torch.empty(10), static_shapes=False).shape[0]
         new = lambda *s, dtype=torch.bfloat16: torch.empty(*s, dtype=dtype, device="cuda")
         mask = new(T, dtype=torch.bool) if unbacked else None
-        args = new(T, 16), new(T, 2, dtype=torch.int64), new(8, 32, 16), new(T, 2), mask
+        args = new(T, 16), new(T, 2, dtype=torch.int64), new(8, 32, 16), new(8, 16, 16), new(T, 2), mask
         graph = make_fx(dispatch_functionalize(layer), tracing_mode="real")(*args).graph  # torch 2.11 needs the mode on
     launches = sum("triton_kernel_wrapper" in str(node.target) for node in graph.nodes)
     opaque = sum("moe_ep" in str(node.target) for node in graph.nodes)
@@ -51,4 +56,5 @@ def test_launches_without_guards() -> None:
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     # dispatch 3, grouped_gemm 2, combine twice 2, combine_backward 2, grouped_gemm_dw 1
-    assert result.stdout.splitlines() == ["12 launches, 0 opaque ops, guards []"] * 2
+    # sort_by_expert 2, gated_gemm 2, gated_gemm_backward 2, grouped_gemm_dw 1
+    assert result.stdout.splitlines() == ["19 launches, 0 opaque ops, guards []"] * 2

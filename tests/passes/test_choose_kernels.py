@@ -36,6 +36,10 @@ def choose(gm: GraphModule) -> ChooseKernels:
     return chooser
 
 
+def mlp(x, ids, up, down, weights):
+    return moe_ep.expert_mlp(x, ids, weights, [], [up], [down], E, "silu", True)
+
+
 OFFSETS, ORDER, IDS = ((E,), torch.int32), ((T * K,), torch.int32), ((T, K), torch.int64)
 
 
@@ -137,8 +141,66 @@ return where_self""",
         self.assertEqual(choose(gm).chosen[0][1], "moe_ep")
         self.assertEqual(graph_text(gm.graph), before)
 
+    def test_writes_an_inference_as_its_kernels(self):
+        gm = trace(lambda *args: mlp(*args)[0], (T, D), IDS, (E, 2 * F, D), (E, D, F), (T, K), dtype=torch.bfloat16)
+        chooser = choose(gm)
+        self.assertExpectedInline(
+            graph_text(gm.graph),
+            """\
+arg0_1: bf16[64, 32]
+arg1_1: i64[64, 2]
+arg2_1: bf16[4, 96, 32]
+arg3_1: bf16[4, 32, 48]
+arg4_1: bf16[64, 2]
+sort_by_expert_default: tuple = moe_ep_triton.sort_by_expert(arg1_1, 4)
+getitem_4: i32[128] = sort_by_expert_default[0]
+getitem_5: i32[4] = sort_by_expert_default[1]
+gated_gemm_default: tuple = moe_ep_triton.gated_gemm(arg0_1, None, arg2_1, getitem_5, getitem_4, 2, silu, True, False)
+getitem_6: bf16[128, 48] = gated_gemm_default[0]
+grouped_gemm_default: bf16[128, 32] = moe_ep_triton.grouped_gemm(getitem_6, arg3_1, getitem_5)
+combine_default: bf16[64, 32] = moe_ep_triton.combine(grouped_gemm_default, arg4_1, getitem_4, getitem_5, 2)
+return combine_default""",
+        )
+        self.assertEqual(chooser.chosen, [("expert_mlp", "triton", "")])
+
+    def test_an_inference_may_end_in_torchs_product(self):
+        rows, shapes = (65536, 2048), ((8, 1536, 2048), (8, 2048, 768))
+        for separate in (False, True):
+
+            def layer(x, ids, up, down):
+                weights = ([*up], [*down]) if separate else ([up], [down])  # noqa: B023  called before the next turn
+                return moe_ep.expert_mlp(x, ids, None, [], *weights, 8, "silu", True)[0]
+
+            gm = trace(layer, rows, ((65536, 2), torch.int64), *shapes, dtype=torch.bfloat16)
+            self.assertEqual(choose(gm).chosen[-1][1], "triton and aten._grouped_mm")
+            text = graph_text(gm.graph)
+            self.assertNotIn("moe_ep.", text)
+            self.assertIn("aten._grouped_mm(", text)
+            self.assertEqual(text.count("aten.stack("), 2 * separate)
+            self.assertIn("gated_gemm(x_1, None, ", text)
+
+    def test_a_training_step_stays_one_call(self):
+        def step(x, ids, up, down, weights, dout):
+            out, h, offsets, order = mlp(x, ids, up, down, weights)
+            rest = h, weights, offsets, order, [], [up], [down], "silu", True, True, True
+            return out, moe_ep.expert_mlp_backward(dout, x, *rest)
+
+        gm = trace(step, (T, D), IDS, (E, 2 * F, D), (E, D, F), (T, K), (T, D), dtype=torch.bfloat16)
+        before = graph_text(gm.graph)
+        chosen = choose(gm).chosen
+        self.assertEqual(graph_text(gm.graph), before)
+        self.assertEqual([c[1:] for c in chosen], [("triton, in one call", "")] * 2)
+
+    def test_says_what_the_fused_kernels_lack(self):
+        gm = trace(mlp, (T, D), IDS, (E, 2 * F, D), (E, D, F), (T, K), dtype=torch.float64)
+        self.assertExpectedInline(
+            str(choose(gm).chosen),
+            """[('expert_mlp', 'moe_ep', 'triton: x is torch.float64 and up is torch.float64, expected one of bf16, f16, f32')]""",
+        )
+
     def test_decides_every_op_that_carries_values(self):
-        decided = {*OPS, *FUSED, "check_ids", "check_messages", "sort_by_expert"}  # the last have one form everywhere
+        one_form = {"check_ids", "check_messages", "fit_rows", "of_equal_sizes", "sort_by_expert"}
+        decided = {*OPS, *FUSED, *one_form}
         mine = {
             str(name).split("::")[1]
             for name in torch._C._dispatch_get_all_op_names()

@@ -9,14 +9,18 @@ from functools import partial
 import torch
 from expecttest import TestCase
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import moe_compile  # noqa: F401
 from moe_compile.graph_text import graph_text
 from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
 from moe_compile.passes.fuse_experts import FuseExperts
+from moe_compile.series import Series
 from tests.golden import D, E, F, Stacked, detected, inputs, run
 
+moe_ep = torch.ops.moe_ep
 linear, silu = nn.functional.linear, nn.functional.silu
 
 
@@ -271,6 +275,71 @@ FuseExperts: 0 applied, 1 refused
   - combine_default_1: no fused kernel for torch.bfloat16 on cpu, routing weights torch.float64
 FuseExperts: 0 applied, 1 refused
   - combine_default_1: no fused kernel for torch.float32 on cpu, routing weights torch.bfloat16""",
+        )
+
+    def on_cuda(self, dtype, of_weights, ids=torch.int64, num_experts=E):
+        """The report on a graph of fake CUDA tensors, and the calls that it has then."""
+
+        def layer(x, i, up, down, weights):
+            rows, offsets, order = moe_ep.dispatch(x, i, num_experts)
+            gate, up = moe_ep.grouped_gemm(rows, [up], offsets).chunk(2, -1)
+            y = moe_ep.grouped_gemm(silu(gate) * up, [down], offsets)
+            return moe_ep.combine(y, weights, order, offsets, 2)
+
+        with FakeTensorMode():
+            x, up, down, weights = (
+                torch.empty(*s, dtype=t, device="cuda")
+                for s, t in (
+                    ((5, D), dtype),
+                    ((num_experts, 2 * F, D), dtype),
+                    ((num_experts, D, F), dtype),
+                    ((5, 2), of_weights),
+                )
+            )
+            gm = make_fx(layer)(x, torch.empty(5, 2, dtype=ids, device="cuda"), up, down, weights)
+        return str(FuseExperts()(gm)), self.calls(gm)
+
+    def test_on_cuda(self):
+        half, single, bf16 = torch.float16, torch.float32, torch.bfloat16
+        for pair in ((bf16, bf16), (bf16, single), (half, half), (single, single)):
+            report, calls = self.on_cuda(*pair)
+            self.assertEqual(calls, ["x_1, i_1, weights_1, [], [up_1], [down_1], 2, silu, True"])
+            self.assertEqual(report, "FuseExperts: 1 applied, 0 refused\n  + combine")
+
+    def test_a_series_on_cuda(self):
+        """One input for like tensors of like modules (series.py): as many as it has, which must be the experts."""
+
+        def layer(x, i, gate, up, down):
+            rows, offsets, order = moe_ep.dispatch(x, i, 5)
+            h = silu(moe_ep.grouped_gemm(rows, [gate], offsets)) * moe_ep.grouped_gemm(rows, [up], offsets)
+            return moe_ep.combine(moe_ep.grouped_gemm(h, [down], offsets), None, order, offsets, 2)
+
+        for count, fused in ((5, 1), (4, 0)):
+            with FakeTensorMode():
+                one = [torch.empty(*s, device="cuda") for s in ((F, D), (F, D), (D, F))]
+                x, ids = torch.empty(5, D, device="cuda"), torch.empty(5, 2, dtype=torch.int64, device="cuda")
+                gm = make_fx(layer)(x, ids, *(w.expand(5, -1, -1) for w in one))
+            for node in gm.graph.find_nodes(op="call_function", target=moe_ep.grouped_gemm.default):
+                (weight,) = node.args[1]
+                weight.meta["val"] = Series(one[2 if node.args[1][0].name.startswith("down") else 0], ("w",) * count)
+                node.args = (node.args[0], weight, node.args[2])
+            self.assertIn(f"{fused} applied, {1 - fused} refused", str(FuseExperts()(gm)))
+
+    def test_declines_on_cuda_what_no_kernel_takes(self):
+        half, single, double = torch.float16, torch.float32, torch.float64
+        cases = ((half, single), (double, double), (torch.bfloat16, double), (single, torch.bfloat16))
+        declined = [self.on_cuda(*pair) for pair in cases]
+        declined += [self.on_cuda(single, single, num_experts=1023), self.on_cuda(single, single, ids=torch.uint16)]
+        self.assertEqual([calls for _, calls in declined], [[]] * 6)
+        self.assertExpectedInline(
+            "\n".join(report.splitlines()[1] for report, _ in declined),
+            """\
+  - combine: no fused kernel for torch.float16 on cuda: rows are torch.float16, routing weights torch.float32
+  - combine: no fused kernel for torch.float64 on cuda: x is torch.float64 and up is torch.float64, expected one of bf16, f16, f32
+  - combine: no fused kernel for torch.bfloat16 on cuda: rows are torch.bfloat16, routing weights torch.float64
+  - combine: no fused kernel for torch.float32 on cuda: rows are torch.float32, routing weights torch.bfloat16
+  - combine: no fused kernel for torch.float32 on cuda: 2 of 1023 experts, expected at least one of 1 to 1022
+  - combine: no fused kernel for torch.float32 on cuda: ids are torch.uint16 with 2 dimensions, expected integers with 2""",
         )
 
     def test_declines_rows_that_others_read(self):

@@ -1,0 +1,286 @@
+"""Triton kernel for the first half of `moe_ep.expert_mlp`: gather, grouped GEMM and gated activation.
+
+    h_RG[r]    = w_EGD[e] @ x_TD[order_R[r] // K]      where offsets_E[e-1] <= r < offsets_E[e]
+    a_RF[r, f] = act(h_RG[r, f]) * h_RG[r, F + f]      gated: G = 2F, the gate's numbers first
+    a_RF[r, f] = act(h_RG[r, f])                       not gated: G = F
+    both zero where r >= offsets_E[E-1]
+
+Rows of tokens are gathered as they are loaded; no copy of them exists.  A program computes the same columns of gate
+and up, in one tile of 2*BLOCK_F columns, so that the activation needs no other program's numbers.
+
+Letters    T tokens, K experts per token, R = T*K routed rows, E experts, D model width, F expert width.
+Types      x, w, a, h: bf16 | f16 | f32, all the same, summed in f32 (f32: no tf32).  order, offsets: i32.
+Numerics   h is rounded once, a is computed in f32 from the rounded h and rounded once: the same bits with or without
+           h, and the same as what the backward computes from h.
+Layout     x row-major (other strides are copied first).  One stack w_EGD, or two stacks [E, F, D] for gate and up, of
+           any strides, fast where d or f is contiguous; two stacks of different strides are copied to those of gate.
+Cost       2*R*D*G FLOP; R*D elements gathered for each column tile, mostly from L2; E*G*D elements of w read;
+           R*F + R*G written, R*F where nobody wants h.  No host read.
+Gradient   None here: `moe_ep.expert_mlp` has it (gated_gemm_backward.py).
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from moe_compile.expert_mlp import ACTIVATIONS, activate
+from moe_compile.kernels.activation import activated
+from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
+from moe_compile.kernels.grouped_gemm import (
+    GROUP_M,
+    grouped_gemm_reference,
+    program_tile,
+    row_tiles,
+    rows_per_expert,
+    store_columns,
+)
+
+# -- kernel ---------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_row_tiles"])
+def _gated_gemm_kernel(
+    x_ptr,
+    gate_ptr,
+    up_ptr,
+    order_ptr,
+    tiles_ptr,
+    a_ptr,
+    h_ptr,
+    num_row_tiles,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    F: tl.constexpr,
+    UP_START: tl.constexpr,
+    STRIDE_E: tl.constexpr,
+    STRIDE_F: tl.constexpr,
+    STRIDE_D: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    KEEP_H: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """UP_START: where the rows of up begin behind up_ptr, in elements."""
+    num_col_tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
+    if e > E:
+        return
+    G: tl.constexpr = 2 * F if GATED else F
+    number = a_ptr.dtype.element_ty
+    f_out = column * BLOCK_F + tl.arange(0, BLOCK_F)
+    if e == E:
+        zero = tl.zeros([BLOCK_M, BLOCK_F], number)
+        store_columns(a_ptr, zero, r, r_in, f_out, F, F)
+        if KEEP_H:
+            store_columns(h_ptr, zero, r, r_in, f_out, F, G)
+            if GATED:
+                store_columns(h_ptr + F, zero, r, r_in, f_out, F, G)
+        return
+    t = (tl.load(order_ptr + r, mask=r_in, other=0) // K).to(tl.int64)
+    d = tl.arange(0, BLOCK_K)
+    BLOCK_N: tl.constexpr = 2 * BLOCK_F if GATED else BLOCK_F
+    n = tl.arange(0, BLOCK_N)
+    f = column * BLOCK_F + n % BLOCK_F
+    f_in = f < F
+    offset = e * STRIDE_E + f.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
+    x_ptrs = x_ptr + t[:, None] * D + d[None, :]
+    w_ptrs = gate_ptr + offset
+    if GATED:
+        w_ptrs = tl.where((n < BLOCK_F)[None, :], w_ptrs, up_ptr + UP_START + offset)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0:
+            x = tl.load(x_ptrs, mask=r_in[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=f_in[None, :], other=0.0)
+        else:
+            d_in = first + d < D
+            x = tl.load(x_ptrs, mask=r_in[:, None] & d_in[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=f_in[None, :] & d_in[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * STRIDE_D
+    if GATED:
+        # A row of the accumulator lies in one group of threads: the halves part without a move.
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_F]), [0, 2, 1]))
+        gate, up = gate.to(number), up.to(number)
+        a = activated(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32)
+        if KEEP_H:
+            store_columns(h_ptr, gate, r, r_in, f_out, F, G)
+            store_columns(h_ptr + F, up, r, r_in, f_out, F, G)
+    else:
+        h = acc.to(number)
+        a = activated(h.to(tl.float32), ACTIVATION)
+        if KEEP_H:
+            store_columns(h_ptr, h, r, r_in, f_out, F, G)
+    store_columns(a_ptr, a.to(number), r, r_in, f_out, F, F)
+
+
+# -- launcher: the grid is never empty, so that nothing is asked about R -----------------------
+
+
+@triton_op("moe_ep_triton::gated_gemm", mutates_args=())
+def gated_gemm(
+    x_TD: Tensor,
+    gate_EFD: Tensor | None,
+    up_EGD: Tensor,
+    offsets_E: Tensor,
+    order_R: Tensor,
+    top_k: int,
+    activation: str,
+    gated: bool,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """(a_RF, h_RG); h is empty if nobody keeps it.  Without `gate_EFD`, `up_EGD` holds both if `gated`."""
+    if reason := why_not(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated):
+        raise ValueError(f"moe_ep_triton.gated_gemm: {reason}")
+    x_TD, order_R, R, F = x_TD.contiguous(), order_R.contiguous(), order_R.shape[0], _width(gate_EFD, up_EGD, gated)
+    E, D = int(up_EGD.shape[0]), int(up_EGD.shape[2])
+    a_RF, h_RG = _outputs(x_TD, gate_EFD, up_EGD, order_R, gated, keep_h)
+    first = up_EGD if gate_EFD is None else gate_EFD
+    stride = tuple(map(int, first.stride()))
+    if tuple(map(int, up_EGD.stride())) != stride:
+        up_EGD = torch.empty_strided(up_EGD.shape, stride, dtype=up_EGD.dtype, device=up_EGD.device).copy_(up_EGD)
+    up_start = F * stride[1] if gated and gate_EFD is None else 0
+    block_m, block_f, block_k, warps, stages = _launch_config(
+        rows_per_expert(R, E), x_TD.dtype, gated, torch.version.hip is not None
+    )
+    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
+    run: Any = wrap_triton(_gated_gemm_kernel) if compiled(_gated_gemm_kernel) else _gated_gemm_kernel
+    arguments = (x_TD, first, up_EGD, order_R, tiles, a_RF, h_RG if keep_h else a_RF, num_row_tiles)
+    run[(num_row_tiles * triton.cdiv(F, block_f),)](
+        *arguments,
+        *(E, top_k, D, F, up_start, *stride, activation, gated, keep_h),
+        *(block_m, block_f, block_k, GROUP_M),
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return a_RF, h_RG
+
+
+def _width(gate_EFD: Tensor | None, up_EGD: Tensor, gated: bool) -> int:
+    """F."""
+    return int(up_EGD.shape[1]) // (2 if gated and gate_EFD is None else 1)
+
+
+def _outputs(
+    x_TD: Tensor, gate_EFD: Tensor | None, up_EGD: Tensor, order_R: Tensor, gated: bool, keep_h: bool
+) -> tuple[Tensor, Tensor]:
+    R, F = order_R.shape[0], _width(gate_EFD, up_EGD, gated)
+    return x_TD.new_empty(R, F), x_TD.new_empty(R, 2 * F if gated else F) if keep_h else x_TD.new_empty(0)
+
+
+def _launch_config(rows: int, dtype: torch.dtype, gated: bool, hip: bool) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_F, BLOCK_K, num_warps, num_stages); the LDS of gfx942 holds 64 KiB."""
+    halves = 2 if gated else 1
+    if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
+        return (64, 64 // halves, 16, 8, 2) if rows >= 32 else (16, 64 // halves, 16, 4, 2)
+    if rows >= 64:
+        return (128, 128 // halves, 64, 8, 2 if hip else 3)
+    return (64, 128 // halves, 64, 4, 2 if hip else 4) if rows >= 16 else (16, 64 // halves, 128, 4, 2 if hip else 4)
+
+
+@gated_gemm.register_fake
+def _(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated, keep_h):  # type: ignore[no-untyped-def]
+    return _outputs(x_TD, gate_EFD, up_EGD, order_R, gated, keep_h)
+
+
+def why_not(
+    x_TD: Tensor,
+    gate_EFD: Tensor | None,
+    up_EGD: Tensor,
+    offsets_E: Tensor,
+    order_R: Tensor,
+    top_k: int,
+    activation: str,
+    gated: bool,
+) -> str | None:
+    """Return why this kernel cannot take these arguments, or None if it can."""
+    if offsets_E.dtype != torch.int32 or order_R.dtype != torch.int32:
+        return f"order is {order_R.dtype} and offsets are {offsets_E.dtype}, expected int32"
+    if offsets_E.shape[0] != up_EGD.shape[0]:
+        return f"offsets are for {offsets_E.shape[0]} experts, up for {up_EGD.shape[0]}"
+    return why_not_weights(x_TD, gate_EFD, up_EGD, top_k, activation, gated)
+
+
+def why_not_weights(
+    x_TD: Tensor, gate_EFD: Tensor | None, up_EGD: Tensor, top_k: int, activation: str, gated: bool
+) -> str | None:
+    """The same, before there is a routing."""
+    if x_TD.dim() != 2 or up_EGD.dim() != 3:
+        return f"x has {x_TD.dim()} dimensions and up {up_EGD.dim()}, expected 2 and 3"
+    if x_TD.dtype not in FLOATS or any(w is not None and w.dtype != x_TD.dtype for w in (gate_EFD, up_EGD)):
+        return f"x is {x_TD.dtype} and up is {up_EGD.dtype}, expected one of bf16, f16, f32"
+    if gate_EFD is not None and (not gated or gate_EFD.shape != up_EGD.shape or gate_EFD.dtype != up_EGD.dtype):
+        return f"gate is {tuple(gate_EFD.shape)}, up is {tuple(up_EGD.shape)}, expected the same, and `gated`"
+    if not 1 <= up_EGD.shape[0] <= MAX_EXPERTS or top_k < 1:
+        return f"{top_k} of {up_EGD.shape[0]} experts, expected at least one of 1 to {MAX_EXPERTS}"
+    if x_TD.shape[1] != up_EGD.shape[2] or x_TD.shape[1] == 0:
+        return f"rows of x have {x_TD.shape[1]} elements, those of up {up_EGD.shape[2]}"
+    if up_EGD.shape[1] == 0 or (gated and gate_EFD is None and up_EGD.shape[1] % 2):
+        return f"up has {up_EGD.shape[1]} rows"
+    return None if activation in ACTIVATIONS else f"activation {activation}, expected one of {', '.join(ACTIVATIONS)}"
+
+
+def compile_cases(hip: bool = False) -> list[tuple]:
+    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
+    E, K, F, D = 128, 8, 768, 2048
+    cases: list[tuple] = []
+
+    def case(
+        dtype: torch.dtype, rows: int, gated: bool, keep: bool, packed: str = "d", form: str = "one", how: str = "silu"
+    ) -> None:
+        m, f, k, warps, stages = _launch_config(rows, dtype, gated, hip)
+        short = "bf16" if dtype == torch.bfloat16 else "fp32"
+        args = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "a_ptr", "h_ptr"), f"*{short}")
+        args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "num_row_tiles": "i32"}
+        G = 2 * F if gated and form == "one" else F
+        strides = {"d": (G * D, D, 1), "f": (G * D, 1, G)}[packed]
+        constants = dict(zip(("STRIDE_E", "STRIDE_F", "STRIDE_D"), strides, strict=True))
+        constants |= {"E": E, "K": K, "D": D, "F": F, "UP_START": F * strides[1] if G > F else 0}
+        constants |= {"ACTIVATION": how, "GATED": gated, "KEEP_H": keep, "GROUP_M": GROUP_M}  # type: ignore[dict-item]
+        constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k}
+        tile = f"{m}x{'2x' if gated else ''}{f}x{k} w{warps} s{stages}"
+        rest = f"{' h' if keep else ''}{', f packed' if packed == 'f' else ''}{', two' if form == 'two' else ''}"
+        rest += "" if how == "silu" else f", {how}"
+        cases.append((f"{short} {tile}{rest}", _gated_gemm_kernel, args, constants, warps, stages))
+
+    for rows in (256, 32, 1):
+        for keep in (True, False):
+            case(torch.bfloat16, rows, True, keep)
+        case(torch.bfloat16, rows, False, True)
+        case(torch.bfloat16, rows, True, True, form="two")
+        case(torch.float32, rows, True, True)
+    case(torch.bfloat16, 256, True, True, packed="f")
+    for how in ACTIVATIONS[1:]:
+        case(torch.bfloat16, 256, True, True, how=how)
+    return cases
+
+
+# -- reference: the meaning of the op, and the oracle of its tests --------------------------
+
+
+def gated_gemm_reference(
+    x_TD: Tensor,
+    gate_EFD: Tensor | None,
+    up_EGD: Tensor,
+    offsets_E: Tensor,
+    order_R: Tensor,
+    top_k: int,
+    activation: str,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """(a_RF, h_RG)."""
+    x_RD = x_TD.index_select(0, order_R.div(top_k, rounding_mode="floor"))
+    h_RG = torch.cat([grouped_gemm_reference(x_RD, w, offsets_E) for w in (gate_EFD, up_EGD) if w is not None], 1)
+    if not gated:
+        return activate(activation, h_RG), h_RG
+    gate_RF, up_RF = h_RG.chunk(2, 1)
+    return activate(activation, gate_RF) * up_RF, h_RG
