@@ -160,7 +160,7 @@ class Prints(Listed):
         return self.experts[e](x)
 
 
-@mutant("what surrounds the sum differs when some experts have no rows")
+@mutant("aten.copy_ at file.py changes an input of the region in place")
 class CountsIntoBuffer(Stacked):
     """A buffer that changes only for chosen experts."""
 

@@ -139,16 +139,6 @@ class NoGradInside(Listed):
         return self.experts[e](x) + y
 
 
-@mutant("rows are selected by and_1, which is not shown to say which ids are those of an expert")
-class SecondChoiceOnly(Listed):
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e, expert in enumerate(self.experts):
-            t, k = torch.where((ids == e) & (weights > 0.3))
-            out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
-        return out
-
-
 @mutant("what surrounds the sum differs when some experts have no rows")
 class CountsList(Stacked):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -357,7 +357,7 @@ class AddedToALongerSum(Added):
         return torch.zeros(x.shape[0] + 1, D).index_add(0, token, y)[:-1]
 
 
-@mutant("aten.expand_as at file.py is not known to be row-wise (it reads rows)")
+@mutant("aten.scatter_reduce.two at file.py does not add rows to tokens")
 class AddedByScatterOfMeans(Added):
     def add(self, x: Tensor, token: Tensor, y: Tensor) -> Tensor:
         return torch.zeros_like(x).scatter_reduce(0, token.unsqueeze(-1).expand_as(y), y, "mean")

@@ -143,7 +143,7 @@ def shared_parameters(ranks: Ranks) -> None:
     reference = copy.deepcopy(model)
     moe_compile.parallelize(model, moe_compile.build_mesh(dp_shard=ranks.size))
     assert [n for n, m in model.named_modules() if isinstance(m, FSDPModule)] == ["", "extra.a.1"]
-    call = placed(model)
+    call = compiled(model)
     for _ in range(2):
         assert agree(ranks, model, call, reference, tokens(ranks, [5, 3]))
         for m in (model, reference):
