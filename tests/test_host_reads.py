@@ -36,11 +36,12 @@ def fused_experts(run: nn.Module, ids: Tensor) -> int:
 
 
 def test_jetmoe() -> None:
-    """The experts of every layer are rewritten; those of its attention, which hand a list of sizes on, are not."""
+    """The experts of every layer are rewritten, and both halves of those between which attention runs."""
     model, ids = jetmoe(), torch.randint(3, 64, (2, 10))
     run = compiled(model, "aot_eager")
     with regions() as found:
         check(run, model, ids)
-    assert {(r.module, r.num_experts, r.top_k) for r in found if r.matched} == {("mlp", EXPERTS, 2)}
-    assert {r.reason for r in found if not r.matched} == {"an argument is neither a tensor nor a number (list)"}
+    halves = {("input_linear", EXPERTS, 1), ("experts.output_linear", EXPERTS, 1)}
+    assert {(r.module, r.num_experts, r.top_k) for r in found} == {("mlp", EXPERTS, 2), *halves}
+    assert all(r.matched for r in found), [r.reason for r in found]
     assert fused_experts(run, ids) == LAYERS
