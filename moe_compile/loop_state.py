@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_compile.numbers import Number
-from moe_compile.python_state import Functions, code_names, is_torch
+from moe_compile.python_state import Functions, code_names, is_library, is_torch
 from moe_compile.read_walk import NOT_RUN, WALKS
 
 
@@ -170,14 +170,16 @@ class _Walk:
             case functools.cached_property():
                 return (item.func,)
             case types.ModuleType():
-                if _library(item.__name__):
+                if is_library(item.__name__):
                     return ()
                 return tuple(vars(item)[n] for n in sorted(self.names & vars(item).keys()))
             case type():
-                if _library(item.__module__):
+                if is_library(item.__module__):
                     return ()
                 return tuple(v for k, v in vars(item).items() if self._readable(k) and k not in HIDDEN)
-        if type(item).__module__ in ("typing", "logging") or (isinstance(item, _CACHED) and _library(item.__module__)):
+        if type(item).__module__ in ("typing", "logging") or (
+            isinstance(item, _CACHED) and is_library(item.__module__)
+        ):
             return ()
         own = (type(item), *self._attributes(item))
         if isinstance(item, BOXES):
@@ -210,7 +212,7 @@ class _Walk:
         return f.__code__ is not self.running and getattr(inspect.unwrap(f), "__code__", None) is self.running
 
     def _function(self, f: types.FunctionType) -> tuple[Any, ...]:
-        if _library(f.__module__ or ""):
+        if is_library(f.__module__ or ""):
             return ()
         if self._is_around(f) and not FUNCTIONS & self.names:
             self.wrappers.add(f.__code__)
@@ -221,22 +223,17 @@ class _Walk:
         self.mentioned |= code_names(f.__code__)
         cells = [c.cell_contents for c in f.__closure__ or () if _filled(c)]
         named = [f.__globals__[n] for n in sorted(code_names(f.__code__)) if n in f.__globals__]
-        made = [v for c in named if isinstance(c, type) and not _library(c.__module__) for v in vars(c).values()]
+        made = [v for c in named if isinstance(c, type) and not is_library(c.__module__) for v in vars(c).values()]
         return (*cells, *named, *made, *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values(), *vars(f).values())
 
 
 def _python_class(cls: type) -> bool:
     """Whether the instances of a class hold nothing but attributes: it was made by a class statement."""
     made = cls.__flags__ & _HEAP and any({"__weakref__", "__slots__"} & vars(c).keys() for c in cls.__mro__)
-    return cls is object or (bool(made) and (is_torch(cls.__module__) or not _library(cls.__module__)))
+    return cls is object or (bool(made) and (is_torch(cls.__module__) or not is_library(cls.__module__)))
 
 
 _HEAP = 1 << 9
-
-
-def _library(module: str) -> bool:
-    top = module.partition(".")[0]
-    return is_torch(module) or top in sys.stdlib_module_names or top == "numpy"
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -71,6 +71,12 @@ def is_torch(module: str) -> bool:
     return module.partition(".")[0] in ("torch", "builtins", "math", "typing", "functools", "operator")
 
 
+def is_library(module: str) -> bool:
+    """Whether a module is torch's, Python's or numpy's: nothing that a model keeps its own values in."""
+    top = module.partition(".")[0]
+    return is_torch(module) or top in sys.stdlib_module_names or top == "numpy"
+
+
 def code_names(code: types.CodeType) -> set[str]:
     """All names a code object and those nested in it mention, and strings that could be names."""
     names = set(code.co_names) | {c for c in code.co_consts if isinstance(c, str) and c.isidentifier()}
@@ -210,16 +216,11 @@ def _containers(functions: Functions, module: nn.Module) -> Iterator[tuple[str, 
         elif isinstance(box, tuple):
             todo += [(where, item) for item in box]
         elif isinstance(box, (type, types.ModuleType)):
-            if not _library(getattr(box, "__module__", None) or box.__name__):
+            if not is_library(getattr(box, "__module__", None) or box.__name__):
                 todo += [(f"{box.__name__}.{n}", vars(box)[n]) for n in sorted(names & vars(box).keys())]
         elif type(vars_of := getattr(box, "__dict__", None)) is dict and not isinstance(box, types.FunctionType):
             if not is_torch(type(box).__module__) and type(box).__module__ != "logging":
                 todo.append((where, vars_of))
-
-
-def _library(module: str) -> bool:
-    top = module.partition(".")[0]
-    return is_torch(module) or top in sys.stdlib_module_names or top == "numpy"
 
 
 _CONTAINERS = (list, dict, set, collections.deque)

@@ -21,7 +21,7 @@ LOG: list[int] = []
 
 
 class Base(Separate):
-    """`before` and `after` run around the loop, in its function."""
+    """What the classes below change; their loop is the same, in the function that changes it."""
 
     LOG: ClassVar[list[int]] = []
 
