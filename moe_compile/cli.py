@@ -74,7 +74,7 @@ def demo(
         long_steps=steps or (60 if quick else 600),
         new_tokens=120 if quick else 300,
         backend=backend,
-        write_all=not quick,
+        compiled_text=not quick,  # two graphs less to compile
         specs=QUICK if quick else SPECS,
     )
     with show_progress() as on_progress:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from moe_compile.demo.data import Corpus, load_corpus
@@ -47,7 +48,7 @@ class DemoSettings:
     long_steps: int = 600
     new_tokens: int = 300
     backend: str = "moe_ep"
-    write_all: bool = True  # every model writes text; otherwise only the first one
+    compiled_text: bool = True  # text comes out of compiled code; otherwise the trained weights write it uncompiled
     specs: Mapping[str, ModelSpec] = field(default_factory=lambda: SPECS)
 
     def steps_of(self, variant: Variant) -> int:
@@ -96,9 +97,8 @@ def _run_model(spec: ModelSpec, settings: DemoSettings, corpus: Corpus, on_progr
             run.variants.append(result)
             if variant.key == LONGEST and not result.error:
                 run.validation_after = validation_loss(trainer.model, batches, train.device)
-                if settings.write_all or spec.name == settings.models[0]:
-                    on_progress(f"{spec.title}: generate text", 0, 1, float("nan"))
-                    _generate(run, trainer.model, settings)
+                on_progress(f"{spec.title}: generate text", 0, 1, float("nan"))
+                _generate(run, trainer.model, settings)
     _compare(run, settings)
     on_progress(f"{spec.title}: explain", 0, 1, float("nan"))
     _explain(run, spec, settings, corpus)
@@ -119,8 +119,11 @@ def _compare(run: ModelRun, settings: DemoSettings) -> None:
 
 
 def _generate(run: ModelRun, model: nn.Module, settings: DemoSettings) -> None:
+    stance = "default" if settings.compiled_text else "force_eager"
     try:
-        run.generated, run.generate_s = generate_text(model, settings.train.device, max_new_tokens=settings.new_tokens)
+        with torch.compiler.set_stance(stance):
+            text = generate_text(model, settings.train.device, max_new_tokens=settings.new_tokens)
+        run.generated, run.generate_s = text
     except Exception as error:  # reported beside the numbers that did come out
         run.generate_error = describe(error)
 
@@ -133,8 +136,8 @@ def _explain(run: ModelRun, spec: ModelSpec, settings: DemoSettings, corpus: Cor
 
         for label, experts in FORMS.items():
             model = build_model(spec, experts, train.seed, train.dtype, train.device)
-            with cold_compilers():
-                report = explain(model, input_ids=tokens, labels=tokens, use_cache=False)
+            torch._dynamo.reset()
+            report = explain(model, input_ids=tokens, labels=tokens, use_cache=False)
             run.regions[label] = [region_record(region) for region in report.regions]
     except Exception as error:  # reported beside the numbers that did come out
         run.explain_error = describe(error)

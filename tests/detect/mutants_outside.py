@@ -319,7 +319,7 @@ class EmptyBuffer(Listed):
         for e, expert in enumerate(self.experts):
             t, k = torch.where(ids == e)
             out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
-        return out * 0
+        return torch.nan_to_num(out) * 0  # memory not set may hold NaN, and NaN * 0 is NaN
 
 
 @mutant("aten.index_put_ at file.py overwrites what another expert of the same token wrote")
