@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 TRITON ?= triton>=3.7,<3.8
 NUMPY  ?= numpy
 
-.PHONY: setup demo demo-ep test check bench gpu cross-compile coverage test-4x clean
+.PHONY: setup demo demo-ep test check bench gpu tune cross-compile coverage test-4x clean
 
 setup: $(VENV)/.ready
 
@@ -52,6 +52,9 @@ test-4x: setup       ## whole models of transformers 4.57, installed beside the 
 gpu:                 ## on a machine with CUDA and its own torch, from a plain checkout: tests, then benchmarks
 	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels -q
 	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels_gpu --out benchmarks/results
+
+tune:                ## the fastest launch settings on this GPU, into kernels/settings.jsonl; run it again until it is done
+	PYTHONPATH=. $(PYTHON) -m benchmarks.tune
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info moe_compile_demo

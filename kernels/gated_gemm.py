@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from moe_compile.expert_mlp import ACTIVATIONS, activate
+from moe_compile.kernels import settings
 from moe_compile.kernels.activation import activated
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 from moe_compile.kernels.grouped_gemm import (
@@ -149,9 +150,10 @@ def gated_gemm(
     if tuple(map(int, up_EGD.stride())) != stride:
         up_EGD = torch.empty_strided(up_EGD.shape, stride, dtype=up_EGD.dtype, device=up_EGD.device).copy_(up_EGD)
     up_start = F * stride[1] if gated and gate_EFD is None else 0
-    block_m, block_f, block_k, warps, stages = _launch_config(
-        rows_per_expert(R, E), x_TD.dtype, gated, torch.version.hip is not None
-    )
+    rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
+    seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None)
+    setting = settings.choose("gated_gemm", form, x_TD.device, x_TD.dtype, rows, D, F, seed=seed)
+    block_m, block_f, block_k, warps, stages = setting
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
     run: Any = wrap_triton(_gated_gemm_kernel) if compiled(_gated_gemm_kernel) else _gated_gemm_kernel
     arguments = (x_TD, first, up_EGD, order_R, tiles, a_RF, h_RG if keep_h else a_RF, num_row_tiles)
@@ -177,7 +179,7 @@ def _outputs(
     return x_TD.new_empty(R, F), x_TD.new_empty(R, 2 * F if gated else F) if keep_h else x_TD.new_empty(0)
 
 
-def _launch_config(rows: int, dtype: torch.dtype, gated: bool, hip: bool) -> tuple[int, int, int, int, int]:
+def _seed(rows: int, dtype: torch.dtype, gated: bool, hip: bool) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_F, BLOCK_K, num_warps, num_stages); the LDS of gfx942 holds 64 KiB."""
     halves = 2 if gated else 1
     if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
@@ -237,7 +239,7 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     def case(
         dtype: torch.dtype, rows: int, gated: bool, keep: bool, packed: str = "d", form: str = "one", how: str = "silu"
     ) -> None:
-        m, f, k, warps, stages = _launch_config(rows, dtype, gated, hip)
+        m, f, k, warps, stages = _seed(rows, dtype, gated, hip)
         short = "bf16" if dtype == torch.bfloat16 else "fp32"
         args = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "a_ptr", "h_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "num_row_tiles": "i32"}

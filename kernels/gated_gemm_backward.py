@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from moe_compile.expert_mlp import ACTIVATIONS, activate, activate_backward
+from moe_compile.kernels import settings
 from moe_compile.kernels.activation import activated, slope
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 from moe_compile.kernels.grouped_gemm import (
@@ -199,9 +200,10 @@ def gated_gemm_backward(
         raise ValueError(f"moe_ep_triton.gated_gemm_backward: {reason}")
     order_R, R, (E, D, F) = order_R.contiguous(), order_R.shape[0], map(int, down_EDF.shape)
     dh, a_RF, dots_R = _outputs(h_RG, F, weights_TK, gated and apart, keep_a)
-    block_m, block_f, block_k, parts, warps, stages = _launch_config(
-        rows_per_expert(R, E), h_RG.dtype, torch.version.hip is not None
-    )
+    rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
+    seed = _seed(rows, h_RG.dtype, torch.version.hip is not None)
+    setting = settings.choose("gated_gemm_backward", form, h_RG.device, h_RG.dtype, rows, D, F, seed=seed)
+    block_m, block_f, block_k, parts, warps, stages = setting
     num_col_tiles = triton.cdiv(F, block_f)
     dots = dots_R if weights_TK is None else h_RG.new_empty(num_col_tiles, R, dtype=torch.float32)
     weights = dots if weights_TK is None else weights_TK.contiguous()
@@ -229,7 +231,7 @@ def _outputs(
     return dh, h_RG.new_empty(R, F) if keep_a else h_RG.new_empty(0), h_RG.new_empty(num_dots, dtype=torch.float32)
 
 
-def _launch_config(rows: int, dtype: torch.dtype, hip: bool) -> tuple[int, int, int, int, int, int]:
+def _seed(rows: int, dtype: torch.dtype, hip: bool) -> tuple[int, int, int, int, int, int]:
     """(BLOCK_M, BLOCK_F, BLOCK_K, PARTS, num_warps, num_stages); the LDS of gfx942 holds 64 KiB."""
     if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
         return (64, 64, 16, 1, 8, 2) if rows >= 32 else (16, 64, 16, 1, 4, 2)
@@ -280,7 +282,7 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     def case(
         dtype: torch.dtype, rows: int, gated: bool = True, apart: bool = False, packed: str = "f", how: str = "silu"
     ) -> None:
-        m, f, k, parts, warps, stages = _launch_config(rows, dtype, hip)
+        m, f, k, parts, warps, stages = _seed(rows, dtype, hip)
         short = "bf16" if dtype == torch.bfloat16 else "fp32"
         args = dict.fromkeys(("dout_ptr", "down_ptr", "h_ptr", "weights_ptr", "dh_ptr", "a_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "dots_ptr": "*fp32", "R": "i32", "num_row_tiles": "i32"}

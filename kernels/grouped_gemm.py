@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 import moe_compile.ops
+from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 
 GROUP_M = 8  # row tiles that take turns before the next column tile
@@ -129,8 +130,10 @@ def grouped_gemm(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> Tensor:
         raise ValueError(f"moe_ep_triton.grouped_gemm: {reason}")
     x_RD, R, (E, F, D) = x_RD.contiguous(), x_RD.shape[0], map(int, w_EFD.shape)
     y_RF = x_RD.new_empty(R, F)
-    rows, hip = rows_per_expert(R, E), torch.version.hip is not None
-    block_m, block_n, block_k, warps, stages = _launch_config(rows, x_RD.dtype, hip)
+    rows, form = rows_per_expert(R, E), "d packed" if w_EFD.stride(2) == 1 else "f packed"
+    seed = _seed(rows, x_RD.dtype, torch.version.hip is not None)
+    setting = settings.choose("grouped_gemm", form, x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
+    block_m, block_n, block_k, warps, stages = setting
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
     run: Any = _grouped_gemm_kernel
     run = wrap_triton(_grouped_gemm_kernel) if compiled(run) else run
@@ -159,7 +162,7 @@ def rows_per_expert(R: int | torch.SymInt, E: int) -> int:
     return int(R) // E
 
 
-def _launch_config(rows: int, dtype: torch.dtype, hip: bool) -> tuple[int, int, int, int, int]:
+def _seed(rows: int, dtype: torch.dtype, hip: bool) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); the LDS of gfx942 holds 64 KiB."""
     if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
         return (64, 64, 16, 8, 2) if rows >= 32 else (16, 64, 16, 4, 2)
@@ -200,7 +203,7 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     strides = {"d": {"STRIDE_F": D, "STRIDE_D": 1}, "f": {"STRIDE_F": 1, "STRIDE_D": F}}
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for rows in (256, 32, 1):
-            m, n, k, warps, stages = _launch_config(rows, dtype, hip)
+            m, n, k, warps, stages = _seed(rows, dtype, hip)
             for packed in "df":
                 args = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{short}")
                 args |= {"tiles_ptr": "*i32", "num_row_tiles": "i32"}

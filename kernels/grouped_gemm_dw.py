@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 import moe_compile.ops
+from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, compiled
 from moe_compile.kernels.grouped_gemm import rows_per_expert
 
@@ -92,9 +93,10 @@ def grouped_gemm_dw(
         raise ValueError(f"moe_ep_triton.grouped_gemm_dw: {reason}")
     E, F, D = int(offsets_E.shape[0]), int(dy_RF.shape[1]), int(x_RD.shape[1])
     dw_EFD, R = dy_RF.new_empty(E, F, D), dy_RF.shape[0] if order_R is None else order_R.shape[0]
-    block_m, block_n, block_k, warps, stages = _launch_config(
-        rows_per_expert(R, E), dy_RF.dtype, torch.version.hip is not None, order_R is not None
-    )
+    rows, form = rows_per_expert(R, E), "rows" if order_R is None else "gathered"
+    seed = _seed(rows, dy_RF.dtype, torch.version.hip is not None, order_R is not None)
+    setting = settings.choose("grouped_gemm_dw", form, x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
+    block_m, block_n, block_k, warps, stages = setting
     order = offsets_E if order_R is None else order_R.contiguous()
     run: Any = wrap_triton(_grouped_gemm_dw_kernel) if compiled(_grouped_gemm_dw_kernel) else _grouped_gemm_dw_kernel
     run[(E * triton.cdiv(F, block_m) * triton.cdiv(D, block_n),)](
@@ -106,7 +108,7 @@ def grouped_gemm_dw(
     return dw_EFD
 
 
-def _launch_config(rows: int, dtype: torch.dtype, hip: bool, gathered: bool = False) -> tuple[int, int, int, int, int]:
+def _seed(rows: int, dtype: torch.dtype, hip: bool, gathered: bool = False) -> tuple[int, int, int, int, int]:
     """(BLOCK_M over F, BLOCK_N over D, BLOCK_K rows, num_warps, num_stages).
 
     Two stages more where rows are gathered: Triton 3.6 and 3.7 spend them on the load of the indices.
@@ -159,7 +161,7 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for rows in (256, 32) if short == "bf16" else (256,):
             for dy_k, x_k in ((0, 0), (8, 0), (0, 8)):
-                m, n, k, warps, stages = _launch_config(rows, dtype, hip, dy_k + x_k > 0)
+                m, n, k, warps, stages = _seed(rows, dtype, hip, dy_k + x_k > 0)
                 args = dict.fromkeys(("dy_ptr", "x_ptr", "dw_ptr"), f"*{short}")
                 args |= {"offsets_ptr": "*i32", "order_ptr": "*i32"}
                 constants = {"D": 2048, "F": 1536, "DY_K": dy_k, "X_K": x_k, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}

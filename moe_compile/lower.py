@@ -17,6 +17,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 
+from moe_compile.kernels.settings import table_texts
 from moe_compile.passes.choose_kernels import ChooseKernels
 from moe_compile.passes.save_collectives import SaveCollectives
 
@@ -45,7 +46,7 @@ class _Stage(CustomGraphPass):
         raise NotImplementedError
 
     def uuid(self) -> Any:
-        mine = get_hash_for_files(tuple(str(p) for p in SOURCES))
+        mine = get_hash_for_files(tuple(str(p) for p in SOURCES)), table_texts()
         theirs = [other.uuid() if hasattr(other, "uuid") else None for other in self.before]
         return None if None in theirs else (mine, *theirs)
 

@@ -1,0 +1,131 @@
+"""The table of launch settings: which entry counts, what is no entry, and how the fastest is found."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_compile import MoeCompileError
+from moe_compile.kernels import settings
+from moe_compile.kernels.settings import Entry, Problem, Setting
+from tests.kernels.conftest import DEVICE
+
+SEED = (64, 64, 16, 8, 2)
+PROBLEM = Problem("grouped_gemm", "d packed", "cpu", "fp32", 256, 32, 48)
+
+
+def table(path: Path, *entries: Entry) -> Path:
+    path.write_text("".join(entry.line() + "\n" for entry in entries))
+    return path
+
+
+def entry(rows: int, block_m: int, **changes: object) -> Entry:
+    problem = Problem(**{**vars(PROBLEM), "rows": rows, **changes})  # type: ignore[arg-type]
+    return Entry(problem, (block_m, 64, 16, 8, 2))
+
+
+def chosen(rows: int) -> Setting:
+    return settings.choose("grouped_gemm", "d packed", torch.device("cpu"), torch.float32, rows, 32, 48, seed=SEED)
+
+
+def test_nothing_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "TABLE", table(tmp_path / "none.jsonl"))
+    assert chosen(256) == SEED
+
+
+def test_the_nearest_rows_within_a_factor_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "TABLE", table(tmp_path / "t.jsonl", entry(256, 128), entry(64, 32)))
+    assert [chosen(rows)[0] for rows in (512, 256, 160, 100, 32)] == [128, 128, 128, 32, 32]
+    assert chosen(513) == chosen(31) == SEED
+
+
+@pytest.mark.parametrize(
+    "other", [{"form": "f packed"}, {"device": "sm_90"}, {"dtype": "bf16"}, {"D": 64}, {"F": 64}], ids=str
+)
+def test_entries_for_something_else(other: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "TABLE", table(tmp_path / "t.jsonl", entry(256, 128, **other)))
+    assert chosen(256) == SEED
+
+
+def test_what_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pin, then the user's file, then the table."""
+    monkeypatch.setattr(settings, "TABLE", table(tmp_path / "t.jsonl", entry(256, 128)))
+    before = settings.table_texts()
+    monkeypatch.setenv("MOE_COMPILE_SETTINGS", str(table(tmp_path / "mine.jsonl", entry(256, 32))))
+    assert chosen(256)[0] == 32 and settings.table_texts() != before
+    with settings.pinned("grouped_gemm", "d packed", (16, 64, 16, 4, 2)):
+        assert chosen(256)[0] == 16
+    assert chosen(256)[0] == 32
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    {
+        "{": "Expecting property name",
+        '{"kernel": "gemm", "setting": []}': "unknown kernel 'gemm'; there are settings for grouped_gemm, ",
+        '{"kernel": "grouped_gemm", "setting": [64, 64]}': "expected BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages",
+        '{"kernel": "grouped_gemm", "setting": [64, 64, 48, 4, 2]}': "BLOCK_K is 48, no power of two",
+        '{"kernel": "grouped_gemm", "setting": [8, 64, 64, 4, 2]}': "BLOCK_M is 8, less than 16",
+        '{"kernel": "grouped_gemm", "setting": [64, 64, 64, 4, 3]}': "missing 6 required positional arguments",
+    }.items(),
+)
+def test_what_is_no_entry(line: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bad.jsonl").write_text(f"\n{line}\n")
+    monkeypatch.setenv("MOE_COMPILE_SETTINGS", str(tmp_path / "bad.jsonl"))
+    with pytest.raises(MoeCompileError, match=r"bad\.jsonl:2: ") as caught:
+        chosen(256)
+    assert why in str(caught.value)
+
+
+def test_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_COMPILE_SETTINGS", "/nowhere/settings.jsonl")
+    with pytest.raises(MoeCompileError, match=r"/nowhere/settings.jsonl: No such file.*MOE_COMPILE_SETTINGS names it"):
+        chosen(256)
+
+
+@pytest.mark.parametrize("setting", [(16, 16, 16, 4, 2), (32, 64, 32, 4, 2)])
+def test_kernels_take_what_is_chosen(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moe_compile.kernels.grouped_gemm import grouped_gemm, grouped_gemm_reference
+
+    asked = []
+    monkeypatch.setattr(settings, "choose", lambda *args, seed, choose=settings.choose: asked.append(
+        choose(*args, seed=seed)) or asked[-1])  # fmt: skip
+    x, w = torch.randn(40, 24, device=DEVICE), torch.randn(3, 20, 24, device=DEVICE)
+    ends = torch.tensor([7, 7, 40], dtype=torch.int32, device=DEVICE)
+    with settings.pinned("grouped_gemm", "d packed", setting):
+        y = grouped_gemm(x, w, ends)
+    torch.testing.assert_close(y, grouped_gemm_reference(x, w, ends))
+    assert asked == [setting]
+
+
+def test_the_committed_table_can_be_read() -> None:
+    for found in settings.read(settings.TABLE):
+        assert settings.checked(found.problem.kernel, found.setting) == found.setting
+
+
+def test_tuning_keeps_the_fastest_right_one() -> None:
+    """A candidate that is faster and wrong, or that raises, is passed over; time that is up is no answer."""
+    from benchmarks.tune import Job, best, candidates
+
+    fast, wrong, broken = (32, 64, 32, 4, 2), (64, 64, 32, 4, 2), (128, 64, 32, 4, 2)
+    seconds = {SEED: 3.0, fast: 2.0, wrong: 1.0, broken: 0.5}
+
+    def now() -> Setting:
+        return settings.choose("grouped_gemm", "d packed", torch.device("cpu"), torch.float32, 256, 32, 48, seed=SEED)
+
+    def call() -> Tensor:
+        if now() == broken:
+            raise RuntimeError("out of resource: shared memory")
+        return torch.full((4,), 2.0 if now() == wrong else 1.0)
+
+    job = Job(PROBLEM, SEED, [call, call])
+    assert best(job, [wrong, fast, broken], float("inf"), lambda _: seconds[now()]) == fast
+    assert best(job, [wrong], float("inf"), lambda _: seconds[now()]) == SEED
+    assert best(job, [fast], 0.0, lambda _: seconds[now()]) is None
+    for kernel in settings.NAMES:
+        seed = (64, 64, 64, 4, 3) if kernel != "gated_gemm_backward" else (64, 64, 64, 2, 4, 3)
+        problem = Problem(**{**vars(PROBLEM), "kernel": kernel, "form": "gated"})
+        tried = candidates(Job(problem, seed, []), 232448)
+        assert len(tried) > 20 and seed not in tried
+        assert all(settings.checked(kernel, s) == s for s in tried)
