@@ -31,14 +31,8 @@ from moe_compile.expert_mlp import ACTIVATIONS, activate
 from moe_compile.kernels import settings
 from moe_compile.kernels.activation import activated
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
-from moe_compile.kernels.grouped_gemm import (
-    GROUP_M,
-    grouped_gemm_reference,
-    program_tile,
-    row_tiles,
-    rows_per_expert,
-    store_columns,
-)
+from moe_compile.kernels.grouped_gemm import grouped_gemm_reference
+from moe_compile.kernels.tiles import GROUP_M, program_tile, row_tiles, rows_per_expert, store_columns, sum_products
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -97,17 +91,7 @@ def _gated_gemm_kernel(
     if GATED:
         w_ptrs = tl.where((n < BLOCK_F)[None, :], w_ptrs, up_ptr + UP_START + offset)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, D, BLOCK_K):
-        if D % BLOCK_K == 0:
-            x = tl.load(x_ptrs, mask=r_in[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=f_in[None, :], other=0.0)
-        else:
-            d_in = first + d < D
-            x = tl.load(x_ptrs, mask=r_in[:, None] & d_in[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=f_in[None, :] & d_in[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * STRIDE_D
+    acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
     if GATED:
         # A row of the accumulator lies in one group of threads: the halves part without a move.
         gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_F]), [0, 2, 1]))

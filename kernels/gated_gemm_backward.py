@@ -34,14 +34,8 @@ from moe_compile.expert_mlp import ACTIVATIONS, activate, activate_backward
 from moe_compile.kernels import settings
 from moe_compile.kernels.activation import activated, slope
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
-from moe_compile.kernels.grouped_gemm import (
-    GROUP_M,
-    grouped_gemm_reference,
-    program_tile,
-    row_tiles,
-    rows_per_expert,
-    store_columns,
-)
+from moe_compile.kernels.grouped_gemm import grouped_gemm_reference
+from moe_compile.kernels.tiles import GROUP_M, program_tile, row_tiles, rows_per_expert, store_columns, sum_products
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -104,17 +98,7 @@ def _gated_gemm_backward_kernel(
     dout_ptrs = dout_ptr + t[:, None] * D + d[None, :]
     w_ptrs = down_ptr + e * STRIDE_E + f.to(tl.int64)[None, :] * STRIDE_F
     w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
-    for first in range(0, D, BLOCK_K):
-        if D % BLOCK_K == 0:
-            dout = tl.load(dout_ptrs, mask=r_in[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=f_in[None, :], other=0.0)
-        else:
-            d_in = first + d < D
-            dout = tl.load(dout_ptrs, mask=r_in[:, None] & d_in[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=f_in[None, :] & d_in[:, None], other=0.0)
-        acc = tl.dot(dout, w, acc, input_precision="ieee")
-        dout_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * STRIDE_D
+    acc = sum_products(acc, dout_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
     weight = tl.full([BLOCK_M], 1.0, tl.float32)
     if WEIGHTED:
         weight = tl.load(weights_ptr + pair, mask=r_in, other=0.0).to(tl.float32)

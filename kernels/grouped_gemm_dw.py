@@ -25,7 +25,7 @@ from torch.library import triton_op, wrap_triton
 import moe_compile.ops
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, compiled
-from moe_compile.kernels.grouped_gemm import rows_per_expert
+from moe_compile.kernels.tiles import rows_per_expert
 
 # -- kernel ---------------------------------------------------------------------------------
 

@@ -1,0 +1,109 @@
+"""Row tiles: how the grouped products share rows of experts out among programs.
+
+A small kernel writes the expert and the rows of each tile of BLOCK_M rows, ceil(R/BLOCK_M) + E of them at most; a tile
+has rows of one expert only, tiles left over do nothing, and the rows behind the last offset are a group of their own,
+with number E.  No host read; the number of tiles depends on R and E alone.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from moe_compile.kernels.dispatch import compiled
+
+GROUP_M = 8  # row tiles that take turns before the next column tile
+
+# -- kernels --------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["R"])
+def _row_tiles_kernel(offsets_ptr, tiles_ptr, R, E: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """tiles[i] = (expert, first row, end of its rows) of row tile i; expert > E: no such tile."""
+    i = tl.program_id(0)
+    e = tl.arange(0, GROUPS)  # group E: the rows behind the last offset
+    end = tl.load(offsets_ptr + e, mask=e < E, other=0)
+    end = tl.where(e < E, end, R)
+    start = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e <= E), other=0)
+    start = tl.where(e <= E, start, R)
+    num_tiles = (end - start + BLOCK_M - 1) // BLOCK_M
+    last = tl.cumsum(num_tiles, 0)
+    mine = (i < last) & (i >= last - num_tiles)
+    first_row = start + (i - last + num_tiles) * BLOCK_M
+    found = tl.sum(mine.to(tl.int32), 0)
+    tl.store(tiles_ptr + 3 * i, tl.where(found > 0, tl.sum(tl.where(mine, e, 0), 0), E + 1))
+    tl.store(tiles_ptr + 3 * i + 1, tl.sum(tl.where(mine, first_row, 0), 0))
+    tl.store(tiles_ptr + 3 * i + 2, tl.sum(tl.where(mine, end, 0), 0))
+
+
+@triton.jit
+def program_tile(tiles_ptr, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """(expert, rows, which of them are its own, column tile) of this program; expert > E: nothing to do.
+
+    Row tiles run fastest, within groups of GROUP_M, so that neighbours read the same weights.
+    """
+    group = tl.program_id(0) // (GROUP_M * NUM_COL_TILES)
+    within = tl.program_id(0) % (GROUP_M * NUM_COL_TILES)
+    group_size = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
+    tile = group * GROUP_M + within % group_size
+    e = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+    r = tl.load(tiles_ptr + 3 * tile + 1).to(tl.int64) + tl.arange(0, BLOCK_M)
+    return e, r, r < tl.load(tiles_ptr + 3 * tile + 2), within // group_size
+
+
+@triton.jit
+def store_columns(out_ptr, tile, r, r_in, f, F: tl.constexpr, ROW: tl.constexpr):
+    """out[r, f] = tile, rows of ROW numbers, of which the first F are meant."""
+    tl.store(out_ptr + r[:, None] * ROW + f[None, :], tile, mask=r_in[:, None] & (f < F)[None, :])
+
+
+@triton.jit
+def sum_products(
+    acc, x_ptrs, w_ptrs, r_in, f_in, D: tl.constexpr, STRIDE_D: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """acc[r, f] + the sum over d of x[r, d] * w[d, f].  The pointers are those of the first BLOCK_K; x is packed."""
+    d = tl.arange(0, BLOCK_K)
+    for first in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0:
+            x = tl.load(x_ptrs, mask=r_in[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=f_in[None, :], other=0.0)
+        else:
+            d_in = first + d < D
+            x = tl.load(x_ptrs, mask=r_in[:, None] & d_in[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=f_in[None, :] & d_in[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * STRIDE_D
+    return acc
+
+
+# -- launching ------------------------------------------------------------------------------
+
+
+def row_tiles(offsets_E: Tensor, R: int | torch.SymInt, block_m: int) -> tuple[Tensor, int | torch.SymInt]:
+    """(i32[tiles, 3], number of tiles): expert, first row and end of its rows of each tile of `block_m` rows."""
+    E = int(offsets_E.shape[0])
+    num_row_tiles = (R + block_m - 1) // block_m + E
+    tiles = offsets_E.new_empty(num_row_tiles, 3)
+    make: Any = wrap_triton(_row_tiles_kernel) if compiled(_row_tiles_kernel) else _row_tiles_kernel
+    groups = triton.next_power_of_2(E + 1)
+    make[(num_row_tiles,)](offsets_E.contiguous(), tiles, R, E, groups, block_m, num_warps=4)
+    return tiles, num_row_tiles
+
+
+def rows_per_expert(R: int | torch.SymInt, E: int) -> int:
+    """About how many rows an expert has; a guess that adds no guard where R is symbolic."""
+    if isinstance(R, torch.SymInt):
+        R = R.node.hint if R.node.has_hint() else 256 * E
+    return int(R) // E
+
+
+def compile_cases(hip: bool = False) -> list[tuple]:
+    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
+    E = 128
+    args = {"offsets_ptr": "*i32", "tiles_ptr": "*i32", "R": "i32"}
+    constants = {"E": E, "GROUPS": triton.next_power_of_2(E + 1), "BLOCK_M": 128}
+    return [("row tiles", _row_tiles_kernel, args, constants, 4, 3)]
