@@ -3,6 +3,7 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--all-families", action="store_true", help="every family of transformers in every form: slow")
+    parser.addoption("--all-mutants", action="store_true", help="compile every mutant that is refused: slow")
 
 
 @pytest.fixture
