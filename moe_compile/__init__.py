@@ -3,8 +3,8 @@
     model = torch.compile(model, backend="moe_ep")
     print(moe_compile.explain(model, **batch))
 
-Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `clip_grad_norm_`, `save_checkpoint`,
-`load_checkpoint`, `Report`, `RegionReport`, `MoeCompileError`; the backend "moe_ep".
+Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `clip_grad_norm_`, `save_checkpoint`, `load_checkpoint`,
+`save_safetensors`, `load_safetensors`, `Report`, `RegionReport`, `MoeCompileError`; the backend "moe_ep".
 """
 
 from moe_compile import hf_experts
@@ -13,6 +13,8 @@ from moe_compile.explain import explain, rewrite
 from moe_compile.parallel.api import parallelize
 from moe_compile.parallel.checkpoint import load_checkpoint, save_checkpoint
 from moe_compile.parallel.clip import clip_grad_norm_
+from moe_compile.parallel.hf_save import save_safetensors
+from moe_compile.parallel.hf_weights import load_safetensors
 from moe_compile.parallel.mesh import build_mesh
 from moe_compile.report import RegionReport, Report
 
@@ -24,9 +26,11 @@ __all__ = [
     "clip_grad_norm_",
     "explain",
     "load_checkpoint",
+    "load_safetensors",
     "parallelize",
     "rewrite",
     "save_checkpoint",
+    "save_safetensors",
 ]
 __version__ = "0.1.0"
 

@@ -10,7 +10,6 @@ of which each rank has its own experts', or all (`full`).
 import os
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -24,16 +23,23 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moe_compile.errors import MoeCompileError
+from moe_compile.parallel.folders import agree, complete, replaced
 from moe_compile.parallel.shards import Family, Shards, holders
 
+METADATA = ".metadata"  # written last, by torch.distributed.checkpoint
 State = dict[str, Any]
 Lists = dict[str, tuple[Family, Shards]]
 
 
 def save_checkpoint(model: nn.Module, optimizer: Optimizer | None, path: str | os.PathLike[str]) -> None:
-    """Write the weights and the optimizer's state into a directory; all ranks call it, and see the same directory."""
+    """Write the weights and the optimizer's state into a directory; all ranks call it, and see the same directory.
+
+    What was saved there before stays until the new checkpoint is complete (folders.py): a job that is killed while it
+    saves leaves the last one to be loaded.  Other files in the directory are kept.
+    """
     model = _original(model)
-    dcp.save(_states(model, optimizer)[0], checkpoint_id=path)
+    with replaced(path, (METADATA,), lambda name: name == METADATA or name.endswith(".distcp")) as new:
+        dcp.save(_states(model, optimizer)[0], checkpoint_id=new)
 
 
 def load_checkpoint(model: nn.Module, optimizer: Optimizer | None, path: str | os.PathLike[str]) -> None:
@@ -45,7 +51,8 @@ def load_checkpoint(model: nn.Module, optimizer: Optimizer | None, path: str | o
     model = _original(model)
     states, packed = _states(model, optimizer)
     names = [set(group["params"]) for group in states.get("optimizer", {}).get("param_groups", [])]
-    _agree(_misfit(states, _lists(model), path))
+    path = complete(path, (METADATA,))
+    agree(_misfit(states, _lists(model), path))
     dcp.load(states, checkpoint_id=path)
     set_model_state_dict(model, states["model"], options=StateDictOptions(strict=False))  # of a list, a rank's own
     if optimizer is not None:
@@ -130,7 +137,7 @@ def _of_one(value: Any, i: int) -> Any:
 
 def _misfit(states: State, lists: Lists, path: str | os.PathLike[str]) -> str | None:
     """Why a checkpoint is not of these states, if it is not."""
-    if not os.path.exists(os.path.join(path, ".metadata")):
+    if not os.path.exists(os.path.join(path, METADATA)):
         return f"there is no checkpoint in {os.fspath(path)}"
     found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     groups = {name.split(".")[2] for name in found if name.startswith("optimizer.param_groups.")}
@@ -153,13 +160,3 @@ def _misfit(states: State, lists: Lists, path: str | os.PathLike[str]) -> str | 
         if any(name.startswith("optimizer.state.") for name in found):
             return "the optimizer holds nothing yet, and its parameters have gradients: call zero_grad first"
     return None
-
-
-def _agree(problem: str | None) -> None:
-    """Raise on all ranks what one of them has to say."""
-    problems = [problem]
-    if dist.is_initialized():
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    if said := next((p for p in problems if p), None):
-        raise MoeCompileError(said)
