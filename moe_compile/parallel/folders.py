@@ -72,21 +72,29 @@ def _has(path: str, marks: tuple[str, ...]) -> bool:
 
 def _swap(path: str, new: str, marks: tuple[str, ...], ours: Callable[[str], bool]) -> None:
     old = path + PREVIOUS
-    if os.path.isdir(path):
-        for entry in os.scandir(path):
-            if not ours(entry.name) and not os.path.exists(there := os.path.join(new, entry.name)):
-                if entry.is_dir():
-                    shutil.copytree(entry.path, there, copy_function=_link)
-                else:
-                    _link(entry.path, there)
-        if _has(path, marks):
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(path, old)
-        else:  # then `old` may be the one that is complete
-            shutil.rmtree(path)
+    done = _has(path, marks)  # if not, `old` may be the one that is complete
+    for folder in (path,) if done else (path, old):
+        _keep_others(folder, new, ours)
+    if done:
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(path, old)
+    elif os.path.isdir(path):
+        shutil.rmtree(path)
     os.rename(new, path)
     sync(os.path.dirname(path))
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_others(folder: str, new: str, ours: Callable[[str], bool]) -> None:
+    """Have what is the user's in the new folder too."""
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        there = os.path.join(new, entry.name)
+        if ours(entry.name) or os.path.exists(there):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry.path, there, copy_function=_link)
+        else:
+            _link(entry.path, there)
 
 
 def _link(source: str, target: str) -> None:

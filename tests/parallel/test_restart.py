@@ -127,8 +127,8 @@ def test_killed_at_any_rename(tmp_path: Path, dies_at: int, monkeypatch: pytest.
     def dying(call: Any) -> Any:
         def before(*args: Any, **kwargs: Any) -> Any:
             nonlocal number
-            number += 1
-            if number == dies_at:
+            number += ".metadata" not in str(args[0])  # torch's own rename
+            if number == dies_at and ".metadata" not in str(args[0]):
                 raise Killed
             return call(*args, **kwargs)
 
@@ -144,9 +144,9 @@ def test_killed_at_any_rename(tmp_path: Path, dies_at: int, monkeypatch: pytest.
     other = torch.nn.Linear(2, 2)
     path.mkdir(exist_ok=True)  # as scripts do before they look
     moe_compile.load_checkpoint(other, None, path)
-    assert float(other.weight[0, 0]) in (1.0, 2.0)
+    assert other.weight[0, 0].item() in (1.0, 2.0)
     moe_compile.save_checkpoint(model, None, path)
     moe_compile.load_checkpoint(other, None, path)
     assert torch.equal(other.weight, model.weight)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
-    assert (path / "notes").exists() or dies_at > 3
+    assert (path / "notes").exists()
