@@ -10,6 +10,11 @@ gradients.py    what makes an ordinary training loop right
 clip.py         the norm of gradients on several meshes
 state_dicts.py  the model's own names
 checkpoint.py   saved and loaded, with the optimizer, on any mesh
+folders.py      a folder that is written as a whole or not at all
+hf_weights.py   weights read from Hugging Face's files, hf_save.py: written as such
+hf_names.py     names and layouts: transformers' own conversions
+slots.py        what a rank holds of each named tensor; memory for what is on meta
+safetensors_files.py  the files
 optim.py        groups for foreach and fused steps
 writer.py       what the strategies share that write a region for many ranks
 by_rows.py      those that bring each row's result home; by_sums.py: those that add results where experts are

@@ -17,11 +17,12 @@ from torch.distributed.tensor import DTensor
 
 import moe_compile
 from moe_compile.parallel.checkpoint import model_state
+from tests import family_models
 from tests.parallel import checks
 from tests.parallel.checks import language, listed, mixtral, refusal, square, stacked
 from tests.parallel.checks_fsdp import equal, shared_directory
 from tests.parallel.ranks import Ranks
-from tests.tiny import D
+from tests.tiny import D, close
 
 MESHES: dict[int, list[dict[str, int]]] = {
     2: [{}, {"dp_shard": 2}],
@@ -154,6 +155,26 @@ def of_other_models(ranks: Ranks) -> None:
             equal(dict(one.state_dict()), dict(reference.state_dict()))
 
 
+def families(ranks: Ranks, names: tuple[str, ...] = ("deepseek_v3", "gpt_oss", "inkling")) -> None:
+    """Read and written as transformers does, whatever it converts: experts, buffers, dense weights in several parts."""
+    for name in names:
+        built = family_models.build(name, "eager")
+        assert not isinstance(built, str), built
+        reference, ids = built
+        path = shared_directory(ranks)
+        if not ranks.rank:
+            reference.save_pretrained(f"{path}/first")
+        dist.barrier()
+        model = meta(functools.partial(type(reference), reference.config), dp_shard=ranks.size)
+        moe_compile.load_safetensors(model, f"{path}/first")
+        weights = model_state(model, full=True)
+        equal({n: weights[n] for n in reference.state_dict()}, dict(reference.state_dict()))
+        moe_compile.save_safetensors(model, f"{path}/then", 50_000)
+        equal(contents(f"{path}/then"), contents(f"{path}/first"))
+        with torch.no_grad():
+            assert close(model.eval()(input_ids=ids).logits, reference.eval()(input_ids=ids).logits), name
+
+
 class Buffered(nn.Module):
     """A buffer that no checkpoint has."""
 
@@ -225,4 +246,4 @@ def misfits(ranks: Ranks) -> None:
     assert "is not of parallelize" in refusal(functools.partial(moe_compile.save_safetensors, stacked(), f"{path}/y"))
 
 
-CHECKS = {2: [from_transformers, of_other_models, misfits], 4: [from_transformers, of_other_models]}
+CHECKS = {2: [from_transformers, of_other_models, misfits, families], 4: [from_transformers, of_other_models]}

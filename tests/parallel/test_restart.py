@@ -23,6 +23,9 @@ LIMIT_S = 240
 def job(rank: int, port: int, folder: str, kill: bool) -> None:
     """Train from the last checkpoint, if there is one; save after each step from `SAVED` on; write down the losses.
 
+    Each has a folder, into which ranks put what is theirs first (the place in the data), so that all of it is there
+    when the checkpoint is.
+
     kill: this is the first job, which trains to its end once without saving, for the comparison; then from the start
     again, until its last rank is killed in the middle of the second checkpoint, when files of it are written.
     """
@@ -60,11 +63,10 @@ def train(rank: int, folder: str | None) -> list[float]:
     model = moe_compile.parallelize(listed(), moe_compile.build_mesh(dp_shard=RANKS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     random, start, losses = torch.Generator().manual_seed(rank), 0, []
-    if folder is not None and os.path.exists(f"{folder}/steps"):
-        moe_compile.load_checkpoint(model, optimizer, f"{folder}/steps")
-        own = torch.load(f"{folder}/own-{rank}")  # what is the user's to save: the data's place
-        start = own["step"]
-        random.set_state(own["random"])
+    if done := sorted(path.parent for path in Path(folder or "").glob("step-?/.metadata")) if folder else []:
+        moe_compile.load_checkpoint(model, optimizer, done[-1])
+        start = int(done[-1].name.removeprefix("step-"))
+        random.set_state(torch.load(done[-1] / f"random-{rank}"))
     for step in range(start, STEPS):
         loss = square(model, torch.randn(5, D, generator=random))
         loss.backward()
@@ -72,8 +74,10 @@ def train(rank: int, folder: str | None) -> list[float]:
         optimizer.zero_grad()
         losses.append(float(loss))
         if folder is not None and step + 1 >= SAVED:
-            moe_compile.save_checkpoint(model, optimizer, f"{folder}/steps")
-            torch.save({"step": step + 1, "random": random.get_state()}, f"{folder}/own-{rank}")
+            path = Path(folder) / f"step-{step + 1}"
+            path.mkdir(exist_ok=True)
+            torch.save(random.get_state(), path / f"random-{rank}")
+            moe_compile.save_checkpoint(model, optimizer, path)
     return losses
 
 
@@ -103,14 +107,13 @@ def start(folder: str, kill: bool) -> list[int | None]:
 def test_killed_and_started_again(tmp_path: Path) -> None:
     codes = start(str(tmp_path), kill=True)
     assert codes[-1] == -signal.SIGKILL
-    assert (tmp_path / "steps" / ".metadata").exists()
-    left = list((tmp_path / "steps.saving").glob("*.distcp"))
-    assert left and not (tmp_path / "steps.saving" / ".metadata").exists(), "it was not killed in the middle"
+    assert [p.parent.name for p in tmp_path.glob("*/.metadata")] == [f"step-{SAVED}"]
+    assert list((tmp_path / f"step-{SAVED + 1}.saving").glob("*.distcp")), "it was not killed in the middle"
     assert start(str(tmp_path), kill=False) == [0] * RANKS
     for rank in range(RANKS):
         whole, rest = (json.loads((tmp_path / f"{name}-{rank}").read_text()) for name in ("whole", "rest"))
         assert len(whole) == STEPS and rest == whole[SAVED:]
-    assert not list(tmp_path.glob("steps.*"))
+    assert not list(tmp_path.glob("step-*.*"))
 
 
 @pytest.mark.parametrize("dies_at", range(1, 5))
