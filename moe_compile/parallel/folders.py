@@ -35,7 +35,7 @@ def on_first(work: Callable[[], None]) -> None:
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             work()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
     agree(problem)
 

@@ -94,8 +94,11 @@ def _files(path: str) -> tuple[list[str], set[str]]:
         raise MoeCompileError(f"there is no {path}")
     if not path.endswith(".json"):
         return [path], set()
-    with open(path) as file:
-        index = json.load(file)["weight_map"]
+    try:
+        with open(path) as file:
+            index = dict(json.load(file)["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise MoeCompileError(f"{path} is no index: {type(error).__name__}: {error}") from None
     return [os.path.join(os.path.dirname(path), name) for name in sorted(set(index.values()))], set(index)
 
 

@@ -19,10 +19,10 @@ import moe_compile
 from moe_compile.parallel.checkpoint import model_state
 from tests import family_models
 from tests.parallel import checks
-from tests.parallel.checks import language, listed, mixtral, refusal, square, stacked
+from tests.parallel.checks import agree, language, listed, mixtral, refusal, stacked, tokens
 from tests.parallel.checks_fsdp import equal, shared_directory
 from tests.parallel.ranks import Ranks
-from tests.tiny import D, close
+from tests.tiny import close
 
 MESHES: dict[int, list[dict[str, int]]] = {
     2: [{}, {"dp_shard": 2}],
@@ -149,7 +149,8 @@ def of_other_models(ranks: Ranks) -> None:
                     moe_compile.load_safetensors(read, path)
                 assert total(ranks, sum(counted)) == sum(t.nbytes for t in contents(path).values())
                 equal(model_state(read, full=True), dict(reference.state_dict()))
-                square(read, torch.randn(3, D)).backward()
+                assert agree(ranks, read, read, reference, tokens(ranks, [5, 2])), "gradients after it was read"
+                reference.zero_grad()
             one = make()
             moe_compile.load_safetensors(one, path)
             equal(dict(one.state_dict()), dict(reference.state_dict()))
@@ -235,6 +236,16 @@ def misfits(ranks: Ranks) -> None:
         said = refusal(functools.partial(moe_compile.load_safetensors, model, path + name))
         assert any(t in said for t in ("there is no", "cannot be read", "names what no file has: b")), said
     assert "is on meta" in refusal(functools.partial(moe_compile.save_safetensors, model, f"{path}/x"))
+    tied = meta(functools.partial(mixtral, "eager", tie_word_embeddings=True))
+    if not ranks.rank:
+        with open(f"{path}/list.json", "w") as file:
+            json.dump([], file)
+        save_file(whole | {"lm_head.weight": torch.ones(32, 16)}, f"{path}/untied.safetensors")
+    dist.barrier()
+    said = refusal(functools.partial(moe_compile.load_safetensors, tied, f"{path}/untied.safetensors"))
+    assert "is another tensor in" in said, said
+    said = refusal(functools.partial(moe_compile.load_safetensors, tied, f"{path}/list.json"))
+    assert "list.json is no index" in said, said
     buffered = meta(Buffered)
     if not ranks.rank:
         save_file(dict(Buffered().state_dict()), f"{path}/buffered.safetensors")
