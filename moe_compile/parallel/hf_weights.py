@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from moe_compile.errors import MoeCompileError
 from moe_compile.parallel import gradients, hf_names
-from moe_compile.parallel.folders import agree
+from moe_compile.parallel.folders import agree, complete
 from moe_compile.parallel.hf_names import Conversion
-from moe_compile.parallel.safetensors_files import Files, some
+from moe_compile.parallel.safetensors_files import INDEX, SINGLE, Files, some
 from moe_compile.parallel.slots import Slot, firsts, materialise, plain, slots
 
 REALS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -70,7 +70,7 @@ class _Reading:
 
 def _plan(model: nn.Module, path: str | os.PathLike[str]) -> tuple[Files, dict[str, Slot], list[_Reading]]:
     """What to read for what, from the headers of the files; raises if that is not the model."""
-    files, own = Files(path), slots(model)
+    files, own = Files(complete(path, (SINGLE, INDEX))), slots(model)
     meta = {name: slot.meta() for name, slot in own.items()}
     conversions, unexpected, used = hf_names.reading(model, meta, list(files.entries))
     readings, wrong, reached = [], [], set()
