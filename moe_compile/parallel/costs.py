@@ -161,6 +161,23 @@ class Estimate:
 
 def estimate(strategy: str, numerics: str, sizes: Sizes, machine: Machine, ranks_a_node: int) -> Estimate:
     """What a forward costs this rank, without overlap of compute and communication."""
+    times = forward_times(strategy, numerics, sizes, machine, ranks_a_node)
+    return Estimate(strategy, times.bytes_sent, times.host_reads, times.waits_us + times.wire_us + times.run_us)
+
+
+@dataclass(frozen=True)
+class Times:
+    """What a forward's time is made of.  Waits: latencies of collectives and the host's reads."""
+
+    bytes_sent: float
+    host_reads: int
+    waits_us: float
+    wire_us: float
+    run_us: float
+
+
+def forward_times(strategy: str, numerics: str, sizes: Sizes, machine: Machine, ranks_a_node: int) -> Times:
+    """The parts of `estimate`: a backward sends as many bytes again, and computes twice as much."""
     traffic = TRAFFIC.get((strategy, numerics)) or TRAFFIC[strategy, "fast"]
     sent = sizes.put(traffic.sent)
     near = min(ranks_a_node, sizes.P)
@@ -172,7 +189,7 @@ def estimate(strategy: str, numerics: str, sizes: Sizes, machine: Machine, ranks
     flops = sizes.put(FLOPS[strategy != "gather_weights"])
     run = max(flops / machine.gflops, sizes.put(traffic.moved) / machine.memory)
     waits = sizes.put(traffic.collectives) * machine.latency_us + traffic.host_reads * machine.host_read_us
-    return Estimate(strategy, sent, traffic.host_reads, waits + 1e-3 * (wire + run))
+    return Times(sent, traffic.host_reads, waits, 1e-3 * wire, 1e-3 * run)
 
 
 def choose(estimates: Sequence[Estimate], sizes: Sizes) -> tuple[list[Estimate], str]:
