@@ -41,7 +41,7 @@ class Model(StrEnum):
 
 @app.callback()
 def root() -> None:
-    """Keep `demo` a subcommand although it is the only one."""
+    """Tools of moe_compile."""
 
 
 @app.command()
@@ -83,6 +83,39 @@ def demo(
     typer.echo(f"\nReport: {write_report(record, out).resolve()}")
     if not record.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="A transformers config.json, a folder with one, or a preset.")],
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs.")],
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="How many of them share a node.")] = 8,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100, a100-40gb, b200 or v100-16gb.")] = "h100",
+    batch: Annotated[int, typer.Option(min=1, help="Tokens of a GPU, a step.")] = 4096,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence (default: 4096, or the batch).")] = None,
+    checkpoint: Annotated[bool, typer.Option(help="Compute layers again in the backward.")] = True,
+    state_bytes: Annotated[int, typer.Option(help="Of a number: 16, all in float32; 8, all in 16 bits.")] = 16,
+    max_tp: Annotated[int, typer.Option(min=1, help="Tensor parallelism up to this degree.")] = 1,
+    rows: Annotated[int, typer.Option(min=1, help="Lines of the table.")] = 12,
+) -> None:
+    """Predict memory and step time of every way to divide the GPUs, and recommend one.  Needs no GPU."""
+    from rich.console import Console
+
+    from moe_compile.errors import MoeCompileError
+    from moe_compile.plan import hardware, search, shapes
+    from moe_compile.plan.memory import Setup
+    from moe_compile.plan.step import Cluster
+    from moe_compile.plan.table import print_plan
+
+    if state_bytes not in (8, 16):
+        raise typer.BadParameter("8 or 16", param_hint="--state-bytes")
+    setup = Setup(batch, length or min(4096, batch), checkpoint, state_bytes // 4, state_bytes // 2)
+    try:
+        cluster = Cluster(hardware.find(gpu), gpus_per_node)
+        found = search.plan(shapes.load(model), gpus, cluster, setup, max_tp)
+    except MoeCompileError as error:
+        raise typer.BadParameter(str(error)) from error
+    print_plan(found, Console(width=max(150, Console().width)), rows)
 
 
 def _quiet() -> None:

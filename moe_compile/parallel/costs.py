@@ -138,6 +138,7 @@ TRAFFIC: dict[tuple[str, str], Traffic] = {
     ("gather_weights", "exact"): Traffic((P - 1) * M * w, g, 0, 3 * E * w + T * K * _rows),
 }  # fmt: skip
 TRAFFIC["alltoall", "fast"] = TRAFFIC["alltoall", "exact"]
+TRAFFIC["grouped", "exact"] = Traffic(sympy.Integer(0), sympy.Integer(0), 0, E * w + T * K * _rows)  # on one rank
 TRAFFIC["gather_weights", "fast"] = TRAFFIC["gather_weights", "exact"]
 
 FLOPS = {True: _arrive * f, False: T * K * f}  # of the experts that a rank has; of the tokens that it has

@@ -1,0 +1,286 @@
+"""Models compiled for thousands of ranks in one process: what a rank holds and sends, before there is any hardware.
+
+    python -m benchmarks.scale [--models mixtral-8x7b,..] [--ranks 8,64,512,3072] [--gpu h200] [--out DIR]
+
+A fake process group stands for the others: its collectives do nothing. Models are on meta, in the shapes of their own
+configs, through `parallelize` and `torch.compile(backend="moe_ep")`, forward and backward graphs; nothing is run. The mesh
+is what `moe-compile plan` recommends, or what needs the least memory, if nothing fits.
+
+held    parameters, gradients and AdamW's states in float32, of every rank, from the shards of the whole model; beside
+        them what `plan` says
+sent    by the collectives of the compiled graphs, in bfloat16 and with balanced routing; graphs of two layers with experts
+        are compiled, found to be alike, and multiplied. FSDP and averages run outside of graphs: `plan`'s arithmetic
+reads   of the host, a step, counted in the same graphs
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+import moe_compile
+from moe_compile import kinds, lower
+from moe_compile.demo.machine import machine_facts
+from moe_compile.parallel.mesh import shard_sizes
+from moe_compile.plan import hardware, search
+from moe_compile.plan.layouts import Layout
+from moe_compile.plan.memory import Setup, held
+from moe_compile.plan.shapes import CONFIGS, Shape, from_config
+from moe_compile.plan.step import Cluster
+
+MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3")
+COMPILED = 2  # layers with experts
+
+
+@dataclasses.dataclass(frozen=True)
+class Graphs:
+    """Collectives of one step in the compiled graphs, of all layers.  nodes: of the graphs that were compiled."""
+
+    bytes_sent: float
+    collectives: int
+    host_reads: int
+    nodes: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One model on one number of ranks.  held: parameters of each kind, of the ranks with the most and the fewest."""
+
+    model: str
+    ranks: int
+    layout: str
+    fits: bool
+    held_most: int
+    held_fewest: int
+    held_planned: int
+    graphs: Graphs
+    fsdp_sent: float
+    averages_sent: float
+    planned_exchange: float
+
+
+@contextlib.contextmanager
+def ranks(number: int) -> Iterator[None]:
+    """Be rank 0 of so many, of which there are no others."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def build(config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The model of transformers, on meta, with its loop over experts."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto import CONFIG_MAPPING
+
+    known = dict(config)
+    made = CONFIG_MAPPING[known.pop("model_type")](**known)
+    made._experts_implementation = "eager"
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(made, dtype=dtype, experts_implementation="eager")  # type: ignore[no-any-return]
+
+
+def mesh_of(layout: Layout, fsdp: bool) -> Any:
+    """The mesh of a layout; without FSDP its dense parameters are copies."""
+    if fsdp:
+        return moe_compile.build_mesh(ep=layout.ep, dp_shard=layout.dp_shard, dp_replicate=layout.dp_replicate)
+    return moe_compile.build_mesh(ep=layout.ep)
+
+
+# -- what ranks hold ------------------------------------------------------------------------
+
+
+def held_by_ranks(model: nn.Module, mesh: Any) -> list[int]:
+    """Numbers of parameters, rank by rank."""
+    return [_held(model, mesh, rank) for rank in _kinds_of_ranks(mesh)]
+
+
+def _kinds_of_ranks(mesh: Any) -> range:
+    """Copies hold the same: the ranks of the first replica stand for all."""
+    size = mesh.size()
+    return range(size // mesh["dp_replicate"].size())
+
+
+def _held(model: nn.Module, mesh: Any, rank: int) -> int:
+    total = 0
+    for parameter in model.parameters():
+        if not isinstance(parameter, DTensor):
+            total += parameter.numel()
+            continue
+        ours = parameter.device_mesh
+        name = (ours.mesh_dim_names or ())[-1]  # "ep" of experts, "dp_shard" of what FSDP splits
+        of, at = ours.size(ours.ndim - 1), rank % ours.size(ours.ndim - 1)
+        assert name in ("ep", "dp_shard"), name
+        rows = -(-parameter.shape[0] // of)
+        mine = max(0, min(rows, parameter.shape[0] - at * rows))
+        total += mine * math.prod(parameter.shape[1:])
+        if rank == dist.get_rank():
+            assert mine == parameter.to_local().shape[0], name
+    return total
+
+
+# -- what they send -------------------------------------------------------------------------
+
+
+class Compiled(Exception):
+    """The graphs are made; there is nothing to run them on."""
+
+
+def compile_step(config: dict[str, Any], shape: Shape, layout: Layout, tokens: int) -> Graphs:
+    """Compile a step of a model with `COMPILED` layers with experts, for rank 0; a process group exists."""
+    dense = min(1, shape.num_layers - shape.moe_layers)
+    few = config | {"num_hidden_layers": COMPILED + dense}
+    if dense:
+        few["first_k_dense_replace"] = dense
+    torch._dynamo.reset()
+    kinds.forget()
+    model = moe_compile.parallelize(build(few, torch.bfloat16), mesh_of(layout, False))
+    graphs: list[GraphModule] = []
+
+    def record(gm: GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return stop
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise Compiled
+
+    stop._boxed_call = True  # type: ignore[attr-defined]
+    batch = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    start = time.perf_counter()
+    compiled = torch.compile(
+        model, backend="moe_ep", fullgraph=True, options={"inner": "aot_eager", "strict": True, "strategy": strategy(layout)}
+    )
+    with mock.patch.object(lower, "boxed_nop", record), contextlib.suppress(Compiled):
+        compiled(input_ids=batch, labels=batch, use_cache=False)
+    seconds = time.perf_counter() - start
+    if len(graphs) != 2 and layout.ep > 1:
+        raise RuntimeError(f"{len(graphs)} graphs were compiled: there should be a forward and a backward")
+    return count(graphs, shape, layout, tokens, seconds)
+
+
+def strategy(layout: Layout) -> str:
+    """What `plan` reckons with."""
+    return "grouped" if layout.ep == 1 else "alltoall"
+
+
+def count(graphs: list[GraphModule], shape: Shape, layout: Layout, tokens: int, seconds: float) -> Graphs:
+    """What the graphs of `COMPILED` layers send, for all layers of the model."""
+    nodes = [n for g in graphs for n in g.graph.nodes]
+    sends = [_sent(n, shape, layout, tokens) for n in nodes if "all_to_all_single" in str(n.target)]
+    others = [n for n in nodes if "c10d" in str(n.target) and "all_to_all" not in str(n.target) and "wait" not in str(n.target)]
+    if others:
+        raise RuntimeError(f"a collective that is not counted: {others[0].target}")
+    reads = sum("check_messages" in str(n.target) for n in nodes)
+    for number in (len(sends), reads):
+        if number % COMPILED:
+            raise RuntimeError(f"{number} in {COMPILED} layers: they are not alike")
+    if any(sorted(sends)[i] != sorted(sends)[i + 1] for i in range(0, len(sends), COMPILED)):
+        raise RuntimeError("the layers do not send alike")
+    layers = shape.moe_layers // COMPILED if shape.moe_layers % COMPILED == 0 else shape.moe_layers / COMPILED
+    return Graphs(sum(sends) * layers, int(len(sends) * layers), int(reads * layers), len(nodes), seconds)
+
+
+def _sent(node: Node, shape: Shape, layout: Layout, tokens: int) -> float:
+    """Bytes for other ranks.  Rows whose number the data decides are those of balanced routing."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    value, P = source.meta["val"], layout.ep
+    mine = shard_sizes(shape.E, P)[0] / shape.E
+    rows = value.shape[0]
+    if free_unbacked_symbols(rows):
+        rows, away = P * tokens * shape.K * mine, (P - 1) / P
+    else:
+        away = (P - 1) / P if value.dim() == 1 else 1 - mine
+    return float(rows) * math.prod(value.shape[1:]) * value.element_size() * away
+
+
+# -- all of them ----------------------------------------------------------------------------
+
+
+def measure(name: str, config: dict[str, Any], number: int, cluster: Cluster, setup: Setup) -> Result:
+    """One model on so many ranks, in the layout that `plan` recommends."""
+    shape = from_config(config, name)
+    option = search.plan(shape, number, cluster, setup).options[0]
+    layout = option.layout
+    with ranks(number):
+        mesh = mesh_of(layout, True)
+        every = held_by_ranks(moe_compile.parallelize(build(config, torch.float32), mesh), mesh)
+    with ranks(number):
+        graphs = compile_step(config, shape, layout, setup.tokens)
+    return Result(
+        name, number, str(layout), option.fits, max(every), min(every), sum(held(shape, layout)), graphs,
+        option.step.fsdp_sent, option.step.end_sent, option.step.exchange_sent,
+    )  # fmt: skip
+
+
+def show(console: Console, results: list[Result], gpu: str, setup: Setup) -> None:
+    """Print all results: sizes in 10^9 bytes."""
+    table = Table(title=f"a rank's step of {setup.tokens} tokens", title_justify="left")
+    for name in (
+        "model", "ranks", "mesh", "parameters", "gradients", "AdamW", "fewest", "plan", "experts sent", "FSDP", "averages",
+        "host reads", "nodes", "compile s", "",
+    ):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("model", "mesh", "") else "right")
+    for r in results:
+        table.add_row(
+            r.model, str(r.ranks), r.layout, *(f"{b * r.held_most / 1e9:.2f}" for b in (4, 4, 8)),
+            f"{16 * r.held_fewest / 1e9:.2f}", f"{16 * r.held_planned / 1e9:.2f}", f"{r.graphs.bytes_sent / 1e9:.2f}",
+            f"{r.fsdp_sent / 1e9:.2f}", f"{r.averages_sent / 1e9:.2f}", str(r.graphs.host_reads), str(r.graphs.nodes),
+            f"{r.graphs.seconds:.0f}", "" if r.fits else f"does not fit {gpu}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "GB of the rank that holds the most; fewest and plan: the sum of the three, of the rank that holds the fewest and as "
+        f"planned. Graphs of {COMPILED} layers with experts, multiplied.", style="dim",
+    )  # fmt: skip
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Presets, by commas.")] = ",".join(MODELS),
+    numbers: Annotated[str, typer.Option("--ranks", help="Numbers of ranks, by commas.")] = "8,64,512,3072",
+    gpu: Annotated[str, typer.Option(help="For the recommendation.")] = "h200",
+    tokens: Annotated[int, typer.Option(help="Of a rank, a step.")] = 4096,
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results"),
+) -> None:
+    """Compile models for many ranks in this process."""
+    console = Console(width=max(180, Console().width))
+    cluster, setup = Cluster(hardware.find(gpu), 8), Setup(tokens, tokens)
+    results = []
+    for name in models.split(","):
+        for number in map(int, numbers.split(",")):
+            results.append(measure(name, CONFIGS[name], number, cluster, setup))
+            console.print(results[-1], style="dim", highlight=False)
+    show(console, results, gpu, setup)
+    content = {
+        "machine": machine_facts(),
+        "command": " ".join(["python -m benchmarks.scale", *sys.argv[1:]]),
+        "results": [dataclasses.asdict(r) for r in results],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / f"scale_{time.strftime('%Y%m%d_%H%M%S')}.json"
+    target.write_text(json.dumps(content, indent=1) + "\n")
+    console.print(f"written: {target}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
