@@ -4,12 +4,13 @@
 
 No number is fitted: products run at the share of the peak that hardware.py states, whatever a row measures.
 
-granite, mixtral   fms-acceleration, scripts/benchmarks/refs (Apache-2.0), its README: 100 steps of 128 samples, full
-                   fine-tuning in bfloat16 on A100-80GB, layers checkpointed. Tokens of one GPU and micro-batch follow from
-                   its tokens/s, run time and accumulation; tokens/s are of one GPU
+granite, mixtral   fms-acceleration, scripts/benchmarks/refs (Apache-2.0), its README: 100 steps of 128 samples,
+                   full fine-tuning in bfloat16 on A100-80GB, layers checkpointed. Tokens of one GPU and micro-batch
+                   follow from its tokens/s, run time and accumulation; tokens/s are of one GPU
 TED                Singh et al., DeepSpeed-TED, ICS 2023: the speed-up of its two communication optimisations. What the
                    abstract does not say is assumed: tensor parallelism 4, Summit's nodes, 16384 tokens a GPU
-layers             the forward of one gated expert layer on one GPU, bf16, router excluded, as its kernels' authors report it
+layers             the forward of one gated expert layer on one GPU, bf16, router excluded, as the kernels' authors
+                   report it
 """
 
 import statistics
@@ -73,7 +74,10 @@ def rate(option: Option, tokens: int, accumulation: int) -> float:
 def mixtral() -> Iterator[Row]:
     """Mixtral-8x7B on 8 GPUs, 16 micro-batches of one sample: FSDP alone, and with experts over all 8."""
     tokens = round(83 * 4019 / 1600)  # a micro-batch; with EP 337 * 996 / 1600 = 210
-    ways = (("FSDP", Layout(dp_shard=8), FSDP_ALONE, 83, 44.0, 54.8), ("EP 8", Layout(8, 1, 8), Ways(), 337, 33.5, 45.5))
+    ways = (
+        ("FSDP", Layout(dp_shard=8), FSDP_ALONE, 83, 44.0, 54.8),
+        ("EP 8", Layout(8, 1, 8), Ways(), 337, 33.5, 45.5),
+    )
     rates = []
     for name, layout, way, measured, allocated, peak in ways:
         found = fine_tuning(PRESETS["mixtral-8x7b"], layout, tokens, way)
@@ -154,14 +158,26 @@ def tables() -> str:
     for group in dict.fromkeys(row.group for row in found):
         mine = [row for row in found if row.group == group]
         lines += [f"### {group}", "", "| what | unit | published | predicted | error |", "|---|---|---|---|---|"]
-        lines += [f"| {r.what} | {r.unit} | {r.measured:.3g} | {r.predicted:.3g} | {r.error:+.0%} |" for r in mine]
+        lines += [
+            f"| {r.what} | {r.unit} | {short(r.measured)} | {short(r.predicted)} | {r.error:+.0%} |" for r in mine
+        ]
         lines.append("")
     lines += ["| kind of number | rows | median of predicted / published | furthest |", "|---|---|---|---|"]
-    for unit, name in (("tokens/s/GPU", "speed"), ("x", "ratios of speeds"), ("GiB", "memory"), ("TFLOP/s", "one layer")):
+    for unit, name in (
+        ("tokens/s/GPU", "speed"),
+        ("x", "ratios of speeds"),
+        ("GiB", "memory"),
+        ("TFLOP/s", "one layer"),
+    ):
         ratios = sorted(r.predicted / r.measured for r in found if r.unit == unit)
         furthest = max(ratios, key=lambda ratio: max(ratio, 1 / ratio))
         lines.append(f"| {name} ({unit}) | {len(ratios)} | {statistics.median(ratios):.2f} | {furthest:.2f} |")
     return "\n".join(lines)
+
+
+def short(number: float) -> str:
+    """Three digits."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def page(text: str) -> str:

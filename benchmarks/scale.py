@@ -2,14 +2,14 @@
 
     python -m benchmarks.scale [--models mixtral-8x7b,..] [--ranks 8,64,512,3072] [--gpu h200] [--out DIR]
 
-A fake process group stands for the others: its collectives do nothing. Models are on meta, in the shapes of their own
-configs, through `parallelize` and `torch.compile(backend="moe_ep")`, forward and backward graphs; nothing is run. The mesh
-is what `moe-compile plan` recommends, or what needs the least memory, if nothing fits.
+A fake process group stands for the others: its collectives do nothing. Models are on meta, in the shapes of their
+own configs, through `parallelize` and `torch.compile(backend="moe_ep")`, forward and backward graphs; nothing is
+run. The mesh is what `moe-compile plan` recommends, or what needs the least memory, if nothing fits.
 
 held    parameters, gradients and AdamW's states in float32, of every rank, from the shards of the whole model; beside
         them what `plan` says
-sent    by the collectives of the compiled graphs, in bfloat16 and with balanced routing; graphs of two layers with experts
-        are compiled, found to be alike, and multiplied. FSDP and averages run outside of graphs: `plan`'s arithmetic
+sent    by the collectives of the compiled graphs, in bfloat16 and with balanced routing; graphs of two layers with
+        experts are compiled, found to be alike, and multiplied. FSDP and averages run outside of graphs: `plan`'s arithmetic
 reads   of the host, a step, counted in the same graphs
 """
 
@@ -168,7 +168,10 @@ def compile_step(config: dict[str, Any], shape: Shape, layout: Layout, tokens: i
     batch = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     start = time.perf_counter()
     compiled = torch.compile(
-        model, backend="moe_ep", fullgraph=True, options={"inner": "aot_eager", "strict": True, "strategy": strategy(layout)}
+        model,
+        backend="moe_ep",
+        fullgraph=True,
+        options={"inner": "aot_eager", "strict": True, "strategy": strategy(layout)},
     )
     with mock.patch.object(lower, "boxed_nop", record), contextlib.suppress(Compiled):
         compiled(input_ids=batch, labels=batch, use_cache=False)
@@ -180,14 +183,18 @@ def compile_step(config: dict[str, Any], shape: Shape, layout: Layout, tokens: i
 
 def strategy(layout: Layout) -> str:
     """What `plan` reckons with."""
-    return "grouped" if layout.ep == 1 else "alltoall"
+    return "auto" if layout.ep == 1 else "alltoall"
 
 
 def count(graphs: list[GraphModule], shape: Shape, layout: Layout, tokens: int, seconds: float) -> Graphs:
     """What the graphs of `COMPILED` layers send, for all layers of the model."""
     nodes = [n for g in graphs for n in g.graph.nodes]
     sends = [_sent(n, shape, layout, tokens) for n in nodes if "all_to_all_single" in str(n.target)]
-    others = [n for n in nodes if "c10d" in str(n.target) and "all_to_all" not in str(n.target) and "wait" not in str(n.target)]
+    others = [
+        n
+        for n in nodes
+        if "c10d" in str(n.target) and "all_to_all" not in str(n.target) and "wait" not in str(n.target)
+    ]
     if others:
         raise RuntimeError(f"a collective that is not counted: {others[0].target}")
     reads = sum("check_messages" in str(n.target) for n in nodes)
@@ -237,8 +244,8 @@ def show(console: Console, results: list[Result], gpu: str, setup: Setup) -> Non
     """Print all results: sizes in 10^9 bytes."""
     table = Table(title=f"a rank's step of {setup.tokens} tokens", title_justify="left")
     for name in (
-        "model", "ranks", "mesh", "parameters", "gradients", "AdamW", "fewest", "plan", "experts sent", "FSDP", "averages",
-        "host reads", "nodes", "compile s", "",
+        "model", "ranks", "mesh", "parameters", "gradients", "AdamW", "fewest", "plan", "experts sent", "FSDP",
+        "averages", "host reads", "nodes", "compile s", "",
     ):  # fmt: skip
         table.add_column(name, justify="left" if name in ("model", "mesh", "") else "right")
     for r in results:
@@ -250,8 +257,8 @@ def show(console: Console, results: list[Result], gpu: str, setup: Setup) -> Non
         )  # fmt: skip
     console.print(table)
     console.print(
-        "GB of the rank that holds the most; fewest and plan: the sum of the three, of the rank that holds the fewest and as "
-        f"planned. Graphs of {COMPILED} layers with experts, multiplied.", style="dim",
+        "GB of the rank that holds the most; fewest and plan: the sum of the three, of the one that holds the fewest and "
+        f"as planned. Graphs of {COMPILED} layers with experts, multiplied.", style="dim",
     )  # fmt: skip
 
 
@@ -265,20 +272,17 @@ def main(
     """Compile models for many ranks in this process."""
     console = Console(width=max(180, Console().width))
     cluster, setup = Cluster(hardware.find(gpu), 8), Setup(tokens, tokens)
-    results = []
+    results: list[Result] = []
+    facts = {"machine": machine_facts(), "command": " ".join(["python -m benchmarks.scale", *sys.argv[1:]])}
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / f"scale_{time.strftime('%Y%m%d_%H%M%S')}.json"
     for name in models.split(","):
         for number in map(int, numbers.split(",")):
             results.append(measure(name, CONFIGS[name], number, cluster, setup))
             console.print(results[-1], style="dim", highlight=False)
+            content = {**facts, "results": [dataclasses.asdict(r) for r in results]}
+            target.write_text(json.dumps(content, indent=1) + "\n")  # as they come: they take minutes
     show(console, results, gpu, setup)
-    content = {
-        "machine": machine_facts(),
-        "command": " ".join(["python -m benchmarks.scale", *sys.argv[1:]]),
-        "results": [dataclasses.asdict(r) for r in results],
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    target = out / f"scale_{time.strftime('%Y%m%d_%H%M%S')}.json"
-    target.write_text(json.dumps(content, indent=1) + "\n")
     console.print(f"written: {target}")
 
 

@@ -92,7 +92,9 @@ def plan(
     gpus_per_node: Annotated[int, typer.Option(min=1, help="How many of them share a node.")] = 8,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, a100-40gb, b200 or v100-16gb.")] = "h100",
     batch: Annotated[int, typer.Option(min=1, help="Tokens of a GPU, a step.")] = 4096,
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence (default: 4096, or the batch).")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence (default: 4096, or the batch).")
+    ] = None,
     checkpoint: Annotated[bool, typer.Option(help="Compute layers again in the backward.")] = True,
     state_bytes: Annotated[int, typer.Option(help="Of a number: 16, all in float32; 8, all in 16 bits.")] = 16,
     max_tp: Annotated[int, typer.Option(min=1, help="Tensor parallelism up to this degree.")] = 1,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_compile.errors import MoeCompileError
 
 
@@ -142,7 +144,10 @@ def _latent(read: _Reader, D: int, heads: int) -> tuple[int, int, int]:
 
 
 def load(model: str) -> Shape:
-    """The shape of a preset, or of a config.json (or a folder with one).  Nothing is downloaded."""
+    """The shape of a preset, or of a config.json (or a folder with one).  Nothing is downloaded.
+
+    Raises `MoeCompileError` if there is no such file, or transformers' own model has another number of parameters.
+    """
     if model in PRESETS:
         return PRESETS[model]
     path = Path(model)
@@ -155,7 +160,33 @@ def load(model: str) -> Shape:
         raise MoeCompileError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise MoeCompileError(f"{path} does not hold a config: it is a {type(config).__name__}")
-    return from_config(config, path.parent.name if path.name == "config.json" else path.stem)
+    shape = from_config(config, path.resolve().parent.name if path.name == "config.json" else path.stem)
+    if (true := count(config)) is not None and abs(shape.parameters / true - 1) > MOST_OFF:
+        raise MoeCompileError(
+            f"{path}: transformers' {config.get('model_type')} has {true / 1e9:.2f} B parameters, its config read as a "
+            f"plain decoder with experts gives {shape.parameters / 1e9:.2f} B: it has layers of a kind that is not "
+            "planned for"
+        )
+    return shape
+
+
+MOST_OFF = 0.02
+
+
+def count(config: Mapping[str, Any]) -> int | None:
+    """Parameters of transformers' own model, built on meta; None if it is not installed, or cannot build this one."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        return None
+    known = dict(config)
+    try:
+        made = AutoConfig.for_model(known.pop("model_type"), **known)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(made)
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError):  # remote code, or of another version
+        return None
+    return sum(p.numel() for p in model.parameters())
 
 
 # As in the models' own config.json.

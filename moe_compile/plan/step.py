@@ -4,7 +4,7 @@
               bytes), and once more the products if layers are checkpointed: their collectives are not repeated
     FSDP      gathers a layer for the forward and for the backward and scatters its gradients, beside the compute of
               another layer: a layer takes the longer of the two
-    tp        two all-reduces of the tokens a pass, nothing beside them; its ranks dispatch each their share, gathered after
+    tp        two all-reduces of the tokens a pass, nothing beside them; its ranks dispatch a share each, gathered after
     end       gradients of what has copies are averaged; AdamW moves its numbers once
 
 What is not in it: launches (small batches are slower than this), uneven routing, stragglers, the host.
@@ -194,8 +194,8 @@ def _experts(
 def _tensor_parallel(
     shape: Shape, layout: Layout, T: int, group: Group, machine: Machine, ways: Ways
 ) -> tuple[float, float]:
-    """(microseconds, bytes) of one pass of one layer: an all-reduce behind attention, and one behind the MLP, which with
-    experts and duplicates dropped is the gathering of the shares."""
+    """(microseconds, bytes) of one pass of one layer: an all-reduce behind attention, and one behind the MLP, which
+    with experts and duplicates dropped is the gathering of the shares."""
     whole = 2.0 * T * shape.D
     halves = 2 + (1 if ways.drop_duplicates else 2)
     return halves * group.ring_us(whole, machine), halves * group.sent(whole)

@@ -7,8 +7,8 @@ from moe_compile.plan import hardware
 from moe_compile.plan.search import Option, Plan
 
 COLUMNS = (
-    "ep", "tp", "dp", "GB", "state", "activations", "step ms", "experts", "exchange", "FSDP", "tp", "end", "sent GB",
-    "tokens/s/GPU", "",
+    "ep", "tp", "dp", "GB", "state", "activations", "step ms", "experts", "exchange", "FSDP", "tp", "end",
+    "sent GB", "tokens/s/GPU", "",
 )  # fmt: skip
 
 
@@ -16,14 +16,14 @@ def print_plan(plan: Plan, console: Console, most: int = 12) -> None:
     """The table, what is recommended, and what the numbers rest on."""
     shape, setup, gpu = plan.shape, plan.setup, plan.cluster.gpu
     console.print(
-        f"{shape.name}: {shape.parameters / 1e9:.1f} B parameters, {shape.active / 1e9:.1f} B active, {shape.E} experts, "
-        f"{shape.K} of them a token, in {shape.moe_layers} of {shape.num_layers} layers",
+        f"{shape.name}: {shape.parameters / 1e9:.1f} B parameters, {shape.active / 1e9:.1f} B active, {shape.E} "
+        f"experts, {shape.K} of them a token, in {shape.moe_layers} of {shape.num_layers} layers",
         highlight=False,
     )
     console.print(
-        f"{plan.ranks} x {gpu.name}, {plan.cluster.ranks_a_node} a node; {setup.tokens} tokens a GPU and step, sequences of "
-        f"{setup.length}; {'layers' if setup.checkpoint else 'no layer'} checkpointed; {setup.kept * 2 + setup.states} bytes "
-        "of parameter, gradient and optimizer a number",
+        f"{plan.ranks} x {gpu.name}, {plan.cluster.ranks_a_node} a node; {setup.tokens} tokens a GPU and step, "
+        f"sequences of {setup.length}; {'layers' if setup.checkpoint else 'no layer'} checkpointed; {setup.kept * 2 + setup.states} "
+        "bytes of parameter, gradient and optimizer a number",
         highlight=False,
     )
     table = Table(title="predicted, not measured", title_justify="left")
@@ -37,8 +37,8 @@ def print_plan(plan: Plan, console: Console, most: int = 12) -> None:
     console.print(*_advice(plan), sep="\n", highlight=False)
     console.print(
         f"Products at {hardware.RATE:.0%} of the data sheet's peak, links at {hardware.LINK:.0%}, memory at "
-        f"{hardware.MEMORY:.0%}; balanced routing; launches are not counted. How far such predictions are from published "
-        "measurements: docs/planning.md",
+        f"{hardware.MEMORY:.0%}; balanced routing; launches are not counted. How far such predictions are from "
+        "published measurements: docs/planning.md",
         style="dim", highlight=False,
     )  # fmt: skip
 
