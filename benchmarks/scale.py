@@ -9,7 +9,8 @@ run. The mesh is what `moe-compile plan` recommends, or what needs the least mem
 held    parameters, gradients and AdamW's states in float32, of every rank, from the shards of the whole model; beside
         them what `plan` says
 sent    by the collectives of the compiled graphs, in bfloat16 and with balanced routing; graphs of two layers with
-        experts are compiled, found to be alike, and multiplied. FSDP and averages run outside of graphs: `plan`'s arithmetic
+        experts are compiled, found to be alike, and multiplied. FSDP and averages run outside of
+        graphs: `plan`'s arithmetic
 reads   of the host, a step, counted in the same graphs
 """
 
@@ -257,7 +258,7 @@ def show(console: Console, results: list[Result], gpu: str, setup: Setup) -> Non
         )  # fmt: skip
     console.print(table)
     console.print(
-        "GB of the rank that holds the most; fewest and plan: the sum of the three, of the one that holds the fewest and "
+        "GB of the rank that holds the most; fewest and plan: the sum of the three, of that with the fewest and "
         f"as planned. Graphs of {COMPILED} layers with experts, multiplied.", style="dim",
     )  # fmt: skip
 
