@@ -22,8 +22,8 @@ def print_plan(plan: Plan, console: Console, most: int = 12) -> None:
     )
     console.print(
         f"{plan.ranks} x {gpu.name}, {plan.cluster.ranks_a_node} a node; {setup.tokens} tokens a GPU and step, "
-        f"sequences of {setup.length}; {'layers' if setup.checkpoint else 'no layer'} checkpointed; {setup.kept * 2 + setup.states} "
-        "bytes of parameter, gradient and optimizer a number",
+        f"sequences of {setup.length}; {'layers' if setup.checkpoint else 'no layer'} checkpointed; "
+        f"{setup.kept * 2 + setup.states} bytes of parameter, gradient and optimizer a number",
         highlight=False,
     )
     table = Table(title="predicted, not measured", title_justify="left")
