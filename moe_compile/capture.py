@@ -185,13 +185,13 @@ class Answers(TorchFunctionMode):
             return args[0].masked_fill_(args[1], float(args[2]))
         if func is torch.Tensor.__setitem__ and (_has_mask(args[1]) or _is_index(args[1])):
             return _put(args[0], self._indices(args[1]), args[2])
-        if func in _PARTS and (found := self._source(args)):
+        if func in _PARTS and (found := self._source(args, kwargs)):
             return self._all_indices(args[0], found)
-        if func in _PARTS and _has_rows(args[0].shape, self.rows):
+        if func in _PARTS and _has_rows(_parted(args, kwargs), self.rows):
             raise Refusal("a Python loop runs over the rows of an expert")
         if func in _PARTS and _longer(args, kwargs):
             raise Refusal(f"a Python loop runs over {max(args[0].shape)} rows or numbers")
-        if func is torch.Tensor.tolist and (found := self._source(args)):
+        if func is torch.Tensor.tolist and (found := self._source(args, kwargs)):
             return _Visited(t.tolist() for t in self._all_indices(args[0], found))
         if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero) and _unknown(args[0]):
             if self.visits is not None and (about := self.visits.truth(args[0])) is not None:
@@ -298,10 +298,9 @@ class Answers(TorchFunctionMode):
             return None
         return self._columns[id(args[0])][1].unbind(1)
 
-    def _source(self, args: Any) -> tuple[Tensor, Tensor] | None:
+    def _source(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """The (table, mask) behind a list of found indices that is iterated over."""
-        along = args[1] if len(args) > 1 else 0
-        return self._chosen.get(id(args[0])) if along == 0 else None
+        return self._chosen.get(id(args[0])) if _along(args, kwargs) == 0 else None
 
     def _all_indices(self, table: Tensor, source: tuple[Tensor, Tensor]) -> Any:
         mask = source[1]
@@ -469,10 +468,21 @@ def _formatted(tensor: Tensor, spec: str) -> str:
         return format(known.item(), spec)
 
 
+def _along(args: Any, kwargs: Any) -> int:
+    """The dimension along which a tensor is taken apart, from its start."""
+    dim, rank = args[1] if len(args) > 1 else kwargs.get("dim", 0), args[0].dim()
+    return int(dim % rank if rank else dim)
+
+
+def _parted(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """The size of that dimension."""
+    along = _along(args, kwargs)
+    return tuple(args[0].shape[along : along + 1])
+
+
 def _longer(args: Any, kwargs: Any) -> bool:
     """Whether a tensor that is taken apart gives more than `LONGEST` parts."""
-    dim, shape = args[1] if len(args) > 1 else kwargs.get("dim", 0), args[0].shape
-    return bool(shape) and isinstance(shape[dim], int) and shape[dim] > LONGEST
+    return any(isinstance(size, int) and size > LONGEST for size in _parted(args, kwargs))
 
 
 def _has_rows(result: Any, rows: Any) -> bool:

@@ -35,7 +35,8 @@ def reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
     Decorators' functions are among them, but for those around `fn` itself, which run before it.
     """
     modules = [child for _, child in parts(module).modules]
-    classes = {c for kind in {type(m) for m in modules} for c in kind.__mro__ if not is_torch(c.__module__)}
+    kinds = dict.fromkeys(type(m) for m in modules)  # in an order that is the same in every run, as reasons are
+    classes = dict.fromkeys(c for kind in kinds for c in kind.__mro__ if not is_torch(c.__module__))
     called = {c for kind in {type(m) for m in modules if m is not module} for c in kind.__mro__}
     own = collections.defaultdict(list)  # what modules hold themselves and code can call, by its name
     for m in modules:
