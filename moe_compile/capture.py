@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import inspect
 import itertools
+import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,10 +39,11 @@ from moe_compile.errors import Refusal
 from moe_compile.fakes import Fakes
 from moe_compile.flat_ids import as_tables
 from moe_compile.host_reads import HostReads, Locals
+from moe_compile.kept import kept_attributes, values_of
 from moe_compile.numbers import EQUAL, has_loops, long_enough, numbers_in, program
 from moe_compile.parallel import gather
 from moe_compile.parts import parts
-from moe_compile.python_state import Functions, watch
+from moe_compile.python_state import Functions, reachable, watch
 from moe_compile.ranges import READS, Numbers, Unsized, number_of_classes
 from moe_compile.region import EXAMPLE_ROWS
 from moe_compile.series import State, add_inputs
@@ -96,6 +98,7 @@ class Capture:
     sizes: frozenset[Node] = frozenset()  # arguments that may be numbers of rows (`Facts.sizes`)
     visits: list[Visit] = field(default_factory=list)  # iterations that stand for many; their inputs are the last ones
     by_number: bool = False  # they are those of a loop over numbers
+    kept: tuple[str, ...] = ()  # attributes whose values follow the results (kept.py)
 
     @property
     def asks(self) -> bool:
@@ -525,6 +528,7 @@ def capture(
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
     check_module(module)
+    kept = kept_attributes(fn, module, reachable(fn, module)) if isinstance(fn, types.FunctionType) else ()
     world = Fakes()
     fake_args, spec = tree_flatten((list(args), kwargs))
     lengths_of = {i: a.number for i, a in enumerate(fake_args) if isinstance(a, Sizes)}
@@ -580,13 +584,14 @@ def capture(
         flat, seen["spec"] = tree_flatten(result)
         if not all(isinstance(t, Tensor) or t is None for t in flat):
             raise Refusal(f"it returns {type(next(t for t in flat if not isinstance(t, Tensor))).__name__}")
+        flat += values_of(module, kept, [*inputs, *state_values]) if "fails_at" not in seen else []
         visits = answers.visits.check() if answers.visits is not None else []
         groups = [flat, answers.iterated, answers.answered, answers.counted, answers.host.decided, answers.empty]
         groups.append([t for v in visits for t in (v.begin, v.end)])
         seen["sizes"], seen["visits"] = list(map(len, groups)), visits
         return [*itertools.chain(*groups), *answers.asked.values()]
 
-    with watch(module), world.mode, _compiling(), _refusals(answers):
+    with watch(module, kept), _unset(module, kept), world.mode, _compiling(), _refusals(answers):
         gm = make_fx(run_on_fakes, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
             inputs, state_fakes, lengths, indices
         )
@@ -635,6 +640,7 @@ def capture(
         tables=frozenset(gm.graph.find_nodes(op="placeholder")[i] for i in known.tables),
         sizes=frozenset(n for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if i in sizes and _are_sizes(n)),
         by_number=answers.visits is not None and answers.visits.by_number,
+        kept=kept,
     )
 
 
@@ -662,6 +668,14 @@ def _name_inputs(gm: GraphModule, names: list[str]) -> None:
     for node, name in zip(gm.graph.find_nodes(op="placeholder"), names, strict=True):
         node._rename(name.replace(".", "_"))
         node.target, node.meta[NAME] = node.name, name
+
+
+@contextlib.contextmanager
+def _unset(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Without these attributes, which `watch` puts back: what is found after a run was set by it."""
+    for name in names:
+        vars(module).pop(name, None)
+    yield
 
 
 @contextlib.contextmanager

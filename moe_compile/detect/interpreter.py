@@ -254,7 +254,9 @@ class Interpreter:
         schema = getattr(node.target, "_schema", None)
         if schema is None or schema.is_mutable or str(node.target).startswith("moe_ep_capture"):
             return False
-        return any(isinstance(v, Sorted | Permutation) for v in values) and all(v.plain or isinstance(v, Sum) for v in values)
+        return any(isinstance(v, Sorted | Permutation) for v in values) and all(
+            v.plain or isinstance(v, Sum) for v in values
+        )
 
     def _piecewise(self, call: Call, pieces: list[Pieces]) -> Value:
         """A call on rows of which each expert computed its own: what it is for each expert."""

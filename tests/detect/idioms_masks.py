@@ -37,7 +37,9 @@ class MaskOfSortedWeighed(MaskOfSorted):
     """With weights in the same order, added to tokens at once."""
 
     def total(self, y: Tensor, weights: Tensor, order: Tensor) -> Tensor:
-        return weights.new_zeros(weights.shape[0], D).index_add_(0, order // K, y * weights.view(-1)[order].unsqueeze(-1))
+        return weights.new_zeros(weights.shape[0], D).index_add_(
+            0, order // K, y * weights.view(-1)[order].unsqueeze(-1)
+        )
 
 
 @idiom(any_ids=True, distinct=False)

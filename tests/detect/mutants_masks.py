@@ -120,7 +120,11 @@ class RowsOneByOne(Listed):
         return out
 
 
-@mutant("a token that chose an expert twice counts once: the ids (ids) are not shown to be distinct, as those of topk are", distinct=False, repeats=True)
+@mutant(
+    "a token that chose an expert twice counts once: the ids (ids) are not shown to be distinct, as those of topk are",
+    distinct=False,
+    repeats=True,
+)
 class TruthOfRepeatedIds(TruthKeepsDimension):
     pass
 
