@@ -241,8 +241,7 @@ REFUSED = {
     SetsAProperty: SETS.format("SetsAProperty", "load"),
     SetsANumber: "it sets the attribute aux_loss to something else than a tensor that it made (int)",
     SetsAnInput: "it sets the attribute aux_loss to something else than a tensor that it made (a tensor from outside)",
-    SetsAParameter: "it sets the attribute tied to something else than a tensor that it made "
-    "(a tensor from outside)",
+    SetsAParameter: "it sets the attribute tied to something else than a tensor that it made (a tensor from outside)",
 }
 
 
