@@ -20,6 +20,7 @@ from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
 from moe_compile.detect.selection import unflattened
 from moe_compile.detect.values import Constant, Emptiness, Hits, Index, ListRegion, Plain, Region, Slice
 from moe_compile.errors import Refusal
+from moe_compile.kept import kept_attributes
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.python_state import Functions, check_effects, check_loops, check_tensors, reachable, unchanged
@@ -51,7 +52,8 @@ def analyse(
     `known`: what the caller's graph shows of the tensor arguments.
     """
     functions = reachable(fn, module)
-    check_effects(functions)
+    kept = kept_attributes(fn, module, functions)
+    check_effects(functions, lambda code, step: code is fn.__code__ and step.argval in kept)
     check_tensors(functions, module)
     with unchanged(functions, module):
         return _prove(fn, module, args, kwargs, known, functions)

@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import inspect
 import itertools
+import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,10 +39,11 @@ from moe_compile.errors import Refusal
 from moe_compile.fakes import Fakes
 from moe_compile.flat_ids import as_tables
 from moe_compile.host_reads import HostReads, Locals
+from moe_compile.kept import kept_attributes, values_of
 from moe_compile.numbers import EQUAL, has_loops, long_enough, numbers_in, program
 from moe_compile.parallel import gather
 from moe_compile.parts import parts
-from moe_compile.python_state import Functions, watch
+from moe_compile.python_state import Functions, reachable, watch
 from moe_compile.ranges import READS, Numbers, Unsized, number_of_classes
 from moe_compile.region import EXAMPLE_ROWS
 from moe_compile.series import State, add_inputs
@@ -96,6 +98,7 @@ class Capture:
     sizes: frozenset[Node] = frozenset()  # arguments that may be numbers of rows (`Facts.sizes`)
     visits: list[Visit] = field(default_factory=list)  # iterations that stand for many; their inputs are the last ones
     by_number: bool = False  # they are those of a loop over numbers
+    kept: tuple[str, ...] = ()  # attributes whose values follow the results (kept.py)
 
     @property
     def asks(self) -> bool:
@@ -185,13 +188,13 @@ class Answers(TorchFunctionMode):
             return args[0].masked_fill_(args[1], float(args[2]))
         if func is torch.Tensor.__setitem__ and (_has_mask(args[1]) or _is_index(args[1])):
             return _put(args[0], self._indices(args[1]), args[2])
-        if func in _PARTS and (found := self._source(args)):
+        if func in _PARTS and (found := self._source(args, kwargs)):
             return self._all_indices(args[0], found)
-        if func in _PARTS and _has_rows(args[0].shape, self.rows):
+        if func in _PARTS and _has_rows(_parted(args, kwargs), self.rows):
             raise Refusal("a Python loop runs over the rows of an expert")
         if func in _PARTS and _longer(args, kwargs):
             raise Refusal(f"a Python loop runs over {max(args[0].shape)} rows or numbers")
-        if func is torch.Tensor.tolist and (found := self._source(args)):
+        if func is torch.Tensor.tolist and (found := self._source(args, kwargs)):
             return _Visited(t.tolist() for t in self._all_indices(args[0], found))
         if func in (torch.Tensor.__bool__, torch.Tensor.is_nonzero, torch.is_nonzero) and _unknown(args[0]):
             if self.visits is not None and (about := self.visits.truth(args[0])) is not None:
@@ -298,10 +301,9 @@ class Answers(TorchFunctionMode):
             return None
         return self._columns[id(args[0])][1].unbind(1)
 
-    def _source(self, args: Any) -> tuple[Tensor, Tensor] | None:
+    def _source(self, args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         """The (table, mask) behind a list of found indices that is iterated over."""
-        along = args[1] if len(args) > 1 else 0
-        return self._chosen.get(id(args[0])) if along == 0 else None
+        return self._chosen.get(id(args[0])) if _along(args, kwargs) == 0 else None
 
     def _all_indices(self, table: Tensor, source: tuple[Tensor, Tensor]) -> Any:
         mask = source[1]
@@ -469,10 +471,21 @@ def _formatted(tensor: Tensor, spec: str) -> str:
         return format(known.item(), spec)
 
 
+def _along(args: Any, kwargs: Any) -> int:
+    """The dimension along which a tensor is taken apart, from its start."""
+    dim, rank = args[1] if len(args) > 1 else kwargs.get("dim", 0), args[0].dim()
+    return int(dim % rank if rank else dim)
+
+
+def _parted(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """The size of that dimension."""
+    along = _along(args, kwargs)
+    return tuple(args[0].shape[along : along + 1])
+
+
 def _longer(args: Any, kwargs: Any) -> bool:
     """Whether a tensor that is taken apart gives more than `LONGEST` parts."""
-    dim, shape = args[1] if len(args) > 1 else kwargs.get("dim", 0), args[0].shape
-    return bool(shape) and isinstance(shape[dim], int) and shape[dim] > LONGEST
+    return any(isinstance(size, int) and size > LONGEST for size in _parted(args, kwargs))
 
 
 def _has_rows(result: Any, rows: Any) -> bool:
@@ -515,6 +528,7 @@ def capture(
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
     check_module(module)
+    kept = kept_attributes(fn, module, reachable(fn, module)) if isinstance(fn, types.FunctionType) else ()
     world = Fakes()
     fake_args, spec = tree_flatten((list(args), kwargs))
     lengths_of = {i: a.number for i, a in enumerate(fake_args) if isinstance(a, Sizes)}
@@ -570,13 +584,14 @@ def capture(
         flat, seen["spec"] = tree_flatten(result)
         if not all(isinstance(t, Tensor) or t is None for t in flat):
             raise Refusal(f"it returns {type(next(t for t in flat if not isinstance(t, Tensor))).__name__}")
+        flat += values_of(module, kept, [*inputs, *state_values]) if "fails_at" not in seen else []
         visits = answers.visits.check() if answers.visits is not None else []
         groups = [flat, answers.iterated, answers.answered, answers.counted, answers.host.decided, answers.empty]
         groups.append([t for v in visits for t in (v.begin, v.end)])
         seen["sizes"], seen["visits"] = list(map(len, groups)), visits
         return [*itertools.chain(*groups), *answers.asked.values()]
 
-    with watch(module), world.mode, _compiling(), _refusals(answers):
+    with watch(module, kept), _unset(module, kept), world.mode, _compiling(), _refusals(answers):
         gm = make_fx(run_on_fakes, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
             inputs, state_fakes, lengths, indices
         )
@@ -625,6 +640,7 @@ def capture(
         tables=frozenset(gm.graph.find_nodes(op="placeholder")[i] for i in known.tables),
         sizes=frozenset(n for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if i in sizes and _are_sizes(n)),
         by_number=answers.visits is not None and answers.visits.by_number,
+        kept=kept,
     )
 
 
@@ -652,6 +668,14 @@ def _name_inputs(gm: GraphModule, names: list[str]) -> None:
     for node, name in zip(gm.graph.find_nodes(op="placeholder"), names, strict=True):
         node._rename(name.replace(".", "_"))
         node.target, node.meta[NAME] = node.name, name
+
+
+@contextlib.contextmanager
+def _unset(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Without these attributes, which `watch` puts back: what is found after a run was set by it."""
+    for name in names:
+        vars(module).pop(name, None)
+    yield
 
 
 @contextlib.contextmanager

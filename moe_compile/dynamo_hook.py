@@ -35,6 +35,7 @@ from moe_compile import hf_experts
 from moe_compile.arguments import Known, Sizes, from_counting, from_one_hot, from_topk, number_of_scores
 from moe_compile.candidates import is_candidate, is_stack, may_loop
 from moe_compile.errors import MoeCompileError
+from moe_compile.kept import leave
 from moe_compile.kinds import Declined, Kind, declined, kind_of
 from moe_compile.options import Options
 from moe_compile.parallel import fsdp, gather
@@ -191,13 +192,24 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     tensors = [_as_tensor(tx, v) for v in (*rest, *kwargs.values()) if isinstance(v, TensorVariable | BaseListVariable)]
     state = [_state(members, names) for names in kind.state]
     if not sharded:
-        return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
+        return _left(tx, owner, kind, VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {}))
     attach(owner.value)
     state += [_shard(members, name) for name in kind.local]
     env = tx.output.shape_env  # as it is with fullgraph=True; also for who traces this graph again
     env.settings = dataclasses.replace(env.settings, allow_scalar_outputs=True)
     with torch._dynamo.config.patch(capture_scalar_outputs=True):  # here only: the splits, which the host reads
-        return VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {})
+        return _left(tx, owner, kind, VariableTracker.build(tx, kind.run).call_function(tx, [*tensors, *state], {}))
+
+
+def _left(tx: Any, owner: Any, kind: Kind, results: Any) -> Any:
+    """The results; what the original leaves in attributes of its module is set by Dynamo, as its own code sets it."""
+    if not kind.kept:
+        return results
+    items = list(results.realize().items)
+    first = len(items) - len(kind.kept)
+    for name, value in zip(kind.kept, items[first:], strict=True):
+        VariableTracker.build(tx, leave).call_function(tx, [owner, ConstantVariable.create(name), value], {})
+    return items[0] if kind.single else TupleVariable(items[:first])
 
 
 class _Members:

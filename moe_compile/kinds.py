@@ -45,7 +45,8 @@ class Kind:
     run: Callable[..., Any]
     state: tuple[str | tuple[str, ...], ...]  # names; of a series (series.py) those of all
     local: tuple[str, ...]  # after the state it takes this rank's shards of these DTensors
-    single: bool  # returns one tensor, not a tuple
+    single: bool  # the original returns one tensor, not a tuple
+    kept: tuple[str, ...]  # attributes of the module whose values `run` returns after the results (kept.py)
     guards: tuple[Any, ...]
     reads: tuple[Read, ...]  # what the original's Python could have looked at
     report: RegionReport  # module and location are filled in for each call
@@ -192,8 +193,12 @@ def _prove(
         None, found.before, f"{detected}\n\n{after}", tuple(map(str, reports)),
         body=tuple(computing(body.graph)), strategy=placed.strategy, gain=gain, estimates=placed.estimates,
     )  # fmt: skip
-    run = _function(found.gm, fn.__name__ if fn.__name__.isidentifier() else "function", spec.is_leaf())
-    return Kind(run, state, tuple(local), spec.is_leaf(), tuple(found.capture.guards()), read, report)
+    run = _function(
+        found.gm, fn.__name__ if fn.__name__.isidentifier() else "function", spec.is_leaf() and not found.capture.kept
+    )
+    return Kind(
+        run, state, tuple(local), spec.is_leaf(), found.capture.kept, tuple(found.capture.guards()), read, report
+    )
 
 
 def _place(found: Analysis, module: nn.Module, how: _How) -> Placed:

@@ -35,7 +35,8 @@ def reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
     Decorators' functions are among them, but for those around `fn` itself, which run before it.
     """
     modules = [child for _, child in parts(module).modules]
-    classes = {c for kind in {type(m) for m in modules} for c in kind.__mro__ if not is_torch(c.__module__)}
+    kinds = dict.fromkeys(type(m) for m in modules)  # in an order that is the same in every run, as reasons are
+    classes = dict.fromkeys(c for kind in kinds for c in kind.__mro__ if not is_torch(c.__module__))
     called = {c for kind in {type(m) for m in modules if m is not module} for c in kind.__mro__}
     own = collections.defaultdict(list)  # what modules hold themselves and code can call, by its name
     for m in modules:
@@ -108,7 +109,7 @@ def check_effects(
 ) -> None:
     """Refuse functions that change anything that outlives the call.  `allowed`: attributes that may be set."""
     for f in functions:
-        for code in _codes(f.__code__):
+        for code in codes(f.__code__):
             for step in dis.get_instructions(code):
                 where = f"{f.__qualname__} ({code.co_filename.rsplit('/', 1)[-1]}:{code.co_firstlineno})"
                 if step.opname in ("STORE_ATTR", "DELETE_ATTR") and not allowed(code, step):
@@ -148,16 +149,19 @@ def check_tensors(functions: Functions, module: nn.Module) -> None:
                 raise Refusal(f"it could read {attribute}, an attribute of {name}")
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
     yield code
     for const in code.co_consts:
         if isinstance(const, types.CodeType):
-            yield from _codes(const)
+            yield from codes(const)
 
 
 @contextlib.contextmanager
-def watch(module: nn.Module) -> Iterator[None]:
-    """Undo and refuse changes of module attributes, parameters, buffers and children during a trace."""
+def watch(module: nn.Module, kept: tuple[str, ...] = ()) -> Iterator[None]:
+    """Undo and refuse changes of module attributes, parameters, buffers and children during a trace.
+
+    `kept`: attributes of the module itself that are undone only (kept.py).
+    """
     before = []
     for _, m in parts(module).modules:
         own = vars(m)
@@ -167,7 +171,17 @@ def watch(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        for name in kept:
+            own = vars(module)
+            own.pop(name, None)
+            old = next((dict(zip(n, v, strict=True)) for _, table, n, v in before if table is own), {})
+            if name in old:
+                own[name] = old[name]
         for m, table, names, values in before:
+            if kept and m is module and table is vars(m):  # in the order in which they were
+                now = {n: table[n] for n in (*names, *table) if n in table}
+                table.clear()
+                table.update(now)
             if len(table) != len(names) or not all(map(operator.is_, table.values(), values)) or tuple(table) != names:
                 old = dict(zip(names, values, strict=True))
                 changed = [k for k in table.keys() | old.keys() if table.get(k) is not old.get(k)]

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_compile.errors import Refusal
+from moe_compile.kept import kept_attributes
 from moe_compile.parts import parts
-from moe_compile.python_state import code_names, is_torch
+from moe_compile.python_state import code_names, is_torch, reachable
 from moe_compile.reads import SIMPLE, Path, Read, spell
 
 CHANGING = frozenset("random time os datetime secrets uuid threading queue socket contextvars".split())
@@ -67,6 +68,7 @@ class _Walk:
         self.found: dict[Path, Read] = {}
         self._open: set[int] = set()  # what is being visited, against cycles
         self._entered: set[int] = set()  # functions whose code was read
+        self.kept = frozenset(kept_attributes(fn, module, reachable(fn, module)))  # set, and read by nobody
         self.strings: set[str] = set()  # what getattr and hasattr may be asked for
 
     def run(self, left_out: frozenset[int] = frozenset()) -> None:
@@ -106,6 +108,8 @@ class _Walk:
         if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
             self._length((*path, ("attr", "_parameters")), module._parameters)
         for name, value in plain_attributes(module):
+            if module is self.module and name in self.kept:
+                continue
             if isinstance(value, SIMPLE):
                 if not (own and name.startswith("_")) and name not in TORCH_OWN:
                     self._add((*path, ("attr", name)), "equals", value)
@@ -126,6 +130,8 @@ class _Walk:
                 if special and name not in wanted:
                     if isinstance(value, types.FunctionType) and name not in NOT_RUN and name != "__call__":
                         self._enter(value)
+                elif instance is self.module and name in self.kept:
+                    continue
                 elif (name in self.names or name in wanted) and name not in vars(instance):
                     self._member((*path, ("attr", name)), value, instance)
 

@@ -35,6 +35,7 @@ from moe_compile.detect.values import (
     Rows,
     RowTuple,
     Slice,
+    Sorted,
     Sum,
     SumRead,
     Unknown,
@@ -101,6 +102,7 @@ class Interpreter:
         self.table = Table()
         self.regions: dict[Node, Region] = {}
         self.refused: list[tuple[Node, str]] = []
+        self.doubts: list[tuple[Node, str]] = []  # calls outside of all regions, and why they are in none
         self.no_grad = False
         self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
         self.reads: dict[Node, set[Any]] = {}  # ids -> how rows of all experts choose weights by them (Region.reads)
@@ -146,6 +148,8 @@ class Interpreter:
     def _report_unknown_sums(self) -> None:
         """An accumulation that could not be interpreted is a candidate too: its reason, once."""
         told = {reason for _, reason in self.refused}
+        if not self.regions and not self.refused:
+            self.refused += self.doubts[:1]
         for node, value in self.values.items():
             if isinstance(value, Unknown) and op_of(node) in ACCUMULATES and value.reason not in told:
                 told.add(value.reason)
@@ -226,6 +230,11 @@ class Interpreter:
                 continue
             for rule in self.rules.get(call.op, ()):
                 result = rule(call)
+                if isinstance(result, Unknown) and self._stands_alone(node, values):
+                    if not all(v.plain for v in values):
+                        break  # and read again with what its sums are
+                    self.doubts.append((node, result.reason))
+                    return Plain(node)
                 if result is not None:
                     return self._no_grad_check(node, result)
             if not any(isinstance(v, Sum | DenseSum | ListSum | Dense | Filled) for v in values):
@@ -238,6 +247,16 @@ class Interpreter:
             return Unknown(f"it uses the custom autograd function {cls.__name__} on rows of experts, as no rule does")
         kinds = ", ".join(sorted({type(v).__name__.lower() for v in values if not v.plain}))
         return Unknown(f"{name_of(node)} is not known to be row-wise (it reads {kinds})")
+
+    def _stands_alone(self, node: Node, values: list[Value]) -> bool:
+        """Whether a call that no rule explains may be computed as it is: it changes nothing, and reads rows that no
+        expert computed, or by their order, beside values that others can read."""
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or schema.is_mutable or str(node.target).startswith("moe_ep_capture"):
+            return False
+        return any(isinstance(v, Sorted | Permutation) for v in values) and all(
+            v.plain or isinstance(v, Sum) for v in values
+        )
 
     def _piecewise(self, call: Call, pieces: list[Pieces]) -> Value:
         """A call on rows of which each expert computed its own: what it is for each expert."""

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.selection import not_distinct, same_size
-from moe_compile.detect.values import Constant, Repeated, Rows, RowTuple, Selection, Slice, Unknown, Value
+from moe_compile.detect.values import Constant, Repeated, Rows, RowTuple, Selection, Slice, Sorted, Unknown, Value
 from moe_compile.region import Expr, Leaf
 
 aten = torch.ops.aten
@@ -86,7 +86,7 @@ def _operand(call: Call, selection: Selection, value: Any, node: Any) -> Any:
         return value
     if not value.plain or not isinstance(node, Node):
         return Unknown(f"a {type(value).__name__.lower()} is used as a number")
-    node, val = call.run.canonical[node], call.val(node)
+    node, val = call.run.canonical.get(node, node), call.val(node)
     if not isinstance(val, Tensor):
         return Unknown(f"{node.name}, a size known only at run time, is used in the expert")
     if selection.order == "flat" and val.dim() and same_size(val.shape[0], rows_val(call).shape[0]):
@@ -120,8 +120,13 @@ def one_row(val: Tensor) -> Tensor:
 
 
 def result(call: Call, selection: Selection, expr: Expr) -> Rows:
-    rows = [v for v in _values([call.args, call.kwargs]) if isinstance(v, Rows)]
-    return (Repeated if all(isinstance(r, Repeated) for r in rows) and selection.ids is None else Rows)(selection, expr)
+    """Rows; if they are computed of values that others can read, so can these, unless they change in place."""
+    values = _values([call.args, call.kwargs])
+    rows = [v for v in values if isinstance(v, Rows)]
+    if all(isinstance(r, Repeated) for r in rows) and selection.ids is None:
+        return Repeated(selection, expr)
+    alone = all(isinstance(r, Sorted) for r in rows) and all(v.plain for v in values) and not call.op.endswith("_")
+    return (Sorted if alone else Rows)(selection, expr)
 
 
 # -- rules ----------------------------------------------------------------------------------

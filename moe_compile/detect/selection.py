@@ -30,6 +30,7 @@ from moe_compile.detect.values import (
     RowTuple,
     Selection,
     Slice,
+    Sorted,
     TokenOf,
     Unknown,
     Value,
@@ -73,10 +74,28 @@ def ids_in_grid(call: Call, value: Any) -> Node | None:
     return as_table(call.run, node) if isinstance(val.shape[2], int) and not column else None
 
 
+def transposed(run: Interpreter, ids: Node) -> Node | None:
+    """The table of ids [T, K] of which these are the transpose."""
+    source = ids.args[0] if op_of(ids) in ("t", "transpose", "permute") else None
+    if not isinstance(source, Node) or _order(ids) != (1, 0) or not run.unchanged(source):
+        return None
+    table = run.otherwise(source)
+    return ids_node(table) if isinstance(table, Plain) and source.meta["val"].dim() == 2 else None
+
+
+def _order(node: Node) -> tuple[int, ...]:
+    """The order in which a transposed matrix has its dimensions."""
+    if op_of(node) == "t":
+        return (1, 0)
+    dims: Any = node.args[1] if op_of(node) == "permute" else node.args[1:3]
+    dims = [d % 2 for d in dims]
+    return tuple(dims) if op_of(node) == "permute" or dims[0] == dims[1] else (1, 0)
+
+
 def flat_as_ids(call: Call) -> Value:
-    """The first argument; flat ids as a vector of ids, as good as any."""
+    """The first argument; flat ids as a vector of ids, as good as any, also if they were sorted."""
     value = call.arg(0)
-    if not (isinstance(value, FlatIds) and value.order == "flat"):
+    if not isinstance(value, FlatIds):
         return value
     return Plain(call.run.canonical[call.node.all_input_nodes[0]])
 
@@ -123,6 +142,8 @@ def equal(call: Call) -> Value | None:
     left, ones = ids_in_column(call, left)
     if (ids := ids_node(left)) is None:
         return None
+    if (turned := transposed(call.run, ids)) is not None:
+        return Member(turned, (1, 0), number, None)
     return Member(ids, (*range(call.val(ids).dim()), *["one"] * ones), number, None)
 
 
@@ -316,8 +337,7 @@ def reduce(call: Call) -> Value | None:
         return None
     if not isinstance(value, Member) or value.kind not in ("mask", "count", "any"):
         return None
-    if call.number(2, "keepdim", False):
-        return None
+    keep = call.number(2, "keepdim", False)
     rank, dims = len(value.dims), call.number(1, "dim")
     dims = list(range(rank)) if dims in (None, []) else dims if isinstance(dims, list) else [dims]
     gone = {d % rank for d in dims}
@@ -330,6 +350,10 @@ def reduce(call: Call) -> Value | None:
     if kind == "tokens" and len(gone) < rank:
         return None
     rest = tuple(d for i, d in enumerate(value.dims) if i not in gone)
+    if keep:
+        if not rest or "one" in rest or kind == "tokens":
+            return None
+        return _with(value, dims=tuple("one" if i in gone else d for i, d in enumerate(value.dims)), kind=kind)
     if not rest and value.expert is not None:
         return Emptiness(value.ids, value.expert, kind)
     return _with(value, dims=rest, kind=kind)
@@ -408,7 +432,7 @@ def gather_rows(call: Call) -> Value | None:
         return rows
     if isinstance(value, Column) and picked == [0]:
         value = Plain(call.run.canonical[call.node.args[0]])  # type: ignore[index]
-    if isinstance(value, Repeated):  # x.repeat_interleave(K, 0) at the places of an expert's pairs
+    if isinstance(value, Repeated | Sorted):  # x.repeat_interleave(K, 0) at the places of an expert's pairs
         value = Plain(call.run.canonical[call.node.args[0]])  # type: ignore[index]
     if not isinstance(value, Plain):
         return None
@@ -421,7 +445,8 @@ def gather_rows(call: Call) -> Value | None:
         if rows is not None:
             return rows
     if picked == [0]:
-        return misfit(call.run, selection, value.node, 1) or Rows(selection, table.leaf("token", value.node, val))
+        kind = Sorted if selection.expert is None and selection.order != "flat" else Rows
+        return misfit(call.run, selection, value.node, 1) or kind(selection, table.leaf("token", value.node, val))
     if picked == [0, 1] and selection.per == "pair":
         return misfit(call.run, selection, value.node, 2) or Rows(selection, table.leaf("pair", value.node, val))
     if picked == [None, 0] and op_of(source) == "unsqueeze" and source.args[1] == 0:

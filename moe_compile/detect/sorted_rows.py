@@ -22,6 +22,7 @@ from moe_compile.detect.values import (
     Rows,
     RowTuple,
     Selection,
+    Sorted,
     TokenOf,
     Unknown,
     Value,
@@ -183,12 +184,12 @@ def by_row(call: Call) -> Value | None:
         return Unknown("the unsorting index is used on other rows than it sorted")
     sorted_rows = everyone(index.ids, index.order)
     if isinstance(value, Plain):
-        return Rows(sorted_rows, run.table.leaf("flat_pair", value.node, call.val()))
+        return Sorted(sorted_rows, run.table.leaf("flat_pair", value.node, call.val()))
     if isinstance(value, Repeated):
         if value.selection.top_k != sorted_rows.top_k:
             times = f"{value.selection.top_k} times for {sorted_rows.top_k} experts of a token"
             return Unknown(f"{name_of(call.node)} reads tokens repeated {times}")
-        return Rows(sorted_rows, value.expr)
+        return Sorted(sorted_rows, value.expr)
     if isinstance(value, FlatIds) and value.order == "flat" and value.ids is index.ids:
         return FlatIds(value.ids, index.order, value.limits)
     return None

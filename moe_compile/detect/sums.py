@@ -68,6 +68,8 @@ def index_add(call: Call) -> Value | None:
     rows = call.arg(3)
     if isinstance(selection, Unknown):
         return selection
+    if isinstance(rows, Plain | Region) and selection.expert is None:
+        return None  # nothing of an expert's: rows that were computed before
     if call.number(1) != 0 or picked != [0] or call.number(4, "alpha", 1) != 1 or not isinstance(rows, Rows):
         return Unknown(f"{name_of(call.node)} does not add rows to tokens along dimension 0 with factor 1")
     if isinstance(total, Buffer) and total.kind == "empty":

@@ -176,6 +176,13 @@ class Repeated(Rows):
 
 
 @dataclass(frozen=True)
+class Sorted(Rows):
+    """Rows of all pairs, sorted by expert, that no expert has computed on: ordinary values for somebody else."""
+
+    plain = True
+
+
+@dataclass(frozen=True)
 class RowTuple(Value):
     """Several `Rows` or `Slice` values, from chunk, split or unbind."""
 

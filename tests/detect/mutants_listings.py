@@ -37,7 +37,7 @@ class OtherTable(Dispatcher):
         return self.gates * 2
 
 
-@mutant("aten.gather at file.py is not known to be row-wise (it reads listing, rows)")
+@mutant("aten.gather at file.py is not known to be row-wise (it reads listing)")
 class WeighedByAnother(Dispatched):
     def dispatcher(self, gates: Tensor) -> Dispatcher:
         return OtherTable(E, gates)
