@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from moe_compile.analysis import analyse
 from moe_compile.errors import Refusal
-from tests.detect.loops import D, E, K, Listed, differences, outcome
+from tests.detect.loops import D, E, K, Mlp, differences, outcome
 from tests.detect.test_refused import text
 from tests.tiny import compiled, regions
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
 
-class Routed(Listed):
+class Routed(nn.Module):
     aux_loss: Any = None
 
     def __init__(self) -> None:
         super().__init__()
+        self.experts = nn.ModuleList(Mlp() for _ in range(E))
         self.gate, self.last_logits = nn.Linear(D, E), None
 
     def mixed(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.b = Block(), Block()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> Any:
         y = self.b(self.a(x))
         return y, self.a.aux_loss + self.b.aux_loss, self.a.last_logits, self.b.made * 2
 
