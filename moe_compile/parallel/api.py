@@ -9,9 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moe_compile.errors import MoeCompileError
-from moe_compile.parallel import fsdp, gather, gradients, state_dicts
+from moe_compile.parallel import fsdp, gather, gradients, state_dicts, tensor_parallel
 from moe_compile.parallel.find import Experts, find_experts
-from moe_compile.parallel.mesh import check_mesh, dense_mesh, shard_of, shard_sizes
+from moe_compile.parallel.mesh import check_mesh, dense_mesh, shard_of, shard_sizes, tp_mesh
 from moe_compile.parallel.shards import ATTRIBUTE, Family, Shards, as_shard
 
 
@@ -55,16 +55,23 @@ def parallelize(
     settings = {"mp_policy": mp_policy, "reshard_after_forward": reshard_after_forward}
     settings = {name: value for name, value in settings.items() if value is not None}
     dense = dense_mesh(mesh)
+    if dense is not None and tp_mesh(mesh) is not None:
+        raise MoeCompileError(
+            f"dp_shard={dense.size(-1)} with tp={mesh['tp'].size()}: fully_shard of what a plan splits is not "
+            f"supported; the nearest that fits: build_mesh(ep={mesh['ep'].size()}, tp={mesh['tp'].size()}), or tp=1"
+        )
     if settings and dense is None:
         raise MoeCompileError(
             f"{' and '.join(settings)}: for fully_shard, which the mesh does not ask for; make it with "
             f"moe_compile.build_mesh(ep={mesh['ep'].size()}, dp_shard=..)"
         )
+    is_split = tensor_parallel.check(model, mesh)
     found = find_experts(model)
     if not found:
         raise MoeCompileError(
             f"no experts found in {type(model).__name__}: no function of its modules sums over stacked weights or lists"
         )
+    tensor_parallel.check_experts(found)
     for experts in found:  # before anything changes
         for family in experts.families:
             shard_sizes(family.num_experts, mesh["ep"].size())
@@ -77,9 +84,10 @@ def parallelize(
     for reader in readers:
         gather.watch(reader)
     gradients.broadcast(model)
+    sharded = {p for p, is_expert in averages.parameters() if is_expert}
     if dense is not None:
-        sharded = {p for p, is_expert in averages.parameters() if is_expert}
         fsdp.split(model, dense, list(readers), sharded, **settings)
+    if dense is not None or is_split:
         state_dicts.install_dense(model, sharded)
     averages.attach()
     model.register_load_state_dict_post_hook(lambda module, keys: averages.attach())
@@ -88,7 +96,7 @@ def parallelize(
 
 def _shard(experts: Experts, mesh: DeviceMesh, mp_policy: MixedPrecisionPolicy | None) -> Shards:
     holder = experts.holder
-    shards = Shards(mesh["ep"], experts.families, mp_policy.param_dtype if mp_policy else None)
+    shards = Shards(mesh["ep"], experts.families, mp_policy.param_dtype if mp_policy else None, tp_mesh(mesh))
     packed = {f.name: nn.Parameter(_split(holder, f, shards, mesh), _needs_grad(holder, f)) for f in experts.families}
     for family in experts.families:
         if family.members != (family.name,):
