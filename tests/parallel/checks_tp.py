@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,75 +10,406 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.profiler import ProfilerActivity, profile
 
 import moe_compile
+from moe_compile import kinds, pipeline
+from moe_compile.parallel import gradients, shared_tokens
+from moe_compile.parallel.checkpoint import model_state
 from tests.parallel import checks
-from tests.parallel.checks import SGD, Batches, agree, mixtral, language, own_names, refusal, same, stacked
+from tests.parallel.checks import (
+    Batches,
+    Biased,
+    Centred,
+    Checkpointed,
+    Listed,
+    language,
+    mixtral,
+    own_names,
+    parity,
+    refusal,
+    same,
+    square,
+    stacked,
+    tokens,
+)  # fmt: skip
+from tests.parallel.checks_fsdp import equal, shared_directory
 from tests.parallel.ranks import Ranks
-from tests.tiny import Block, D, Experts, close, compiled, regions
+from tests.tiny import Block, D, Experts, Net, close, compiled, regions
 
 
 class Attention(nn.Module):
-    """Two heads; each rank along "tp" has one."""
+    """Two heads, one for each rank along "tp"; queries are normed as they are in Qwen."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: bool = False) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D, bias=n != "k") for n in "qkvo")
+        self.norm = nn.LayerNorm(D // 2) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, D // 2)).transpose(0, 1) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x).unflatten(-1, (-1, D // 2)) for f in (self.q, self.k, self.v))
+        q, k, v = (y.transpose(0, 1) for y in (self.norm(q), k, v))
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(0, 1).flatten(1))
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, moe: nn.Module | None = None, norm: bool = False) -> None:
         super().__init__()
-        self.norm, self.attention = nn.LayerNorm(D), Attention()
-        self.experts = Block(Experts(checks.E), num_experts=checks.E)
+        self.norm, self.attention = nn.LayerNorm(D), Attention(norm)
+        self.moe = moe or Block(Experts(checks.E), num_experts=checks.E)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm(x))
-        return x + self.experts(x)
+        return x + self.moe(x)
 
 
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-        self.head = nn.Linear(D, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
+def model(layers: int = 1, moe: Any = lambda: None, norm: bool = False) -> nn.Module:
+    return Net(layers, lambda: Layer(moe(), norm))
 
 
 PLAN = {f"layers.*.attention.{n}": ColwiseParallel() for n in "qkv"} | {"layers.*.attention.o": RowwiseParallel()}
+split = functools.partial(parity, ep=2, tp=2, plan=PLAN)
 
 
-def square(model: Callable[..., Any], x: Tensor) -> Tensor:
-    return model(x).square().sum() / 8
+# -- the same numbers -----------------------------------------------------------------------
 
 
-def first(ranks: Ranks) -> None:
-    torch.manual_seed(0)
-    model = Model()
-    reference = copy.deepcopy(model)
+def two_layers(ranks: Ranks) -> None:
+    """Losses, gradients and three steps; a number of tokens that two does not divide."""
+    held = split(ranks, model(2), tokens(ranks, [5, 8]), inner="aot_eager")
+    assert held.layers[0].attention.q.weight.to_local().shape == (D // 2, D)
+    assert held.layers[0].moe.experts.w2.to_local().shape[0] <= -(-checks.E // 2)
+
+
+def each_way(ranks: Ranks) -> None:
+    for strategy, numerics in (("dedup", "fast"), ("allgather", "fast"), ("allgather", "exact"), ("gather_weights", "")):
+        torch.manual_seed(0)
+        more = {"numerics": numerics} if numerics else {}
+        split(ranks, model(), tokens(ranks, [5]), steps=1, expect=strategy, **more)
+
+
+def few_tokens(ranks: Ranks) -> None:
+    """A rank that shares one token with another has none of its own."""
+    split(ranks, model(), tokens(ranks, [1, 3]), steps=2)
+
+
+def inductor(ranks: Ranks) -> None:
+    split(ranks, model(), tokens(ranks, [5, 4]), inner="inductor", steps=2)
+
+
+def all_share(ranks: Ranks) -> None:
+    """Without expert parallelism, each runs its part with all experts."""
+    split(ranks, model(), tokens(ranks, [5]), ep=1, steps=2, parts=2, expect="alltoall")
+
+
+def module_list(ranks: Ranks) -> None:
+    """A shared expert besides, in the plan or not: then the weights are gathered."""
+    split(ranks, model(1, Listed), tokens(ranks, [5, 8]), steps=2)
+    torch._dynamo.reset()
+    from torch.distributed.tensor import Replicate
+
+    plan = PLAN | {"layers.*.moe.shared": ColwiseParallel(output_layouts=Replicate())}
+    split(ranks, model(1, Listed), tokens(ranks, [5, 8]), steps=2, plan=plan, expect="", run=compiled)
+
+
+def what_all_experts_read(ranks: Ranks) -> None:
+    """A scale for all and biases, replicated; the mean of all tokens: their gradients are sums over the parts."""
+    split(ranks, model(1, lambda: Block(Biased(), num_experts=checks.E)), tokens(ranks, [5, 8]), steps=2)
+    moe = functools.partial(Block, num_experts=checks.E)
+    split(
+        ranks, model(1, lambda: moe(Centred(checks.E))), tokens(ranks, [5, 8]), steps=2, expect="gather_weights",
+        strategy="auto",
+    )  # fmt: skip
+
+
+def uncompiled(ranks: Ranks) -> None:
+    """Gathered, each rank runs all tokens, and so it does where a compiled layer is beside."""
+    split(ranks, model(), tokens(ranks, [5, 4]), steps=2, run=lambda m: m, expect="")
+
+    def first_layer(m: Any) -> Any:
+        m.layers[0].compile(backend="moe_ep", fullgraph=True, options={"inner": "eager", "strategy": "alltoall"})
+        return m
+
+    split(ranks, model(2), tokens(ranks, [5, 4]), steps=2, run=first_layer)
+
+
+def without_a_plan(ranks: Ranks) -> None:
+    """Dense layers that nothing splits; activation checkpointing."""
+    moe = functools.partial(Checkpointed, num_experts=checks.E)
+    net = Net(1, lambda: moe(Experts(checks.E)))
+    split(ranks, net, tokens(ranks, [5, 4]), plan=None, inner="aot_eager", steps=2)
+
+
+def norms_of_heads(ranks: Ranks) -> None:
+    """What is read where ranks have a part of the heads belongs into the plan; else it is an error."""
+    whole = SequenceParallel(sequence_dim=1, use_local_output=True)
+    split(ranks, model(1, norm=True), tokens(ranks, [5, 4]), plan=PLAN | {"layers.*.attention.norm": whole}, steps=2)
+    torch._dynamo.reset()
+    text = refusal(lambda: split(ranks, model(1, norm=True), tokens(ranks, [5, 4]), run=lambda m: m, expect=""))
+    assert "the gradient of layers.0.attention.norm.weight differs between ranks that share" in text, text
+
+
+def transformers(ranks: Ranks) -> None:
+    """The plan of the model, without its experts."""
+    net = mixtral("eager", num_key_value_heads=2)
+    styles = {"colwise": ColwiseParallel(), "rowwise": RowwiseParallel()}
+    plan = {f"model.{n}": styles[s] for n, s in net.config.base_model_tp_plan.items() if "expert" not in n}
+    batches: Batches = [(torch.randint(0, 32, (2, 5)),) for _ in range(ranks.size)]
+    split(ranks, net, batches, language, plan=plan, inner="aot_eager", steps=2)
+
+
+def bitwise(ranks: Ranks) -> None:
+    """The same rows give the same bits, shared or not."""
+    net, (x,) = stacked(), tokens(ranks, [50])[0]
+    expected = compiled(copy.deepcopy(net), fullgraph=True)(x)
+    moe_compile.parallelize(net, moe_compile.build_mesh(ep=2, tp=2))
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            assert torch.equal(compiled(net, fullgraph=True)(x), expected)
+
+
+# -- what travels ---------------------------------------------------------------------------
+
+
+def rows_that_travel(ranks: Ranks) -> None:
+    """A shared token crosses the all-to-all once, there and back, forward and backward."""
+    net, number = model(), 6
     mesh = moe_compile.build_mesh(ep=2, tp=2)
-    parallelize_module(model, mesh["tp"], PLAN)
-    moe_compile.parallelize(model, mesh)
-    batches = [torch.randn(5, D) for _ in range(ranks.size // 2)]
-    import os
-    call = compiled(model, os.environ.get("INNER", "eager"), fullgraph=True, strategy="alltoall")
-    with regions() as found:
-        got = square(call, batches[ranks.rank // 2])
-    want = sum(square(reference, b) for b in batches) / len(batches)
-    got.backward()
-    want.backward()
-    print([str(r.reason) for r in found], got, square(reference, batches[ranks.rank//2]), flush=True)
-    same(own_names(model, lambda p: p.grad), own_names(reference, lambda p: p.grad), "gradient")
-    print("OK", flush=True)
+    parallelize_module(net, mesh["tp"], PLAN)
+    moe_compile.parallelize(net, mesh)
+    x = tokens(ranks, [number])[ranks.rank // 2][0]
+    call = compiled(net, "aot_eager", fullgraph=True, strategy="alltoall")
+    square(call, x).backward()
+    rows = torch.zeros(2)
+    loss = None
+    for i, step in enumerate((lambda: square(call, x), lambda: loss.backward())):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+            loss = step()
+        for event in profiled.events():
+            if event.name == "_c10d_functional::all_to_all_single" and len(event.input_shapes[0]) == 2:
+                rows[i] += event.input_shapes[0][0]
+    dist.all_reduce(rows)
+    batches, top_k = ranks.size // 2, 2
+    assert rows.tolist() == [2 * batches * number * top_k] * 2, rows  # twice as many, if all ranks sent all
 
-CHECKS = {4: [first]}
+
+# -- what is refused ------------------------------------------------------------------------
+
+
+def fails(call: Any, text: str) -> None:
+    try:
+        call()
+    except (RuntimeError, moe_compile.MoeCompileError) as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"not noticed: {text}")
+
+
+def other_tokens(ranks: Ranks) -> None:
+    """Ranks that do not share their tokens hear of it: another batch, other sizes, a part of the sequence."""
+    net = stacked()
+    moe_compile.parallelize(net, moe_compile.build_mesh(ep=2, tp=2))
+    call = compiled(net, fullgraph=True, strategy="alltoall")
+    for x in (torch.randn(4, D), torch.zeros(4, D), torch.randn(0, D)):
+        assert call(x).shape == x.shape
+    text = "ranks [1] of the tensor-parallel group have other tokens"
+    odd = ranks.rank % 2
+    x = torch.randn(6, D)
+    for mine in (x + odd * torch.randn(6, D), x[: 6 - odd], x.flip(0) if odd else x, x * (1 + odd), x.roll(odd, 1)):
+        with torch.no_grad():
+            fails(lambda mine=mine: call(mine), text)  # type: ignore[misc]
+    assert call(x * (1 + 1e-5 * odd)).shape == x.shape  # rounding
+    torch._dynamo.reset()
+    net = stacked()
+    moe_compile.parallelize(net, moe_compile.build_mesh(ep=2, tp=2))
+    fails(lambda: square(net, x * (1 + odd)).backward(), "differs between ranks that share")
+
+
+def another_routing(ranks: Ranks) -> None:
+    """Routers that draw random numbers of their own would give each other's gradients."""
+    net = checks.Fixed()
+    moe_compile.parallelize(net, moe_compile.build_mesh(ep=2, tp=2))
+    call = compiled(net, fullgraph=True, strategy="alltoall")
+    ids = torch.stack([torch.arange(6) % 2, 2 + torch.arange(6) % (checks.E - 2)], 1)
+    x = torch.randn(6, D)
+    mine = ids.flip(1) if ranks.rank % 2 else ids
+    fails(lambda: call(x.clone().requires_grad_(), mine), "or another routing of them")
+
+
+class Noisy(Experts):
+    def gate(self, x: Tensor) -> Tensor:
+        return F.dropout(self.act(x), 0.5, self.training)
+
+
+def misfits(ranks: Ranks) -> None:
+    mesh = moe_compile.build_mesh(ep=2, tp=2)
+    assert (mesh.mesh_dim_names, tuple(mesh.shape)) == (("dp_replicate", "ep", "tp"), (1, 2, 2))
+    net = Net(1, lambda: Block(Experts(checks.E), num_experts=checks.E))
+    net.head = nn.Linear(D, 5)
+    parallelize_module(net, mesh["tp"], {"head": ColwiseParallel()})
+    text = "head.weight has 5 numbers along dimension 0, which tp=2 does not divide; the nearest that fits is tp=1"
+    assert text in refusal(lambda: moe_compile.parallelize(net, mesh))
+    net = model()
+    parallelize_module(net, mesh["ep"], PLAN)
+    assert "parallelize_module takes mesh" in refusal(lambda: moe_compile.parallelize(net, mesh))
+    net = model()
+    parallelize_module(net, mesh["tp"], PLAN)
+    text = "layers.0.attention.q.weight is a DTensor on"
+    assert text in refusal(lambda: moe_compile.parallelize(net, moe_compile.build_mesh()))
+    net = stacked()
+    experts = net.layers[0].experts
+    experts.w2 = nn.Parameter(DTensor.from_local(experts.w2.detach(), mesh["tp"], [Shard(0)]))
+    assert "w2 of Experts is split by a plan already" in refusal(lambda: moe_compile.parallelize(net, mesh))
+    both = moe_compile.build_mesh(dp_shard=2, tp=2)
+    text = "dp_shard=2 with tp=2: fully_shard of what a plan splits is not supported; the nearest that fits"
+    assert text in refusal(lambda: moe_compile.parallelize(stacked(), both))
+    net = stacked()
+    net.layers[0].experts = Noisy(checks.E)
+    moe_compile.parallelize(net, mesh)
+    with regions() as found:
+        compiled(net)(torch.randn(4, D))
+    assert "other random numbers" in str(found[0].reason), found[0].reason
+
+
+# -- norms, states --------------------------------------------------------------------------
+
+
+def clip_and_states(ranks: Ranks) -> None:
+    """The norm of one process; whole weights are loaded into parts; checkpoints come back on another mesh."""
+    reference = model()
+    whole = copy.deepcopy(reference.state_dict())
+    net = model()
+    mesh = moe_compile.build_mesh(ep=2, tp=2)
+    parallelize_module(net, mesh["tp"], PLAN)
+    moe_compile.parallelize(net, mesh)
+    net.load_state_dict(whole)
+    same(own_names(net, lambda p: p.data), whole, "loaded")
+    batches = tokens(ranks, [5, 4])
+    square(compiled(net, strategy="alltoall"), *batches[ranks.rank // 2]).backward()
+    (sum(square(reference, *b) for b in batches[: ranks.size // 2]) / (ranks.size // 2)).backward()
+    want = nn.utils.clip_grad_norm_(reference.parameters(), 0.1)
+    assert close(moe_compile.clip_grad_norm_(net, 0.1), want)
+    same(own_names(net, lambda p: p.grad), own_names(reference, lambda p: p.grad), "clipped")
+    path = shared_directory(ranks)
+    moe_compile.save_checkpoint(net, None, path)
+    other = moe_compile.parallelize(model(), moe_compile.build_mesh())
+    moe_compile.load_checkpoint(other, None, path)
+    equal(model_state(other, full=True), {n: p.detach() for n, p in whole.items()})
+
+
+def weights_of_ones_own(ranks: Ranks) -> None:
+    """On meta, then initialised on each rank: copies that differ are noticed, and `broadcast` makes them one."""
+    with torch.device("meta"):
+        net = model()
+    mesh = moe_compile.build_mesh(ep=2, tp=2)
+    parallelize_module(net, mesh["tp"], PLAN)
+    moe_compile.parallelize(net, mesh)
+    net.to_empty(device="cpu")
+    torch.manual_seed(ranks.rank)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).normal_(0, 0.3)
+    torch.manual_seed(0)
+    x = torch.randn(4, D)
+    fails(lambda: square(net, x).backward(), "differs between ranks")
+    gradients.broadcast(net)
+    torch.manual_seed(0)
+    reference = model()
+    reference.load_state_dict(own_names(net, lambda p: p.data))
+    net.zero_grad()
+    square(compiled(net, strategy="alltoall"), x).backward()
+    square(reference, x).backward()
+    same(own_names(net, lambda p: p.grad), own_names(reference, lambda p: p.grad), "gradient")
+
+
+# -- sabotage -------------------------------------------------------------------------------
+
+
+class Uncut(pipeline.SplitTokens):
+    """Every rank runs all tokens, as it would without the pass."""
+
+    def __call__(self, gm: Any) -> Any:
+        return moe_compile.rewrite.__globals__["PassReport"]("SplitTokens")
+
+
+class Twice(pipeline.SplitTokens):
+    def __call__(self, gm: Any) -> Any:
+        super().__call__(gm)
+        return super().__call__(gm)
+
+
+def replaced(op: str, other: Any) -> Any:
+    """The pass, which then calls another function for one of its ops."""
+
+    class Replaced(pipeline.SplitTokens):
+        def __call__(self, gm: Any) -> Any:
+            report = super().__call__(gm)
+            for node in gm.graph.nodes:
+                if op in str(node.target):
+                    node.target = other
+            gm.recompile()
+            return report
+
+    return Replaced
+
+
+def own_only(rows: Tensor, ranks: int, group: str) -> Tensor:
+    return rows.repeat(ranks, *[1] * (rows.dim() - 1))
+
+
+def all_of_it(value: Tensor, group: str) -> Tensor:
+    return value.clone()
+
+
+def sabotage(ranks: Ranks) -> None:
+    """A gather that is missing forward or backward, parts of parts, sums that are not: each is noticed."""
+    batches = tokens(ranks, [4, 4])
+
+    def right(**kwargs: Any) -> bool:
+        torch._dynamo.reset()
+        kinds.forget()
+        torch.manual_seed(0)
+        try:
+            split(ranks, model(1, lambda: Block(Biased(), num_experts=checks.E)), batches, steps=1, **kwargs)
+            good = True
+        except AssertionError as error:
+            assert "differs by" in str(error) or "loss of step" in str(error), error
+            good = False
+        bad = torch.tensor(float(not good))
+        dist.all_reduce(bad)
+        return not bad.item()
+
+    assert right()
+    with mock.patch.object(shared_tokens, "TOLERANCE", 1e9), mock.patch.object(gradients, "TOLERANCE", 1e9):
+        for name, cls in (
+            ("gather", replaced("_c10d_functional.all_gather", own_only)),
+            ("twice", Twice),
+            ("uncut", Uncut),
+            ("read_by_parts", replaced("read_by_parts", all_of_it)),
+        ):
+            with mock.patch.object(pipeline, "SplitTokens", cls):
+                assert not right(), name
+        alone = SimpleNamespace(all_gather_into_tensor=own_only, wait_tensor=lambda x: x, all_reduce=lambda x, *_: x)
+        with mock.patch.object(shared_tokens, "c10d", alone):
+            assert not right(), "gradients that are not gathered"
+        with mock.patch.object(gradients, "tp_mesh", lambda mesh: None):
+            assert not right(), "gradients of experts that are means over the parts"
+    assert right()
+
+
+CHECKS = {
+    4: [
+        two_layers, each_way, few_tokens, inductor, all_share, module_list, what_all_experts_read, uncompiled,
+        without_a_plan, norms_of_heads, transformers, bitwise, rows_that_travel, other_tokens, another_routing, misfits,
+        clip_and_states, weights_of_ones_own, sabotage,
+    ],
+    8: [two_layers],
+}  # fmt: skip
