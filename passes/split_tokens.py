@@ -15,8 +15,8 @@ After:
     out      = moe_ep.joined(whole, y_SD, checked, rank, P, group)
 
 Stage      place; before place_experts, which finds an `experts` node for the part.
-Numerics   the same rows, each on one rank.  The gradient of an expert's weight is the sum over the ranks of their parts'.
-Why        ranks of a tensor-parallel group have the same activations outside of their layers: left alone, each would send
+Numerics   the same rows, each on one rank.  An expert's gradient is the sum over the ranks, each of which has its part.
+Why        ranks of a tensor-parallel group have the same activations outside of its layers: left alone, each would send
            all of them through the all-to-all, and compute all results again.  A token crosses it once, and results
            come to the others over the links of the group.  DeepSpeed-TED calls it duplicate token dropping.
 Refuses    experts that draw random numbers: ranks that run other parts would go on with other generators.
@@ -30,6 +30,7 @@ from torch.fx import Graph, Node
 
 from moe_compile.detect.interpreter import is_random
 from moe_compile.parallel.shards import Placement
+from moe_compile.parallel.shared_tokens import READ_BY_PARTS
 from moe_compile.parallel.writer import sources, wait
 from moe_compile.region import experts
 from moe_compile.rewrite import RewritePass, emit, value
@@ -84,9 +85,9 @@ class SplitTokens(RewritePass[Node]):
         return call(moe_ep.joined.default, whole, part, ids, here.tp_rank, here.tp, here.tp_group)
 
     def _messages(self, call: Any, ids: Node, tokens: list[Node], pairs: list[Node]) -> Node:
-        """What tells whether tokens are shared; for a backward their routing, too, of which each rank has a gradient."""
+        """What tells whether tokens are shared; for a backward their routing, too: each rank gets a gradient of all."""
         told = list(tokens) or [ids]
-        if any(value(x).requires_grad for x in (*tokens, *pairs)):
+        if torch.is_grad_enabled():
             told += [ids, *pairs]
         told = [call(aten.detach.default, x) for x in dict.fromkeys(told)]
         return self._gathered(call, call(moe_ep.token_message.default, told))
@@ -102,4 +103,4 @@ class SplitTokens(RewritePass[Node]):
             return [self._read(call, p) for p in param]
         if not value(param).is_floating_point():
             return param
-        return call(moe_ep.read_by_parts.default, param, self.placement.tp_group)
+        return call(READ_BY_PARTS, param, self.placement.tp_group)

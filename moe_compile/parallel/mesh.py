@@ -30,8 +30,8 @@ def build_mesh(
     is dp_shard / ep.  Without it dense parameters are replicated.
     dp_replicate: how many copies there are, of each expert or, with `dp_shard`, of each dense parameter (HSDP); by
     default what the others leave.
-    tp: how many ranks share their tokens, and the work on them.  `mesh["tp"]` is what torch's `parallelize_module` takes,
-    before `moe_compile.parallelize`; ranks `tp * i` to `tp * i + tp - 1` have to be fed the same batch.
+    tp: how many ranks share their tokens, and the work on them: ranks `tp * i` to `tp * i + tp - 1` have to be fed the
+    same batch.  `mesh["tp"]` is what torch's `parallelize_module` takes, before `moe_compile.parallelize`.
     The process group must exist (`torchrun` and `dist.init_process_group`); it decides between CUDA and CPU.
     Raises `MoeCompileError` with the nearest degrees that fit, if these do not multiply to the number of ranks.
     """

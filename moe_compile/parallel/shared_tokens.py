@@ -1,7 +1,7 @@
 """Ops for tokens that the ranks of a tensor-parallel group share: each has all T of them, and runs experts on its part.
 
-Letters    T shared tokens, P ranks that share them, S = ceil(T / P) rows of each; where T is no multiple, rows of nobody
-           are added behind the last token.
+Letters    T shared tokens, P ranks that share them, S = ceil(T / P) rows of each; where T is no multiple, rows of
+           nobody are added behind the last token.
 Gradient   results of the group are shared as the tokens are, and so are their gradients: each rank has the whole of
            both.  So what takes a rank's part gathers the gradient, and what gathers takes this rank's part of it.
 
@@ -150,3 +150,4 @@ def _read_gradient(ctx: Any, gradient: Tensor) -> Any:
 
 
 read_by_parts.register_autograd(_read_gradient, setup_context=_read_save)
+READ_BY_PARTS = torch.ops.moe_ep.read_by_parts.default

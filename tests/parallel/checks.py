@@ -37,8 +37,8 @@ def mixtral(form: str, **kwargs: Any) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        num_local_experts=E, num_experts_per_tok=2, vocab_size=32, **kwargs,
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_local_experts=E,
+        num_experts_per_tok=2, vocab_size=32, **{"num_key_value_heads": 1, **kwargs},
     )  # fmt: skip
     config._experts_implementation = form
     return MixtralForCausalLM(config)
@@ -138,8 +138,8 @@ def parity(
     """Losses, gradients and weights after `steps` steps are those of one process.  Returns the sharded model.
 
     parts: over how many backwards the gradients of a step are accumulated.  run: what is called instead of the model,
-    compiled with fullgraph=True.  tp, plan: so many ranks share a batch, and the layers that torch's plan names.  expect: the strategy that the reports name, "" if nothing is to be rewritten; asked
-    for by name, unless the options do.
+    compiled with fullgraph=True.  expect: the strategy that the reports name, "" if nothing is to be rewritten; asked
+    for by name, unless the options do.  tp: so many ranks share a batch, and what `plan`, torch's own, names.
     """
     reference = copy.deepcopy(model)
     mesh = moe_compile.build_mesh(ep=ep, dp_shard=dp_shard, tp=tp)
