@@ -83,9 +83,7 @@ def place(
     """
     passes = {s: PlaceExperts(placement, state, s, numerics) for s in MOVES}
     if placement.tp > 1:
-        split = SplitTokens(placement, set(passes["alltoall"].families))(gm)
-        if split.refused:
-            return Placed(split, "", {})
+        SplitTokens(placement, set(passes["alltoall"].families))(gm)
     sites = [node for node, _ in passes["alltoall"].find(gm.graph)]
     if placement.ranks == 1 or not sites:
         return Placed(passes["alltoall"](gm), "grouped", passes["alltoall"].local)

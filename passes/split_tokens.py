@@ -19,7 +19,8 @@ Numerics   the same rows, each on one rank.  An expert's gradient is the sum ove
 Why        ranks of a tensor-parallel group have the same activations outside of its layers: left alone, each would send
            all of them through the all-to-all, and compute all results again.  A token crosses it once, and results
            come to the others over the links of the group.  DeepSpeed-TED calls it duplicate token dropping.
-Refuses    experts that draw random numbers: ranks that run other parts would go on with other generators.
+Refuses    nothing.  Experts that draw random numbers, after which ranks would no longer have the same tokens, are
+           refused by detect_experts; tokens that differ are an error when it runs.
 """
 
 from collections.abc import Iterator
@@ -28,7 +29,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from moe_compile.detect.interpreter import is_random
 from moe_compile.parallel.shards import Placement
 from moe_compile.parallel.shared_tokens import READ_BY_PARTS
 from moe_compile.parallel.writer import sources, wait
@@ -49,13 +49,6 @@ class SplitTokens(RewritePass[Node]):
         for node in graph.find_nodes(op="call_function", target=experts):
             if any(sources(p) & self.sharded for p in node.args[3]):  # type: ignore[union-attr]
                 yield node, node
-
-    def refuse(self, node: Node) -> str | None:
-        body = getattr(node.graph.owning_module, str(node.args[5].target))  # type: ignore[union-attr]
-        for inside in body.graph.nodes:
-            if is_random(inside):
-                return f"ranks that share their tokens would draw other random numbers ({inside.target})"
-        return None
 
     def rewrite(self, graph: Graph, node: Node) -> None:
         with graph.inserting_before(node):

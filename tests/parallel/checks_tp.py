@@ -46,7 +46,7 @@ from tests.parallel.checks import (
 from tests.parallel.checks_fsdp import equal, shared_directory
 from tests.parallel.ranks import Ranks
 from tests.parallel.strategies import ALL, way
-from tests.tiny import Block, D, Experts, Net, close, compiled, regions
+from tests.tiny import Block, D, Experts, Net, close, compiled
 
 
 class Attention(nn.Module):
@@ -197,8 +197,8 @@ def rows_that_travel(ranks: Ranks) -> None:
     call = compiled(net, "aot_eager", fullgraph=True, strategy="alltoall")
     square(call, x).backward()
     rows = torch.zeros(2)
+    losses: list[Any] = []
     steps: list[Any] = [lambda: square(call, x), lambda: losses[0].backward()]
-    losses = []
     for i, step in enumerate(steps):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
             losses.append(step())
@@ -250,11 +250,6 @@ def another_routing(ranks: Ranks) -> None:
     fails(lambda: call(x.clone().requires_grad_(), mine), "or another routing of them")
 
 
-class Noisy(Experts):
-    def gate(self, x: Tensor) -> Tensor:
-        return F.dropout(self.act(x), 0.5, self.training)
-
-
 def misfits(ranks: Ranks) -> None:
     mesh = moe_compile.build_mesh(ep=2, tp=2)
     assert (mesh.mesh_dim_names, tuple(mesh.shape)) == (("dp_replicate", "ep", "tp"), (1, 2, 2))
@@ -277,12 +272,6 @@ def misfits(ranks: Ranks) -> None:
     both = moe_compile.build_mesh(dp_shard=2, tp=2)
     text = "dp_shard=2 with tp=2: fully_shard of what a plan splits is not supported; the nearest that fits"
     assert text in refusal(lambda: moe_compile.parallelize(stacked(), both))
-    net = stacked()
-    net.layers[0].experts = Noisy(checks.E)
-    moe_compile.parallelize(net, mesh)
-    with regions() as found:
-        compiled(net)(torch.randn(4, D))
-    assert "other random numbers" in str(found[0].reason), found[0].reason
 
 
 # -- norms, states --------------------------------------------------------------------------
