@@ -38,9 +38,18 @@ def parallelize(
         for layer in model.model.layers:
             layer.compile(backend="moe_ep", fullgraph=True)
 
-    Each rank feeds its own batch, of any size, and takes part in every forward and backward.  Gradients are those of
-    the mean over the ranks of their losses, dense and expert ones alike, as DistributedDataParallel scales them: after
-    `loss.backward()` an ordinary optimizer takes the step of one process that averages the ranks' losses.
+    Tensor parallelism comes first, by torch's own plans, on a mesh of `build_mesh(tp=..)`:
+
+        parallelize_module(model, mesh["tp"], {"model.layers.*.self_attn.q_proj": ColwiseParallel(), ...})
+        moe_compile.parallelize(model, mesh)
+
+    Plans leave experts out, and give them whole activations: ranks along "tp" have the same tokens, and each runs the
+    experts on its part of them.  A parameter between split layers, as a norm of heads, needs a place in the plan.
+
+    Each rank feeds its own batch (those along "tp" the same one), of any size, and takes part in every forward and
+    backward.  Gradients are those of the mean over the ranks of their losses, dense and expert ones alike, as
+    DistributedDataParallel scales them: after `loss.backward()` an ordinary optimizer takes the step of one process
+    that averages the ranks' losses.
 
     A list of expert modules becomes one stacked DTensor parameter of the list for each weight; the modules' own
     parameters are None.  `state_dict()` has the model's own names and shapes: a stacked weight as a DTensor, of a list
