@@ -205,8 +205,10 @@ def _place(found: Analysis, module: nn.Module, how: _How) -> Placed:
     """The passes of the stage place, if experts are sharded."""
     if how.placement is None:
         return Placed(PassReport("PlaceExperts"), "grouped", {})
-    if "place_experts" in how.skip:
-        raise Refusal("the pass place_experts is left out")
+    needed = ("place_experts", "split_tokens") if how.placement.tp > 1 else ("place_experts",)
+    for name in needed:
+        if name in how.skip:
+            raise Refusal(f"the pass {name} is left out")
     found.capture.state[:] = single = expand(found.gm.graph, found.capture.state)
     inputs = found.gm.graph.find_nodes(op="placeholder")
     state = dict(zip(single, inputs[-len(single) :], strict=True))

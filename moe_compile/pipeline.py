@@ -18,9 +18,11 @@ from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
 from moe_compile.passes.fuse_experts import FuseExperts
 from moe_compile.passes.place_experts import PlaceExperts
 from moe_compile.passes.save_collectives import SaveCollectives
+from moe_compile.passes.split_tokens import SplitTokens
 from moe_compile.rewrite import PassReport, RewritePass
 
 PLACE: tuple[type[RewritePass], ...] = (
+    SplitTokens,  # first: what is placed is the part of the tokens that a rank runs
     PlaceExperts,  # before the others: what runs on a rank is an `experts` node again, for them to work on
 )
 
@@ -80,6 +82,8 @@ def place(
     by the cost model; `agree(topic, mine)` makes it the same on all ranks.
     """
     passes = {s: PlaceExperts(placement, state, s, numerics) for s in MOVES}
+    if placement.tp > 1:
+        SplitTokens(placement, set(passes["alltoall"].families))(gm)
     sites = [node for node, _ in passes["alltoall"].find(gm.graph)]
     if placement.ranks == 1 or not sites:
         return Placed(passes["alltoall"](gm), "grouped", passes["alltoall"].local)

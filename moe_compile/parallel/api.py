@@ -9,9 +9,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moe_compile.errors import MoeCompileError
-from moe_compile.parallel import fsdp, gather, gradients, state_dicts
+from moe_compile.parallel import fsdp, gather, gradients, state_dicts, tensor_parallel
 from moe_compile.parallel.find import Experts, find_experts
-from moe_compile.parallel.mesh import check_mesh, dense_mesh, shard_of, shard_sizes
+from moe_compile.parallel.mesh import check_mesh, dense_mesh, shard_of, shard_sizes, tp_mesh
 from moe_compile.parallel.shards import ATTRIBUTE, Family, Shards, as_shard
 
 
@@ -38,9 +38,18 @@ def parallelize(
         for layer in model.model.layers:
             layer.compile(backend="moe_ep", fullgraph=True)
 
-    Each rank feeds its own batch, of any size, and takes part in every forward and backward.  Gradients are those of
-    the mean over the ranks of their losses, dense and expert ones alike, as DistributedDataParallel scales them: after
-    `loss.backward()` an ordinary optimizer takes the step of one process that averages the ranks' losses.
+    Tensor parallelism comes first, by torch's own plans, on a mesh of `build_mesh(tp=..)`:
+
+        parallelize_module(model, mesh["tp"], {"model.layers.*.self_attn.q_proj": ColwiseParallel(), ...})
+        moe_compile.parallelize(model, mesh)
+
+    Plans leave experts out, and give them whole activations: ranks along "tp" have the same tokens, and each runs the
+    experts on its part of them.  A parameter between split layers, as a norm of heads, needs a place in the plan.
+
+    Each rank feeds its own batch (those along "tp" the same one), of any size, and takes part in every forward and
+    backward.  Gradients are those of the mean over the ranks of their losses, dense and expert ones alike, as
+    DistributedDataParallel scales them: after `loss.backward()` an ordinary optimizer takes the step of one process
+    that averages the ranks' losses.
 
     A list of expert modules becomes one stacked DTensor parameter of the list for each weight; the modules' own
     parameters are None.  `state_dict()` has the model's own names and shapes: a stacked weight as a DTensor, of a list
@@ -55,16 +64,23 @@ def parallelize(
     settings = {"mp_policy": mp_policy, "reshard_after_forward": reshard_after_forward}
     settings = {name: value for name, value in settings.items() if value is not None}
     dense = dense_mesh(mesh)
+    if dense is not None and tp_mesh(mesh) is not None:
+        raise MoeCompileError(
+            f"dp_shard={dense.size(-1)} with tp={mesh['tp'].size()}: fully_shard of what a plan splits is not "
+            f"supported; the nearest that fits: build_mesh(ep={mesh['ep'].size()}, tp={mesh['tp'].size()}), or tp=1"
+        )
     if settings and dense is None:
         raise MoeCompileError(
             f"{' and '.join(settings)}: for fully_shard, which the mesh does not ask for; make it with "
             f"moe_compile.build_mesh(ep={mesh['ep'].size()}, dp_shard=..)"
         )
+    is_split = tensor_parallel.check(model, mesh)
     found = find_experts(model)
     if not found:
         raise MoeCompileError(
             f"no experts found in {type(model).__name__}: no function of its modules sums over stacked weights or lists"
         )
+    tensor_parallel.check_experts(found)
     for experts in found:  # before anything changes
         for family in experts.families:
             shard_sizes(family.num_experts, mesh["ep"].size())
@@ -77,9 +93,10 @@ def parallelize(
     for reader in readers:
         gather.watch(reader)
     gradients.broadcast(model)
+    sharded = {p for p, is_expert in averages.parameters() if is_expert}
     if dense is not None:
-        sharded = {p for p, is_expert in averages.parameters() if is_expert}
         fsdp.split(model, dense, list(readers), sharded, **settings)
+    if dense is not None or is_split:
         state_dicts.install_dense(model, sharded)
     averages.attach()
     model.register_load_state_dict_post_hook(lambda module, keys: averages.attach())
@@ -88,7 +105,7 @@ def parallelize(
 
 def _shard(experts: Experts, mesh: DeviceMesh, mp_policy: MixedPrecisionPolicy | None) -> Shards:
     holder = experts.holder
-    shards = Shards(mesh["ep"], experts.families, mp_policy.param_dtype if mp_policy else None)
+    shards = Shards(mesh["ep"], experts.families, mp_policy.param_dtype if mp_policy else None, tp_mesh(mesh))
     packed = {f.name: nn.Parameter(_split(holder, f, shards, mesh), _needs_grad(holder, f)) for f in experts.families}
     for family in experts.families:
         if family.members != (family.name,):

@@ -2,12 +2,14 @@
 
 That is what one process computes which adds up the ranks' losses and divides by their number.  A dense parameter's
 gradient is averaged over all ranks at the end of every backward, in one all-reduce for each dtype.  Averaging is
-linear, so gradients may be accumulated over several backwards.
+linear, so gradients may be accumulated over several backwards.  Ranks along "tp" have one batch and so one loss: the
+mean over all ranks is that over the batches.  What is split over "tp" is averaged over the ranks with the same part.
 
 Of an expert's DTensor the compiled code sees the local tensor alone, which is a leaf of its own.  Its gradient has the
 tokens of all ranks of "ep" in it already: divided by their number it is added to the DTensor's, and averaged over
-"dp_replicate" with the others.  Where whole weights were gathered (gather.py), they are leaves, and their gradients are
-summed over "ep" first.
+"dp_replicate" with the others.  Ranks along "tp" ran a part of the tokens each, so it is multiplied by their number
+before the mean over them.  Where whole weights were gathered (gather.py), they are leaves, and their gradients are
+summed over "ep" first; each rank along "tp" ran all tokens then.
 
 All ranks have to call backward equally often.  A parameter that got no gradient on some ranks counts as zero there.
 """
@@ -24,8 +26,9 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.utils._pytree import tree_leaves
 
 from moe_compile.errors import MoeCompileError
-from moe_compile.parallel.mesh import dense_mesh
+from moe_compile.parallel.mesh import dense_mesh, tp_mesh
 from moe_compile.parallel.shards import holders
+from moe_compile.parallel.shared_tokens import TOLERANCE, token_message
 
 ATTRIBUTE = "_moe_ep_gradients"
 MARK = "_moe_ep_averaged"
@@ -56,6 +59,10 @@ class Averages:
         self.copies = [mesh[d].get_group() for d in mesh.mesh_dim_names or () if d != "ep" and mesh[d].size() > 1]
         self.dense = dense_mesh(mesh)  # what FSDP has the dense parameters on, and averages their gradients over
         self.replicas = [] if self.dense is None or self.dense.ndim == 1 else [self.dense["dp_replicate"].get_group()]
+        self.tp = None if (tp := tp_mesh(mesh)) is None else tp.get_group()
+        self.parts = 1 if tp is None else tp.size()  # of a batch, each run by one rank
+        names = [d for d in mesh.mesh_dim_names or () if d != "tp" and mesh[d].size() > 1]
+        self.others = [mesh[d].get_group() for d in names]  # with the same part of what is split over "tp"
         self.checked = False
         self.gathered: list[Gathered] = []  # in the order of the forwards, which is the same on all ranks
         self._task = -1  # the backward that will average at its end
@@ -80,7 +87,7 @@ class Averages:
         def take(local: Tensor) -> None:
             assert local.grad is not None
             if packed.requires_grad:
-                add(packed, _like(packed, local.grad / self.ep))
+                add(packed, _like(packed, local.grad * (self.parts / self.ep)))
             local.grad = None
             self._arrived(local)
 
@@ -93,10 +100,14 @@ class Averages:
         for parameter, is_expert in self.parameters():
             if is_expert:
                 found.append((parameter, self.copies))
-            elif self.dense is None:
-                found.append((parameter, [None]))
+            elif self.dense is not None:
+                if isinstance(parameter, DTensor):
+                    found.append((parameter, self.replicas))
             elif isinstance(parameter, DTensor):
-                found.append((parameter, self.replicas))
+                alike = [self.tp] if parameter.placements[0].is_replicate() else []
+                found.append((parameter, [*self.others, *alike]))
+            else:
+                found.append((parameter, [None]))
         return found
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
@@ -127,12 +138,16 @@ class Averages:
         if not self.checked:
             self.checked = True
             check_equal(self)
+            check_whole(self)
         self._sum_gathered()
-        pairs = self.parameters()
+        pairs = [(p, is_expert) for p, is_expert in self.parameters() if p.requires_grad]
         if self.dense is None:
-            _all_reduce([p for p, is_expert in pairs if not is_expert and p.requires_grad], None)
+            split = [p for p, is_expert in pairs if not is_expert and isinstance(p, DTensor)]
+            for group in self.others:
+                _all_reduce([_settled(p) for p in split], group)
+            _all_reduce([p for p, is_expert in pairs if not is_expert and not isinstance(p, DTensor)], None)
         for group in self.copies:
-            _all_reduce([p for p, is_expert in pairs if is_expert and p.requires_grad], group)
+            _all_reduce([p for p, is_expert in pairs if is_expert], group)
 
     def gather(self, packed: DTensor, whole: Tensor) -> None:
         """Note that a forward reads the whole of a parameter."""
@@ -195,6 +210,14 @@ def _all_reduce(parameters: list[nn.Parameter], group: Any) -> None:
                 p.grad = _like(p, mean.view(_local(p).shape) / ranks)
 
 
+def _settled(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter; what ranks along "tp" have yet to add up of its gradient is added up."""
+    grad = parameter.grad
+    if isinstance(parameter, DTensor) and isinstance(grad, DTensor) and grad.placements != parameter.placements:
+        parameter.grad = grad.redistribute(placements=parameter.placements)
+    return parameter
+
+
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -249,3 +272,32 @@ def check_equal(averages: Averages) -> None:
                 f"{name} differs between ranks: after to_empty and an initialisation of one's own, call "
                 f"moe_compile.parallel.gradients.broadcast(model) once, or load the same weights on every rank"
             )
+
+
+@torch.no_grad()
+def check_whole(averages: Averages) -> None:
+    """Raise if ranks along "tp" got different gradients for a parameter that is not split over them.
+
+    It was read where each has a part: of the heads, say, between layers that a plan splits.
+    """
+    model = averages.model()
+    if averages.tp is None or model is None:
+        return
+    names = {id(p): n for n, p in model.named_parameters()}
+    mine = [p for p, is_expert in averages.parameters() if not is_expert and not isinstance(p, DTensor)]
+    mine = [p for p in mine if p.requires_grad]
+    if not mine:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
+    told = torch.stack([token_message([g.reshape(1, -1)])[1:] for g in grads])
+    low, high = told.clone(), told.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN, group=averages.tp)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group=averages.tp)
+    norms = high[:, -1]
+    differs = ((high - low) > TOLERANCE * norms[:, None]).any(1) & (norms > 1e-5 * norms.norm())  # rounding is not told
+    if differs.any():
+        raise MoeCompileError(
+            f"the gradient of {names[id(mine[int(differs.nonzero()[0])])]} differs between ranks that share their "
+            f'tokens ("tp"): either they were given other batches, or it is read where each has a part of the features '
+            f"or of the sequence, and needs a place in the plan of parallelize_module (SequenceParallel)"
+        )

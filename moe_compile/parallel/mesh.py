@@ -1,10 +1,12 @@
 """The device mesh of expert parallelism, and what fits it.
 
-Ranks are laid out as (dp_replicate, edp, ep): neighbours hold different experts, ranks `ep` apart the same ones.  The
-same ranks in two views:
+Ranks are laid out as (dp_replicate, edp, ep, tp).  The same ranks in two views:
 
-    experts            split over "ep"; dp_replicate * edp copies of each
-    dense parameters   replicated; with "edp" in the mesh split over dp_shard = edp * ep ranks, in dp_replicate copies
+    experts            split over "ep"; dp_replicate * edp * tp copies of each
+    dense parameters   replicated; with "edp" in the mesh split over dp_shard = edp * ep ranks, in dp_replicate copies;
+                       with "tp" those that the user's plan names are split over its ranks besides
+
+Ranks along "tp" have the same tokens, all others their own.
 """
 
 import torch
@@ -13,66 +15,89 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_compile.errors import MoeCompileError
 
-DIMS = ("dp_replicate", "edp", "ep")
+DIMS = ("dp_replicate", "edp", "ep", "tp")
 DENSE = "_moe_ep_dense"
 
 
 def build_mesh(
     ep: int | None = None, tp: int = 1, dp_replicate: int | None = None, dp_shard: int | None = None
 ) -> DeviceMesh:
-    """A mesh of all ranks: "dp_replicate" and "ep"; with `dp_shard` also "edp", between them.
+    """A mesh of all ranks: "dp_replicate" and "ep"; with `dp_shard` also "edp", between them; with `tp` above 1 also
+    "tp", behind them.
 
     ep: over how many ranks the experts are split; by default over all that `dp_replicate` leaves, or over `dp_shard`.
     dp_shard: over how many ranks each dense parameter is split, by FSDP2; a multiple of `ep`, and the dimension "edp"
     is dp_shard / ep.  Without it dense parameters are replicated.
     dp_replicate: how many copies there are, of each expert or, with `dp_shard`, of each dense parameter (HSDP); by
-    default what the others leave.  tp: 1, as yet.
+    default what the others leave.
+    tp: how many ranks share their tokens, and the work on them: ranks `tp * i` to `tp * i + tp - 1` have to be fed the
+    same batch.  `mesh["tp"]` is what torch's `parallelize_module` takes, before `moe_compile.parallelize`.
     The process group must exist (`torchrun` and `dist.init_process_group`); it decides between CUDA and CPU.
     Raises `MoeCompileError` with the nearest degrees that fit, if these do not multiply to the number of ranks.
     """
     if not dist.is_initialized():
         raise MoeCompileError("build_mesh needs a process group: start with torchrun, call dist.init_process_group")
     world = dist.get_world_size()
-    if tp != 1:
-        raise MoeCompileError(f"tp={tp}: tensor parallelism is not supported yet; the nearest that fits is tp=1")
-    for name, degree in (("ep", ep), ("dp_replicate", dp_replicate), ("dp_shard", dp_shard)):
+    for name, degree in (("ep", ep), ("tp", tp), ("dp_replicate", dp_replicate), ("dp_shard", dp_shard)):
         if degree is not None and (not isinstance(degree, int) or degree < 1):
             raise MoeCompileError(f"{name}={degree!r}: it is a number of ranks, 1 to {world}")
-    if dp_shard is not None:
-        return _build_sharded(world, ep, dp_replicate, dp_shard)
-    if ep is None:
-        ep = world // (dp_replicate or 1)
-    if dp_replicate is None:
-        dp_replicate = world // ep
-    if ep * dp_replicate != world:
+    if world % tp:
         raise MoeCompileError(
-            f"ep={ep} x dp_replicate={dp_replicate} is {ep * dp_replicate} ranks, there are {world}; "
-            f"the nearest that fits: {_nearest(ep, world)}"
+            f"tp={tp} does not divide the {world} ranks; the nearest that fits is tp={_closest(tp, world)}"
         )
-    return init_device_mesh(device_type(), (dp_replicate, ep), mesh_dim_names=("dp_replicate", "ep"))
+    if dp_shard is not None:
+        sizes = _sharded(world, tp, ep, dp_replicate, dp_shard)
+    else:
+        sizes = _replicated(world, tp, ep, dp_replicate)
+    names = tuple(d for d in DIMS if d in sizes and (d != "tp" or tp > 1))
+    return init_device_mesh(device_type(), tuple(sizes[d] for d in names), mesh_dim_names=names)
 
 
-def _build_sharded(world: int, ep: int | None, dp_replicate: int | None, dp_shard: int) -> DeviceMesh:
+def _replicated(world: int, tp: int, ep: int | None, dp_replicate: int | None) -> dict[str, int]:
+    whole = world // tp
+    if ep is None:
+        ep = max(1, whole // (dp_replicate or 1))
     if dp_replicate is None:
-        dp_replicate = max(1, world // dp_shard)
-    if dp_shard * dp_replicate != world:
-        best = _closest(dp_shard, world)
+        dp_replicate = max(1, whole // ep)
+    if ep * dp_replicate != whole:
+        best = _closest(ep, whole)
         raise MoeCompileError(
-            f"dp_shard={dp_shard} x dp_replicate={dp_replicate} is {dp_shard * dp_replicate} ranks, there are {world}; "
-            f"the nearest that fits: dp_shard={best} with dp_replicate={world // best}"
+            f"ep={ep} x dp_replicate={dp_replicate}{_times(tp)} is {ep * dp_replicate * tp} ranks, there are {world}; "
+            f"the nearest that fits: ep={best} with dp_replicate={whole // best}{_with(tp)}"
+        )
+    return {"dp_replicate": dp_replicate, "ep": ep, "tp": tp}
+
+
+def _sharded(world: int, tp: int, ep: int | None, dp_replicate: int | None, dp_shard: int) -> dict[str, int]:
+    whole = world // tp
+    if dp_replicate is None:
+        dp_replicate = max(1, whole // dp_shard)
+    if dp_shard * dp_replicate != whole:
+        best = _closest(dp_shard, whole)
+        raise MoeCompileError(
+            f"dp_shard={dp_shard} x dp_replicate={dp_replicate}{_times(tp)} is {dp_shard * dp_replicate * tp} ranks, "
+            f"there are {world}; the nearest that fits: dp_shard={best} with dp_replicate={whole // best}{_with(tp)}"
         )
     if ep is None:
         ep = dp_shard
     if dp_shard % ep:
         fits = f"ep={_closest(ep, dp_shard)}"
-        if world % ep == 0:
-            larger = min(d for d in _divisors(world) if d % ep == 0)
-            fits += f", or dp_shard={larger} with dp_replicate={world // larger}"
+        if whole % ep == 0:
+            larger = min(d for d in _divisors(whole) if d % ep == 0)
+            fits += f", or dp_shard={larger} with dp_replicate={whole // larger}"
         raise MoeCompileError(
             f"ep={ep} does not divide dp_shard={dp_shard}: experts are split among the ranks that share the dense "
             f"parameters; the nearest that fits: {fits}"
         )
-    return init_device_mesh(device_type(), (dp_replicate, dp_shard // ep, ep), mesh_dim_names=DIMS)
+    return {"dp_replicate": dp_replicate, "edp": dp_shard // ep, "ep": ep, "tp": tp}
+
+
+def _times(tp: int) -> str:
+    return f" x tp={tp}" if tp > 1 else ""
+
+
+def _with(tp: int) -> str:
+    return f" and tp={tp}" if tp > 1 else ""
 
 
 def dense_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
@@ -96,11 +121,6 @@ def device_type() -> str:
     return "cuda" if torch.cuda.is_available() and "nccl" in str(dist.get_backend()) else "cpu"
 
 
-def _nearest(ep: int, world: int) -> str:
-    best = _closest(ep, world)
-    return f"ep={best} with dp_replicate={world // best}"
-
-
 def _closest(degree: int, whole: int) -> int:
     """The divisor of `whole` that is next to a degree."""
     return min(_divisors(whole), key=lambda d: (abs(d - degree), -d))
@@ -116,7 +136,7 @@ def check_mesh(mesh: DeviceMesh) -> DeviceMesh:
     if "ep" not in names or names != tuple(d for d in DIMS if d in names):
         raise MoeCompileError(
             f'the mesh has dimensions {names or "without names"}; parallelize takes "ep", with or without '
-            f'"dp_replicate" and "edp" before it, as moe_compile.build_mesh(ep=.., dp_shard=..) makes them'
+            f'"dp_replicate" and "edp" before it and "tp" behind it, as moe_compile.build_mesh makes them'
         )
     if mesh.size() != dist.get_world_size():
         raise MoeCompileError(
@@ -125,6 +145,12 @@ def check_mesh(mesh: DeviceMesh) -> DeviceMesh:
     if mesh.mesh.flatten().tolist() != list(range(mesh.size())):
         raise MoeCompileError(f"the mesh has its ranks in another order than 0..{mesh.size() - 1}")
     return mesh
+
+
+def tp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The ranks that share the tokens of this one, if there are others."""
+    names = mesh.mesh_dim_names or ()
+    return mesh["tp"] if "tp" in names and mesh["tp"].size() > 1 else None
 
 
 def shard_of(mesh: DeviceMesh, rank: int) -> int:

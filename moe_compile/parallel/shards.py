@@ -13,7 +13,7 @@ A module that holds families is in one of three states:
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,15 +52,23 @@ class Placement:
     rank: int
     group: str  # the name of the process group of "ep"
     families: tuple[Family, ...]
+    tp: int = 1  # how many ranks share the tokens of this one
+    tp_rank: int = 0
+    tp_group: str = ""
 
 
 class Shards:
     """The families that `holder` holds, and the state they are in."""
 
     def __init__(
-        self, mesh: DeviceMesh, families: tuple[Family, ...], compute_dtype: torch.dtype | None = None
+        self,
+        mesh: DeviceMesh,
+        families: tuple[Family, ...],
+        compute_dtype: torch.dtype | None = None,
+        tp: DeviceMesh | None = None,
     ) -> None:
         self.mesh = mesh  # one dimension, "ep"
+        self.tp = tp  # the ranks that share their tokens, if there are any
         self.families = families
         self.compute_dtype = compute_dtype  # what forwards read the weights in, if not in their own
         self.state = "sharded"
@@ -147,9 +155,12 @@ def placement(module: nn.Module) -> Placement | None:
     found = [(name, shards) for name, _, shards in holders(module) if shards.state == "sharded"]
     if not found:
         return None
-    mesh = found[0][1].mesh
+    mesh, tp = found[0][1].mesh, found[0][1].tp
     families = tuple(f.below(name) for name, shards in found for f in shards.families)
-    return Placement(mesh.size(), mesh.get_local_rank(), mesh.get_group().group_name, families)
+    here = Placement(mesh.size(), mesh.get_local_rank(), mesh.get_group().group_name, families)
+    if tp is None:
+        return here
+    return replace(here, tp=tp.size(), tp_rank=tp.get_local_rank(), tp_group=tp.get_group().group_name)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from moe_compile.graph_text import graph_text
 from moe_compile.parallel.exchange import fingerprint, host_read, on_the_wire
 from moe_compile.parallel.mesh import shard_sizes
 from moe_compile.parallel.shards import Placement
+from moe_compile.parallel.shared_tokens import READ_BY_PARTS
 from moe_compile.region import experts
 from moe_compile.rewrite import emit, value
 
@@ -175,4 +176,6 @@ def spelled(value: Any) -> Any:
         return [spelled(v) for v in value]
     if not isinstance(value, Node) or value.op in ("placeholder", "get_attr"):
         return str(value)
+    if value.target is READ_BY_PARTS:  # of a group that has another name on other ranks
+        return spelled(value.args[0])
     return [str(value.target), spelled(value.args), sorted((k, spelled(v)) for k, v in value.kwargs.items())]

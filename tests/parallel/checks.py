@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import checkpoint
 
@@ -36,8 +37,8 @@ def mixtral(form: str, **kwargs: Any) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        num_local_experts=E, num_experts_per_tok=2, vocab_size=32, **kwargs,
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_local_experts=E,
+        num_experts_per_tok=2, vocab_size=32, **{"num_key_value_heads": 1, **kwargs},
     )  # fmt: skip
     config._experts_implementation = form
     return MixtralForCausalLM(config)
@@ -124,6 +125,8 @@ def parity(
     *,
     ep: int | None = None,
     dp_shard: int | None = None,
+    tp: int = 1,
+    plan: dict[str, Any] | None = None,
     inner: str = "eager",
     steps: int = 3,
     parts: int = 1,
@@ -136,18 +139,22 @@ def parity(
 
     parts: over how many backwards the gradients of a step are accumulated.  run: what is called instead of the model,
     compiled with fullgraph=True.  expect: the strategy that the reports name, "" if nothing is to be rewritten; asked
-    for by name, unless the options do.
+    for by name, unless the options do.  tp: so many ranks share a batch, and what `plan`, torch's own, names.
     """
     reference = copy.deepcopy(model)
-    moe_compile.parallelize(model, moe_compile.build_mesh(ep=ep, dp_shard=dp_shard))
+    mesh = moe_compile.build_mesh(ep=ep, dp_shard=dp_shard, tp=tp)
+    if plan:
+        parallelize_module(model, mesh["tp"], plan)
+    moe_compile.parallelize(model, mesh)
+    batches = batches[: ranks.size // tp]
     options = {"strategy": expect or "auto", **options}
     call = run(model) if run else compiled(model, inner, fullgraph=True, **options)
     mine, theirs = (optimizer(m.parameters()) for m in (model, reference))
     with regions() as found:
         for step in range(steps):
             for _ in range(parts):
-                got = loss(call, *batches[ranks.rank])
-                want = sum(loss(reference, *batch) for batch in batches) / ranks.size  # type: ignore[misc]
+                got = loss(call, *batches[ranks.rank // tp])
+                want = sum(loss(reference, *batch) for batch in batches) / len(batches)  # type: ignore[misc]
                 got.backward()
                 want.backward()
                 total = got.detach().clone()
@@ -159,7 +166,7 @@ def parity(
                 steps_of.zero_grad()
         same(own_names(model, lambda p: p.data), own_names(reference, lambda p: p.data), "weight after the last step")
     strategies = {r.strategy for r in found if r.matched}
-    wanted = {"grouped" if (ep or ranks.size) == 1 and expect else expect} - {""}
+    wanted = {"grouped" if mesh["ep"].size() == 1 and expect else expect} - {""}
     assert strategies == wanted, (strategies, [str(r) for r in found])
     return model
 
@@ -538,7 +545,12 @@ def misfits(ranks: Ranks) -> None:
     """Meshes and models that do not fit are refused with the numbers, and nothing is changed."""
     texts = {
         "ep=3 x dp_replicate=1 is 3 ranks, there are 4; the nearest that fits: ep=4 with dp_replicate=1": {"ep": 3},
-        "tp=2: tensor parallelism is not supported yet": {"tp": 2},
+        "tp=3 does not divide the 4 ranks; the nearest that fits is tp=4": {"tp": 3},
+        "ep=4 x dp_replicate=1 x tp=2 is 8 ranks, there are 4; the nearest that fits: ep=2 with dp_replicate=1 and "
+        "tp=2": {"ep": 4, "tp": 2},
+        "dp_shard=4 x dp_replicate=1 x tp=2 is 8 ranks, there are 4; the nearest that fits: dp_shard=2 with "
+        "dp_replicate=1 and tp=2": {"dp_shard": 4, "tp": 2},
+        "tp=0: it is a number of ranks, 1 to 4": {"tp": 0},
         "dp_replicate=0: it is a number of ranks, 1 to 4": {"dp_replicate": 0},
     }
     for text, degrees in texts.items():
