@@ -47,7 +47,7 @@ SPECS = {
     "mixtral": ModelSpec("mixtral", "Mixtral", 64, 4, 256, 256, 2),
     "qwen3_moe": ModelSpec("qwen3_moe", "Qwen3-MoE", 64, 8, 256, 128, 2),
 }
-QUICK = {name: replace(spec, num_layers=1) for name, spec in SPECS.items()}
+QUICK = {name: replace(spec, num_layers=1, num_experts=32) for name, spec in SPECS.items()}
 TINY = {
     name: replace(spec, num_experts=4, top_k=2, width=32, expert_width=16, num_layers=1) for name, spec in SPECS.items()
 }
