@@ -78,7 +78,7 @@ def choose(
     """
     if (kernel, form) in (pins := _pinned.get()):
         return pins[kernel, form]
-    tables = [read(Path(path)) for path in (os.environ.get(VARIABLE), TABLE) if path]
+    tables = [read(path) for path in _paths()]
     if not any(tables):
         return seed
     problem = Problem(kernel, form, device_name(device), DTYPES.get(dtype, str(dtype)), rows, D, F)
@@ -146,8 +146,18 @@ def checked(kernel: str, setting: Setting) -> Setting:
 
 
 def table_texts() -> tuple[str, ...]:
-    """The text of all tables, for the keys of compilers' caches: compiled code holds its settings."""
-    return tuple(Path(path).read_text() for path in (os.environ.get(VARIABLE), TABLE) if path)
+    """The text of all tables, for the keys of compilers' caches: compiled code holds its settings.
+
+    Raises `MoeCompileError` if a table cannot be read.
+    """
+    for path in _paths():
+        read(path)
+    return tuple(path.read_text() for path in _paths())
+
+
+def _paths() -> list[Path]:
+    """The user's table, if there is one, and ours."""
+    return [Path(path) for path in (os.environ.get(VARIABLE), TABLE) if path]
 
 
 def _nearest(table: tuple[Entry, ...], problem: Problem) -> Entry | None:

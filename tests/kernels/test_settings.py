@@ -82,6 +82,8 @@ def test_a_file_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_COMPILE_SETTINGS", "/nowhere/settings.jsonl")
     with pytest.raises(MoeCompileError, match=r"/nowhere/settings.jsonl: No such file.*MOE_COMPILE_SETTINGS names it"):
         chosen(256)
+    with pytest.raises(MoeCompileError, match="No such file"):
+        settings.table_texts()
 
 
 @pytest.mark.parametrize("setting", [(16, 16, 16, 4, 2), (32, 64, 32, 4, 2)])
