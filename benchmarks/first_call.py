@@ -6,12 +6,14 @@ models   the demo's models: moe_ep on both forms over Inductor on HF default
 experts  8 and 128 experts of equal size: the ratio shows whether cost grows with their number
 depth    2 and 8 layers, beside a dense Llama of the same width and depth under Inductor
 
-Each number is the median of fresh processes with all compiler caches off. The clock starts after
-imports, model building and a small compilation that starts Inductor and its tools.
+Each number is the median of fresh processes with all compiler caches off. The clocks start after
+imports, model building and a small compilation that starts Inductor and its tools. Beside seconds,
+CPU seconds of the process and of the C++ compilers it starts: these swing less on a busy machine.
 """
 
 import dataclasses
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -42,6 +44,23 @@ class Case:
     variant: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one first call took, in seconds."""
+
+    first_call_s: float
+    self_cpu_s: float
+    compilers_cpu_s: float
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU seconds, C++ compilers included."""
+        return self.self_cpu_s + self.compilers_cpu_s
+
+
+FAILED = Cost(float("nan"), float("nan"), float("nan"))
+
+
 def cases(only: str) -> list[Case]:
     """Return the cases of one group, or of all."""
     compiled = ("hf_inductor", "moe_ep_loop", "moe_ep_default")
@@ -55,8 +74,8 @@ def cases(only: str) -> list[Case]:
     return [case for case in found if only in ("all", case.group)]
 
 
-def time_first_call(case: Case, batch_size: int = 4, length: int = 128) -> float:
-    """Return seconds of the first forward and backward, compilation included, in this process."""
+def time_first_call(case: Case, batch_size: int = 4, length: int = 128) -> Cost:
+    """Return the cost of the first forward and backward, compilation included, in this process."""
     import torch
 
     warm_up_toolchain("cpu")
@@ -67,10 +86,16 @@ def time_first_call(case: Case, batch_size: int = 4, length: int = 128) -> float
         model, backend = build_model(case.spec, variant.experts), variant.backend or "eager"
     tokens = torch.randint(0, 256, (batch_size, length), generator=torch.manual_seed(0))
     with cold_compilers():
-        start = time.perf_counter()
+        before = _clocks()
         model.compile(backend=backend)
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-        return time.perf_counter() - start
+        return Cost(*(after - start for after, start in zip(_clocks(), before, strict=True)))
+
+
+def _clocks() -> tuple[float, float, float]:
+    """Seconds; CPU seconds of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter(), time.process_time(), children.ru_utime + children.ru_stime
 
 
 def _dense(spec: ModelSpec) -> Any:
@@ -89,44 +114,53 @@ def _dense(spec: ModelSpec) -> Any:
     return LlamaForCausalLM(config).train()
 
 
-def in_fresh_process(case: Case) -> float:
-    """Run `time_first_call` in a new interpreter and return its seconds; NaN when it fails."""
+def in_fresh_process(case: Case) -> Cost:
+    """Run `time_first_call` in a new interpreter and return its cost; NaN when it fails."""
     content = json.dumps(dataclasses.asdict(case))
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.first_call", "--one", content]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
-        return float("nan")
-    return float(done.stdout.split()[-1])
+        return FAILED
+    return Cost(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def show(console: Console, group: str, entries: list[tuple[Case, list[float]]]) -> None:
+def show(console: Console, group: str, entries: list[tuple[Case, list[Cost]]]) -> None:
     """Print the table of one group."""
     table = Table(title=f"first call, {group} (s)", title_justify="left")
-    for name in ("model", "layers", "experts", "variant", "median s", "min s", "over Inductor"):
+    names = ("model", "layers", "experts", "variant", "median s", "min s", "over Inductor", "CPU s", "over Inductor")
+    for name in names:
         table.add_column(name, justify="left" if name in ("model", "variant") else "right")
-    inductor = {case.spec: median(times) for case, times in entries if case.variant == "hf_inductor"}
-    for case, times in entries:
+    inductor = {case.spec: costs for case, costs in entries if case.variant == "hf_inductor"}
+    for case, costs in entries:
         spec = case.spec
-        ratio = median(times) / inductor.get(spec, float("nan"))
+        seconds, cpu = _medians(costs)
+        reference, reference_cpu = _medians(inductor.get(spec, [FAILED]))
         dense = case.variant == "dense"
         table.add_row(
             "Llama" if dense else spec.title,
             str(spec.num_layers),
             "" if dense else str(spec.num_experts),
             "dense + Inductor" if dense else case.variant,
-            number(median(times), 1),
-            number(min(times), 1),
-            number(ratio, 2),
+            number(seconds, 1),
+            number(min(cost.first_call_s for cost in costs), 1),
+            number(seconds / reference, 2),
+            number(cpu, 1),
+            number(cpu / reference_cpu, 2),
         )
     console.print(table)
 
 
-def experts_ratios(entries: list[tuple[Case, list[float]]]) -> dict[str, float]:
+def _medians(costs: list[Cost]) -> tuple[float, float]:
+    """Seconds, CPU seconds."""
+    return median([cost.first_call_s for cost in costs]), median([cost.cpu_s for cost in costs])
+
+
+def experts_ratios(entries: list[tuple[Case, list[Cost]]]) -> dict[str, float]:
     """Return for each variant the first call at the most experts over the one at the fewest."""
     ratios = {}
     for key in dict.fromkeys(case.variant for case, _ in entries):
-        times = {case.spec.num_experts: median(t) for case, t in entries if case.variant == key}
+        times = {case.spec.num_experts: _medians(costs)[0] for case, costs in entries if case.variant == key}
         ratios[key] = times[max(times)] / times[min(times)]
     return ratios
 
@@ -145,16 +179,17 @@ def main(
     """Measure first calls in fresh processes."""
     if one:
         entry = json.loads(one)
-        print(time_first_call(Case(entry["group"], ModelSpec(**entry["spec"]), entry["variant"])))
+        cost = time_first_call(Case(entry["group"], ModelSpec(**entry["spec"]), entry["variant"]))
+        print(json.dumps(dataclasses.asdict(cost)))
         return
     console = Console(width=max(110, Console().width))
-    measured: list[tuple[Case, list[float]]] = [(case, []) for case in cases(only)]
+    measured: list[tuple[Case, list[Cost]]] = [(case, []) for case in cases(only)]
     for _ in range(repeats):  # rounds over all cases: a slow minute does not hit one case alone
-        for case, times in measured:
-            times.append(in_fresh_process(case))
+        for case, costs in measured:
+            costs.append(cost := in_fresh_process(case))
             spec = case.spec
             size = f"{spec.title} {spec.num_layers} layers, {spec.num_experts} experts"
-            console.print(f"{case.group}: {size}, {case.variant}: {number(times[-1], 1)} s", style="dim")
+            console.print(f"{case.group}: {size}, {case.variant}: {number(cost.first_call_s, 1)} s", style="dim")
     for group in dict.fromkeys(case.group for case, _ in measured):
         show(console, group, [entry for entry in measured if entry[0].group == group])
     ratios = experts_ratios([entry for entry in measured if entry[0].group == "experts"])
@@ -165,7 +200,13 @@ def main(
         "machine": machine_facts(),
         "command": " ".join(["python -m benchmarks.first_call", *sys.argv[1:]]),
         "experts_ratio": ratios,
-        "cases": [{**dataclasses.asdict(case), "first_call_s": t} for case, t in measured],
+        "cases": [
+            {
+                **dataclasses.asdict(case),
+                **{key: [getattr(c, key) for c in costs] for key in dataclasses.asdict(FAILED)},
+            }
+            for case, costs in measured
+        ],
     }
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"first_call_{only}_{time.strftime('%Y%m%d_%H%M%S')}.json"
