@@ -4,18 +4,20 @@ import contextlib
 import functools
 import logging
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from moe_compile import worlds
 from moe_compile.arguments import NOTHING_KNOWN, Known
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
+from moe_compile.detect.counts import ANY
 from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
 from moe_compile.detect.selection import unflattened
 from moe_compile.detect.values import Constant, Emptiness, Hits, Index, ListRegion, Plain, Region, Slice
@@ -102,6 +104,8 @@ def _proven(
         if reason is not None:
             raise Refusal(reason)
         region = _only_region(detect)
+        if main.unbound is not None and not (region.num_classes or ANY) <= (main.open_counts or 0):
+            raise Refusal(main.unbound)
         _check_answers(main, detect.run, region)
         if asked is not None:
             few = worlds.sample(main.visits, worlds.FEW if main.asks else 1) if main.visits else None
@@ -180,13 +184,53 @@ def _trace(
         capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, known=known, by_number=by_number
     )
     found = trace(may_fail=visited is None)
+    bound, reason = _beyond_counts(found, trace) if found.open_counts is not None and visited is None else (None, None)
     last = found.fails_at  # `worlds.check` shows that it always fails there
     if last is not None:
         found = trace(classes=last)
     if found.sees_rows:
         found = trace(rows=SYMBOLIC, selections=found.selections, classes=last)
+    found.bound, found.unbound = (last if bound is None else bound), reason
     needed = found.asks or found.visits or by_number
     return found, worlds.survey(found, known.distinct) if needed else None
+
+
+def _beyond_counts(found: Capture, trace: Callable[..., Capture]) -> tuple[int | None, str | None]:
+    """Where bincount(minlength=E) counts the ids, what becomes of an id that is E or more: (E, None) if it is an error,
+    (None, None) if it is nobody's, else the reason to refuse it."""
+    if found.visits:
+        raise OneByOne("bincount has more numbers where an id is out of range")
+    longer = trace(longer=True, visit=None)
+    if longer.fails_at is not None or _alike(found, longer):
+        return longer.fails_at, None
+    return None, (
+        f"bincount(minlength={found.open_counts}) gives more numbers where an id is greater, and the function uses "
+        "them: the ids are not shown to be less, as those of topk are"
+    )
+
+
+def _alike(one: Capture, other: Capture) -> bool:
+    """Whether two graphs compute the same, but for how many numbers bincount gives."""
+    constants = one.constants.keys() == other.constants.keys() and all(
+        torch.equal(value, other.constants[name]) for name, value in one.constants.items()
+    )
+    return constants and one.out_spec == other.out_spec and _spelled(one) == _spelled(other)
+
+
+def _spelled(found: Capture) -> list[str]:
+    """What a graph computes, without what the trace made up and nobody uses."""
+    used: dict[Node, None] = {}
+    for node in reversed(found.gm.graph.nodes):
+        made_up = node.op == "placeholder" or "moe_ep_capture" in str(node.target)
+        if not (made_up or op_of(node) in ("getitem", "select")) or any(user in used for user in node.users):
+            used[node] = None
+    number = {node: i for i, node in enumerate(used)}
+
+    def spelled(node: Node) -> str:
+        args = node.args[:1] if "moe_ep_capture.bincount" in str(node.target) else node.args
+        return repr(map_arg((node.op, str(node.target), args, node.kwargs), lambda n: f"%{number[n]}"))  # type: ignore[arg-type]
+
+    return list(map(spelled, used))
 
 
 NOTHING = "nothing is summed over experts"
@@ -197,7 +241,7 @@ def _detect(found: Capture, known: Known) -> tuple[DetectExperts, str | None]:
     inputs = found.gm.graph.find_nodes(op="placeholder")
     ids = frozenset(inputs[i] for i in known.distinct)
     facts = Facts(
-        ids, found.constants, torch.is_grad_enabled(), may_guard=True, classes=found.classes, visits=found.each(),
+        ids, found.constants, torch.is_grad_enabled(), may_guard=True, classes=found.bound, visits=found.each(),
         tables=found.tables, sizes=found.sizes,
     )  # fmt: skip
     detect = DetectExperts(facts)

@@ -73,7 +73,8 @@ class Capture:
     asked in all captures alike, with its node; `sees_rows`: whether the program looked at a number of rows; `guards()`:
     what was assumed of sizes so far, as sympy expressions over the caller's symbols.
     `classes`: loops over chosen experts visited the classes below it only; `fails_at`: the last class that they visited
-    where the program raised an IndexError, at which the graph ends and returns nothing.
+    where the program raised an IndexError, at which the graph ends and returns nothing.  `open_counts`: E of a
+    `bincount(ids, minlength=E)` that has more numbers where an id is E or more.
     """
 
     gm: GraphModule
@@ -91,7 +92,10 @@ class Capture:
     selections: int = 0  # how many were made
     lengths: int = 0  # placeholders at the end that hold the selections' numbers of rows
     classes: int | None = None
+    bound: int | None = None  # ids that are not below it are shown to be an error
+    unbound: str | None = None  # why nothing is known of what becomes of greater ids
     fails_at: int | None = None
+    open_counts: int | None = None
     guards: Callable[[], list[Any]] = list
     constants: dict[str, Tensor] = field(default_factory=dict)
     tables: frozenset[Node] = frozenset()  # arguments that are shown to be tables (`Facts.tables`)
@@ -132,6 +136,8 @@ class Answers(TorchFunctionMode):
         self.visits: Visits | None = None
         self.by_number = False  # the loop that visits some experts alone runs over numbers
         self.last_class: int | None = None  # of those that a loop over chosen experts would visit
+        self.open_counts: int | None = None
+        self.longer = False  # one number more than `open_counts`
         self.asked: dict[tuple[str, Any], Tensor] = {}
         self._place: dict[Hashable, int] = {}  # selections, in the order in which they were first made
         self._spellings: dict[Node, str] = {}
@@ -176,8 +182,8 @@ class Answers(TorchFunctionMode):
             return table.unbind(1) if kwargs.get("as_tuple") else table
         if func in (torch.Tensor.unique, torch.unique) and (listed := self._unique(args, kwargs)) is not None:
             return listed
-        if func in (torch.Tensor.bincount, torch.bincount) and not (len(args) > 1 or kwargs):
-            return self._count(args[0])
+        if func in (torch.Tensor.bincount, torch.bincount):
+            return self._count(*args, **kwargs) if _unknown(args[0]) else func(*args, **kwargs)
         if func in READS and self.unsized.counts(args[0]) is not None:
             return self.entries(func, args[0])
         if func in _PARTS and (vectors := self._transposed(args)):
@@ -269,12 +275,16 @@ class Answers(TorchFunctionMode):
         self._chosen[id(listed)] = (listed, mask)
         return listed
 
-    def _count(self, ids: Tensor) -> Any:
-        """bincount(ids) for all that could be chosen."""
-        classes = number_of_classes(ids, self.widths) if _unknown(ids) else None
-        if classes is None:
-            return self.host.bincount(ids) if _unknown(ids) else torch.bincount(ids)
-        return self.unsized.add(self.host.bincount(ids, None, classes))
+    def _count(self, ids: Tensor, weights: Any = None, minlength: int = 0) -> Any:
+        """bincount(ids) for all that could be chosen, and at least `minlength`."""
+        classes = number_of_classes(ids, self.widths)
+        if weights is None and minlength == 0 and classes is not None:
+            return self.unsized.add(self.host.bincount(ids, None, classes))
+        if classes is None or classes > minlength:
+            if self.open_counts not in (None, minlength):
+                raise Refusal("bincount with several numbers as minlength, of ids that may be greater")
+            self.open_counts = minlength
+        return self.host.bincount(ids, weights, minlength + (self.longer and self.open_counts == minlength))
 
     def entries(self, func: Any, vector: Tensor) -> Any:
         """The numbers that Python reads of a vector as long as the largest id says: another length in another world."""
@@ -516,6 +526,7 @@ def capture(
     visit: Functions | None = None,
     known: Known = NOTHING_KNOWN,
     by_number: bool = False,
+    longer: bool = False,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
     be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
@@ -523,7 +534,8 @@ def capture(
     `classes`: how many classes a loop over chosen experts visits, if not all; `may_fail`: an IndexError after such a
     loop began is noted, not a refusal; `visited`: the experts that such a loop visits, or the first one over numbers if
     `by_number`; `visit`: all functions that can run, if one visit may stand for many experts (visits.py); `known`: what
-    the caller's graph shows of the tensors.
+    the caller's graph shows of the tensors; `longer`: with one more number than `Capture.open_counts`, where an
+    IndexError is noted too.
 
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
@@ -551,7 +563,7 @@ def capture(
     lengths = [world.vector(f"{ROWS}_{i}", EXAMPLE) for i in range(selections if rows == SYMBOLIC else 0)]
     indices = [world.vector(f"{VISIT}_{i}", OFFSET) for i in range(MOST if visit is not None else 0)]
     answers = Answers(rows, truth, script, classes, visited, dict(known.widths))
-    answers.by_number = by_number
+    answers.by_number, answers.longer = by_number, longer
     seen: dict[str, Any] = {}
 
     def run_on_fakes(
@@ -575,9 +587,10 @@ def capture(
                 run = program(fn, answers.over_numbers) if by_loop else fn  # type: ignore[arg-type]
                 result = places.call(run, module, call_args, call_kwargs)
         except IndexError:
-            if not may_fail or answers.last_class is None:
+            last = answers.open_counts if longer else answers.last_class if may_fail else None
+            if last is None:
                 raise
-            seen["fails_at"], result = answers.last_class, ()
+            seen["fails_at"], result = last, ()
         finally:
             if answers.visits is not None:
                 answers.visits.calls.stop()
@@ -634,6 +647,7 @@ def capture(
         lengths=len(lengths) + len(indices),
         classes=classes,
         fails_at=seen.get("fails_at"),
+        open_counts=answers.open_counts,
         guards=lambda: world.guards(lengths, indices),
         constants=literals,
         visits=visits,

@@ -2,11 +2,14 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_compile.arguments import Known
+from moe_compile.errors import Refusal
 from tests.detect import idioms_counts
 from tests.detect.loops import FF, IDIOMS, D, E, K, Mlp, Proof, T, arguments, differences, outcome
 from tests.detect.test_rewritten import StaticProof, check
@@ -154,3 +157,92 @@ def test_inference() -> None:
         out = compiled(module, fullgraph=True)(x)
     assert [r.matched for r in found] == [True], [r.reason for r in found]
     assert torch.allclose(out, module(x), atol=1e-6) and not out.requires_grad
+
+
+# -- bincount(minlength=E) has more numbers where an id is greater ---------------------------
+
+
+class Open(nn.Module):
+    """Rows between entries of a vector of which nothing but entries is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Mlp() for _ in range(E))
+
+    def ends(self, ids: Tensor) -> Any:
+        return torch.bincount(ids.view(-1), minlength=E).cumsum(0)
+
+    def numbers(self, ends: Any) -> Any:
+        return enumerate(ends)
+
+    def finish(self, out: Tensor, _ends: Any) -> Tensor:
+        return out
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        order, ends, flat = ids.view(-1).argsort(), self.ends(ids), weights.view(-1, 1)
+        out = torch.zeros_like(x)
+        for e, end in self.numbers(ends):
+            low = 0 if e == 0 else ends[e - 1]
+            mine = order[low:end]
+            token = mine // K
+            out = out.index_add(0, token, self.experts[e](x[token]) * flat[mine])
+        return self.finish(out, ends)
+
+
+class OpenFewer(Open):
+    """Greater ids are nobody's: the vector is not read beyond the experts."""
+
+    def numbers(self, ends: Any) -> Any:
+        return zip(range(E), ends)  # noqa: B905
+
+
+class OpenLength(OpenFewer):
+    """How many numbers there are is a part of the result."""
+
+    def finish(self, out: Tensor, ends: Any) -> Tensor:
+        return out * len(ends)
+
+
+class OpenLast(OpenFewer):
+    def finish(self, out: Tensor, ends: Any) -> Tensor:
+        return out * 2.0 if len(ends) > E else out
+
+
+class OpenBreak(Open):
+    """The last expert takes the rows of all greater ids."""
+
+    def numbers(self, ends: Any) -> Any:
+        return ((min(e, E - 1), end) for e, end in enumerate(ends))
+
+
+@pytest.mark.parametrize("make", [Open, OpenFewer])
+def test_greater_ids_do_what_they_did(make: type[Open]) -> None:
+    module = make().double()
+    x, ids, weights = arguments(IDIOMS["EndsByNumpy"], dtype=torch.float64)
+    run = Proof(module, (x, ids, weights), False)
+    assert not differences(outcome(run, module, (x, ids, weights)), outcome(module, module, (x, ids, weights)), 1e-12)
+    args = x, torch.where(ids == 1, E, ids), weights
+    if make is Open:
+        with pytest.raises(IndexError):
+            module(*args)
+        with pytest.raises(RuntimeError, match="expert ids run from"):
+            run(*args)
+    else:
+        assert not differences(outcome(run, module, args), outcome(module, module, args), 1e-12)
+
+
+@pytest.mark.parametrize("make", [OpenLength, OpenLast, OpenBreak])
+def test_more_numbers_that_are_used_are_refused(make: type[Open]) -> None:
+    module = make().double()
+    args = arguments(IDIOMS["EndsByNumpy"], dtype=torch.float64)
+    with pytest.raises(Refusal, match=r"gives more numbers where an id is greater|slices"):
+        Proof(module, args, False)
+
+
+def test_ids_of_a_topk_are_not_greater() -> None:
+    module = OpenLength().double()
+    args = arguments(IDIOMS["EndsByNumpy"], dtype=torch.float64)
+    run = Proof(module, args, Known((1,), ((1, E),)))
+    assert not differences(outcome(run, module, args), outcome(module, module, args), 1e-12)
+    with pytest.raises(Refusal, match="gives more numbers"):
+        Proof(OpenLength().double(), args, Known((1,), ((1, E + 1),)))
