@@ -9,6 +9,7 @@ make anything of it.  What is multiplied by zero is not computed any more, as in
 """
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,9 +103,9 @@ def reshape(call: Call) -> Value | None:
         return None
     row = value.expr.val.shape
     if val.dim() == len(row) + 1 and all(map(same_size, val.shape, (value.num, *row))):
-        return Every(value.expr, value.num, False, value.ids)
+        return replace(value, flat=False)
     if val.dim() == len(row) and all(map(same_size, val.shape, (value.num * row[0], *row[1:]))):
-        return Every(value.expr, value.num, True, value.ids)
+        return replace(value, flat=True)
     return None
 
 
@@ -143,7 +144,7 @@ def pointwise(call: Call) -> Value | None:
 
 def _operand(call: Call, like: Every, value: Any, node: Any) -> tuple[Any, Node | None]:
     if isinstance(value, Every):
-        same = (value.num, value.flat) == (like.num, like.flat) and call.val(node).dim() == call.val().dim()
+        same = (value.num, value.flat, value.slots) == (like.num, like.flat, like.slots) and call.val(node).dim() == call.val().dim()
         return (value.expr if same else Unknown("")), value.ids
     if isinstance(value, Spread):
         return _weight(call, like, value)
@@ -163,6 +164,8 @@ def _operand(call: Call, like: Every, value: Any, node: Any) -> tuple[Any, Node 
 
 def _weight(call: Call, like: Every, table: Spread) -> tuple[Any, Node | None]:
     """The entry of a table for each row."""
+    if like.slots is not None:
+        return Unknown(""), None
     wanted = ("et", "one") if like.flat else ("e", 0, "one")
     whole = call.val(table.node)
     fits = same_size(whole.shape[1], like.num) and same_size(whole.shape[0], like.expr.val.shape[0])
@@ -213,7 +216,7 @@ def of_features(call: Call) -> Value | None:
         return _made(call, value, call.node.target, args, value.ids)
     whole = call.run.table.call(call.node.target, tuple(args), {}, [_row(value, v) for v in val])
     parts = [call.run.table.call(operator.getitem, (whole, i), {}, v) for i, v in enumerate(whole.val)]
-    return RowTuple(tuple(Every(part, value.num, value.flat, value.ids) for part in parts))
+    return RowTuple(tuple(replace(value, expr=part) for part in parts))
 
 
 def total(call: Call) -> Value | None:
@@ -226,6 +229,7 @@ def total(call: Call) -> Value | None:
         or dims[0] not in (0, -_rank(value))
         or call.number(2, "keepdim", False)
         or value.flat
+        or value.slots is not None
     ):
         return None
     if value.expr.level != "row" or call.val().dtype != value.expr.val.dtype:
@@ -250,7 +254,7 @@ def _made(
     call: Call, like: Every, target: Any, args: list[Any], ids: Node | None, kwargs: dict[str, Any] | None = None
 ) -> Every:
     expr = call.run.table.call(target, tuple(args), kwargs or {}, _row(like, call.val()))
-    return Every(expr, like.num, like.flat, ids)
+    return replace(like, expr=expr, ids=ids)
 
 
 def _row(like: Every, val: Tensor) -> Tensor:

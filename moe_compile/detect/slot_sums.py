@@ -1,0 +1,159 @@
+"""Rules for experts on slots: tokens laid out by a table [T, E, C] (slots.py), and added up again by another.
+
+    rows = einsum("tec,tm->ecm", dispatch, x)        # a token at most in each slot
+    made = body(rows)                                # [E, C, M]: bmm with [E, M, F], row-wise ops
+    out  = einsum("tec,ecm->tm", combine, made)
+
+Each choice of a token is a pair: its row is the token times its number in `dispatch`, what its expert makes of that is
+multiplied by its number in `combine`.  What a slot without a token holds is multiplied by zero, and not computed.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_compile.detect.every import _made as made_of_every
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.selection import everyone, same_size
+from moe_compile.detect.slots import Number, Slots, Term, not_disjoint, number_of, whole
+from moe_compile.detect.values import Buffer, Every, Plain, Rows, Sum, Unknown, Value
+from moe_compile.region import Expr, ids_stacked
+from moe_compile.rewrite import emit
+
+aten = torch.ops.aten
+
+
+# -- to slots and back ----------------------------------------------------------------------
+
+
+def einsum(call: Call) -> Value | None:
+    """einsum("tec,tm->ecm", table, x), einsum("tec,ecm->tm", table, made), with any letters and in any order."""
+    equation, operands, nodes = call.arg(0), call.arg(1), call.node.args[1]
+    if not isinstance(equation, str) or not isinstance(operands, list) or len(operands) != 2 or _elsewhere(call):
+        return None
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if "." in equation or any(len(set(term)) < len(term) for term in (*letters, result)):
+        return None
+    for i in (0, 1):
+        table, other = operands[i], operands[1 - i]
+        if not isinstance(table, Slots) or not whole(table):
+            continue
+        t, e, c = (letters[i][table.dims.index(d)] for d in (0, "e", "c"))
+        mine = letters[1 - i]
+        if isinstance(other, Plain) and mine[:1] == t and result == e + c + mine[1:] and e not in mine and c not in mine:
+            return laid_out(call, table, nodes[i], nodes[1 - i])  # type: ignore[index]
+        if isinstance(other, Every) and mine[:2] == e + c and result == t + mine[2:] and t not in mine:
+            return total(call, table, nodes[i], other)  # type: ignore[index]
+    return None
+
+
+def laid_out(call: Call, table: Slots, node: Node, tokens: Node) -> Value | None:
+    """The rows of all slots."""
+    x, capacity = call.val(tokens), call.val(node).shape[table.dims.index("c")]
+    num = call.val(node).shape[table.dims.index("e")]
+    if type(num) is not int or x.dim() < 2 or not x.is_floating_point() or x.dtype != call.val().dtype:
+        return None
+    if not same_size(x.shape[0], call.val(node).shape[table.dims.index(0)]):
+        return None
+    if not_disjoint(call.run, table, capacity) is not None:
+        return None
+    row = call.val().select(0, 0)
+    expr = call.run.table.leaf("token", call.run.canonical[tokens], row)
+    if any(term.number.op != "one" for term in table.terms):
+        expr = _times(call, expr, table, row)  # type: ignore[assignment]
+    return Every(expr, num, False, None, table) if expr is not None else None
+
+
+def total(call: Call, table: Slots, node: Node, made: Every) -> Value | None:
+    """The sum over slots."""
+    if made.slots is None or made.flat or made.expr.level != "row":
+        return None
+    if not same_size(call.val(node).shape[table.dims.index("e")], made.num):
+        return None
+    if why := _differ(made.slots, table):
+        return Unknown(why)
+    expr = _times(call, made.expr, table, made.expr.val)
+    ids = _ids(call, table)
+    if expr is None:
+        return None
+    call.run.reads.setdefault(ids, set()).add("number")
+    return Sum(Buffer(call.node, "zero"), (Rows(everyone(ids, "slots"), expr),))
+
+
+def _differ(laid: Slots, table: Slots) -> str | None:
+    """Why tokens are not taken from the slots that they were put into."""
+    into, out = ({(t.ids, t.place.count) for t in s.terms} for s in (laid, table))  # type: ignore[union-attr]
+    return None if into == out and len(laid.terms) == len(table.terms) else "tokens leave other slots than they were put into"
+
+
+# -- the pairs of a table -------------------------------------------------------------------
+
+
+def _in_order(table: Slots) -> list[Term]:
+    return sorted(table.terms, key=lambda t: len(t.place.count.base))  # type: ignore[union-attr]
+
+
+def _ids(call: Call, table: Slots) -> Node:
+    """The expert of each choice [T, K]; -1 for nobody."""
+    ids: Any = tuple(t.ids for t in _in_order(table))
+    val = ids[0].meta["val"]
+    known = next((n for n in ids[0].users if n.target is ids_stacked and n.args == (ids,)), None)
+    if known is None:
+        with call.run.graph.inserting_before(call.node):
+            known = call.run.graph.call_function(ids_stacked, (ids,))
+        known.meta = {"val": val.new_empty((val.shape[0], len(ids)), dtype=torch.int64)}
+        call.run.written[known] = None
+    return known
+
+
+def _times(call: Call, expr: Expr, table: Slots, row: Tensor) -> Expr | None:
+    """Rows times the number that each choice has in a table."""
+    numbers = [number_of(call.run, call.node, t.ids, t.number) for t in _in_order(table)]  # type: ignore[arg-type]
+    if any(n is None for n in numbers):
+        return None
+    with call.run.graph.inserting_before(call.node):
+        pairs = emit(call.run.graph, aten.stack.default, numbers, 1, like=call.node)
+    call.run.written[pairs] = None
+    leaf = call.run.table.leaf("pair", pairs, pairs.meta["val"].new_empty(row.shape[:1]))
+    for dim in range(1, row.dim()):
+        leaf = call.run.table.call(aten.unsqueeze.default, (leaf, dim), {}, leaf.val.unsqueeze(dim))
+    return call.run.table.call(aten.mul.Tensor, (expr, leaf), {}, row)
+
+
+# -- products -------------------------------------------------------------------------------
+
+
+def product(call: Call) -> Value | None:
+    """einsum("ecm,emf->ecf", rows, weights), or "efm"."""
+    equation, operands, nodes = call.arg(0), call.arg(1), call.node.args[1]
+    if not isinstance(equation, str) or not isinstance(operands, list) or len(operands) != 2 or _elsewhere(call):
+        return None
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    if "." in equation or any(len(set(term)) != 3 or len(term) != 3 for term in (*letters, result)):
+        return None
+    for i in (0, 1):
+        rows, stack, (e, c, m), mine = operands[i], operands[1 - i], letters[i], letters[1 - i]
+        if not isinstance(rows, Every) or not isinstance(stack, Plain) or rows.flat or result[:2] != e + c:
+            continue
+        weight, f = call.val(nodes[1 - i]), result[2]  # type: ignore[index]
+        if mine not in (e + m + f, e + f + m) or not same_size(weight.shape[0], rows.num):
+            return None
+        if not same_size(weight.shape[mine.index(m)], call.val(nodes[i]).shape[2]):  # type: ignore[index]
+            return None
+        leaf: Expr = call.run.table.leaf("slice", stack.node, weight.select(0, 0))
+        if mine == e + f + m:
+            leaf = call.run.table.call(aten.t.default, (leaf,), {}, leaf.val.t())
+        return made_of_every(call, rows, aten.matmul.default, [rows.expr, leaf], rows.ids)
+    return None
+
+
+def _elsewhere(call: Call) -> bool:
+    return bool(call.run.autocasts or call.run.no_grad)
+
+
+RULES: dict[str, tuple[Rule, ...]] = {"einsum": (einsum, product)}
