@@ -18,7 +18,7 @@ from torch.fx import Node
 from moe_compile.detect.every import _made as made_of_every
 from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.selection import everyone, same_size
-from moe_compile.detect.slots import Number, Slots, Term, not_disjoint, number_of, whole
+from moe_compile.detect.slots import Slots, Term, not_disjoint, number_of, sizes_of, whole
 from moe_compile.detect.values import Buffer, Every, Plain, Rows, Sum, Unknown, Value
 from moe_compile.region import Expr, ids_stacked
 from moe_compile.rewrite import emit
@@ -40,39 +40,49 @@ def einsum(call: Call) -> Value | None:
         return None
     for i in (0, 1):
         table, other = operands[i], operands[1 - i]
-        if not isinstance(table, Slots) or not whole(table):
+        if not isinstance(table, Slots) or not whole(table) or table.wide is not None:
             continue
         t, e, c = (letters[i][table.dims.index(d)] for d in (0, "e", "c"))
         mine = letters[1 - i]
         if isinstance(other, Plain) and mine[:1] == t and result == e + c + mine[1:] and e not in mine and c not in mine:
             return laid_out(call, table, nodes[i], nodes[1 - i])  # type: ignore[index]
-        if isinstance(other, Every) and mine[:2] == e + c and result == t + mine[2:] and t not in mine:
+        if isinstance(other, Every) and not other.flat and mine[:2] == e + c and result == t + mine[2:] and t not in mine:
             return total(call, table, nodes[i], other)  # type: ignore[index]
     return None
 
 
-def laid_out(call: Call, table: Slots, node: Node, tokens: Node) -> Value | None:
+def mm(call: Call) -> Value | None:
+    """mm of a table [E * C, T] with tokens, of a table [T, E * C] with what was made of them."""
+    table, other = call.args[:2]
+    if not isinstance(table, Slots) or not whole(table) or table.wide is None or len(call.args) != 2 or _elsewhere(call):
+        return None
+    if table.dims == ("ec", 0) and isinstance(other, Plain) and call.val(call.node.args[1]).dim() == 2:
+        return laid_out(call, table, *call.node.args[:2], flat=True)  # type: ignore[arg-type]
+    if table.dims == (0, "ec") and isinstance(other, Every) and other.flat:
+        return total(call, table, call.node.args[0], other)  # type: ignore[arg-type]
+    return None
+
+
+def laid_out(call: Call, table: Slots, node: Node, tokens: Node, flat: bool = False) -> Value | None:
     """The rows of all slots."""
-    x, capacity = call.val(tokens), call.val(node).shape[table.dims.index("c")]
-    num = call.val(node).shape[table.dims.index("e")]
-    if type(num) is not int or x.dim() < 2 or not x.is_floating_point() or x.dtype != call.val().dtype:
+    x, (length, num, capacity) = call.val(tokens), sizes_of(table, node)
+    if type(num) is not int or num < 2 or x.dim() < 2 or not x.is_floating_point() or x.dtype != call.val().dtype:
         return None
-    if not same_size(x.shape[0], call.val(node).shape[table.dims.index(0)]):
+    if not same_size(x.shape[0], length) or not_disjoint(call.run, table, capacity) is not None:
         return None
-    if not_disjoint(call.run, table, capacity) is not None:
-        return None
-    row = call.val().select(0, 0)
-    expr = call.run.table.leaf("token", call.run.canonical[tokens], row)
+    row = x.new_empty((capacity, *x.shape[1:]))
+    expr: Expr | None = call.run.table.leaf("token", call.run.canonical[tokens], row)
     if any(term.number.op != "one" for term in table.terms):
-        expr = _times(call, expr, table, row)  # type: ignore[assignment]
-    return Every(expr, num, False, None, table) if expr is not None else None
+        expr = _times(call, expr, table, row)  # type: ignore[arg-type]
+    return Every(expr, num, flat, None, table) if expr is not None else None
 
 
 def total(call: Call, table: Slots, node: Node, made: Every) -> Value | None:
     """The sum over slots."""
-    if made.slots is None or made.flat or made.expr.level != "row":
+    _, num, capacity = sizes_of(table, node)
+    if made.slots is None or made.expr.level != "row" or call.val().dtype != made.expr.val.dtype:
         return None
-    if not same_size(call.val(node).shape[table.dims.index("e")], made.num):
+    if not same_size(num, made.num) or not same_size(capacity, made.expr.val.shape[0]):
         return None
     if why := _differ(made.slots, table):
         return Unknown(why)
@@ -156,4 +166,4 @@ def _elsewhere(call: Call) -> bool:
     return bool(call.run.autocasts or call.run.no_grad)
 
 
-RULES: dict[str, tuple[Rule, ...]] = {"einsum": (einsum, product)}
+RULES: dict[str, tuple[Rule, ...]] = {"einsum": (einsum, product), "mm": (mm,), "matmul": (mm,)}

@@ -94,10 +94,14 @@ class Term:
 
 @dataclass(frozen=True)
 class Slots(Dense):
-    """A table that is the sum of its terms; dims: of 0, "e", "c" and "one"."""
+    """A table that is the sum of its terms; dims: of 0, "e", "c" and "one", "ec" for two in one.
+
+    wide: of a table with "ec", the node of one with the dimensions (0, "e", "c") or ("e", "c", 0).
+    """
 
     dims: tuple[Dim, ...]
     terms: tuple[Term, ...]
+    wide: Node | None = None
 
 
 # -- places ---------------------------------------------------------------------------------
@@ -338,7 +342,7 @@ def flattened(call: Call) -> Value | None:
         return replace(table, dims=(*table.dims, "one"))
     for dims, after in (((0, "e", "c"), (0, "ec")), (("e", "c", 0), ("ec", 0))):
         if table.dims == dims and val.dim() == 2 and same_size(val.shape[after.index(0)], before[dims.index(0)]):
-            return replace(table, dims=after)
+            return replace(table, dims=after, wide=call.node.args[0])
     return None
 
 
@@ -477,8 +481,17 @@ def _entry(call: Call, table: Slots, node: Node) -> Number | None:
 
 def whole(table: Slots) -> bool:
     """Whether every term says its token, expert and place."""
-    fits = sorted(map(str, table.dims)) == ["0", "c", "e"]
+    fits = sorted(map(str, table.dims)) in (["0", "c", "e"], ["0", "ec"])
     return fits and all(t.ids is not None and t.by_expert and t.place is not None for t in table.terms)
+
+
+def sizes_of(table: Slots, node: Node) -> tuple[Any, Any, Any]:
+    """T, E and C of a whole table."""
+    wide = table.wide or node
+    sizes, dims = wide.meta["val"].shape, table.dims
+    if table.wide is not None:
+        dims = (0, "e", "c") if table.dims[0] == 0 else ("e", "c", 0)
+    return tuple(sizes[dims.index(d)] for d in (0, "e", "c"))  # type: ignore[return-value]
 
 
 def not_disjoint(run: Interpreter, table: Slots, capacity: Any) -> str | None:

@@ -59,7 +59,7 @@ class GShardOfMasks(GShard):
         return self_dispatch * weights[:, 0, None, None]
 
     def dispatch(self, combine: Tensor) -> Tensor:
-        return (combine > 0).float()
+        return (combine > 0).to(combine.dtype)
 
 
 @idiom(flat=True, distinct=False)
@@ -74,8 +74,8 @@ class GShardWithoutBias(GShard):
         places = torch.cumsum(mask, dim=0) - 1
         mask *= torch.lt(places, self.capacity)
         at = torch.sum(places * mask, dim=1)
-        gates = gates * mask.float()
-        return torch.einsum("se,sc->sec", gates, F.one_hot(at, self.capacity).float())
+        gates = gates * mask.to(gates.dtype)
+        return torch.einsum("se,sc->sec", gates, F.one_hot(at, self.capacity).to(gates.dtype))
 
     def made(self, rows: Tensor) -> Tensor:
         return torch.einsum("ecf,efm->ecm", F.gelu(torch.einsum("ecm,emf->ecf", rows, self.up)), self.down)
@@ -95,8 +95,8 @@ class GShardOfTwo(GShard):
         return first, second
 
     def one(self, gates: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-        at = F.one_hot((places * mask).sum(1), self.capacity).float()
-        return torch.einsum("se,sc->sec", torch.einsum("s,se->se", gates, mask.float()), at)
+        at = F.one_hot((places * mask).sum(1), self.capacity).to(gates.dtype)
+        return torch.einsum("se,sc->sec", torch.einsum("s,se->se", gates, mask.to(gates.dtype)), at)
 
     def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         gates = F.softmax(torch.cat([x[:, :2], weights], 1), 1)
@@ -104,9 +104,9 @@ class GShardOfTwo(GShard):
         first, second = self.places(mask1, mask2)
         mask1 *= torch.lt(first, self.capacity)
         mask2 *= torch.lt(second, self.capacity)
-        gates1 = torch.einsum("se,se->s", gates, mask1.float())
-        gates2 = torch.einsum("se,se->s", gates, mask2.float())
-        whole = torch.clamp(gates1 + gates2, min=torch.finfo(gates.dtype).eps)
+        gates1 = torch.einsum("se,se->s", gates, mask1.to(gates.dtype))
+        gates2 = torch.einsum("se,se->s", gates, mask2.to(gates.dtype))
+        whole = torch.clamp(gates1 + gates2, min=torch.finfo(gates.dtype).eps) + 0.5
         gates1 /= whole
         gates2 /= whole
         return self.one(gates1, mask1, first) + self.one(gates2, mask2, second)
