@@ -25,7 +25,19 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from moe_compile.detect import (
-    counts, dense, every, listings, lists, pairs, rows, selection, slot_sums, slots, sorted_rows, sums, tables,
+    counts,
+    dense,
+    every,
+    listings,
+    lists,
+    pairs,
+    rows,
+    selection,
+    slot_sums,
+    slots,
+    sorted_rows,
+    sums,
+    tables,
 )  # fmt: skip
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
 from moe_compile.detect.values import ListRegion, Region

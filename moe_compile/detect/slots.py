@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule
 from moe_compile.detect.selection import same_size, some_of
-from moe_compile.detect.values import Dense, Dim, Member, Plain, Value
+from moe_compile.detect.values import Dense, Dim, Member, Plain, Positions, Value
 from moe_compile.region import ids_kept
 from moe_compile.rewrite import emit
 
@@ -46,7 +46,8 @@ class Count:
 class Places(Dense):
     """A count for each token and expert, or for each token that of its own; it holds for the tokens of `valid`.
 
-    masked: it is zero for the experts that a token did not choose by `valid`.  below: it was clamped to less than that.
+    masked: it is zero for the experts that a token did not choose by `valid`, and for others' tokens.
+    below: it was clamped to less than that; positive: and not to less than zero.
     """
 
     count: Count
@@ -54,6 +55,7 @@ class Places(Dense):
     valid: Node
     masked: bool = False
     below: Any = None
+    positive: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def moved(call: Call) -> Value | None:
     if call.number(2, "alpha", 1) != 1 or call.val().dtype not in EXACT or call.val().dim() != 2:
         return None
     count, more = places.count, call.arg(1)
-    if type(other) in (int, float) and other == int(other):
+    if type(other) in (int, float) and math.isfinite(other) and other == int(other):
         step = int(other) if call.op.startswith("add") else -int(other)
         return replace(places, count=replace(count, shift=count.shift + step))
     total = isinstance(more, Member) and more.kind == "count" and more.dims in (("e",), ("one", "e"))
@@ -156,7 +158,7 @@ def of_token(call: Call) -> Value | None:
     keep = bool(call.number(2, "keepdim", False))
     left: tuple[Dim, ...] = (0, "one") if keep else (0,)
     if isinstance(value, Places):
-        return replace(value, dims=left, masked=False) if value.masked and call.val().dtype in EXACT else None
+        return replace(value, dims=left) if value.masked and call.val().dtype in EXACT else None
     table = as_slots(call.val(call.node.args[0]).dtype, value)
     if table is None or not all(t.by_expert for t in table.terms) or len(table.terms) != 1:
         return None
@@ -174,7 +176,8 @@ def clamped(call: Call) -> Value | None:
         return None
     if not (low is None or (type(low) in (int, float) and low <= 0)) or not (high is None or type(high) is int):
         return None
-    return replace(places, masked=False, below=None if high is None else high + 1)
+    positive = type(low) in (int, float) and low == 0 and (high is None or high >= 0)
+    return replace(places, masked=places.masked and positive, below=None if high is None else high + 1, positive=positive)
 
 
 def early(call: Call) -> Value | None:
@@ -200,11 +203,26 @@ def bound_of(call: Call) -> Any:
 
 
 def one_hot(call: Call) -> Value | None:
-    """one_hot(at, C): the place of each token."""
+    """one_hot(at, C): the place of each token, none of which is outside of [0, C)."""
     at, slots = call.arg(0), call.val()
-    if not isinstance(at, Places) or at.masked or at.dims not in ((0,), (0, "e")) or not isinstance(slots, Tensor):
+    if not isinstance(at, Places) or at.dims not in ((0,), (0, "e")) or not isinstance(slots, Tensor):
+        return None
+    capacity, bound = slots.shape[-1], cut_of(call.run, at.valid, at.count)
+    inside = at.masked and bound is not None and at_most(bound, capacity) and at.count.shift >= -1
+    if not inside and not (at.positive and at.below is not None and at_most(at.below, capacity)):
         return None
     return Slots((*at.dims, "c"), (Term(None, Number("one", slots.dtype), place=at),))
+
+
+def is_place(call: Call) -> Value | None:
+    """at[:, None] == arange(C)."""
+    for at, slots in ((call.arg(0), call.arg(1)), (call.arg(1), call.arg(0))):
+        if isinstance(at, Places) and isinstance(slots, Positions) and slots.shape == "all":
+            if at.dims not in ((0, "one"), (0, "e", "one")) or call.val().dim() != len(at.dims):
+                return None
+            at = replace(at, dims=at.dims[:-1])
+            return Slots((*at.dims, "c"), (Term(None, Number("one", torch.bool), place=at),))
+    return None
 
 
 # -- tables ---------------------------------------------------------------------------------
@@ -239,7 +257,10 @@ def product(call: Call) -> Value | None:
     dtype = call.val().dtype
     if entry is None or len(table.dims) != call.val().dim() or not call.val().is_floating_point():
         return None
-    return Slots(table.dims, tuple(replace(t, number=_times(t.number, entry, dtype)) for t in table.terms))
+    dims = _joined(table.dims, ("one",) * (len(table.dims) - len(entry.dims)) + entry.dims)
+    if dims is None:
+        return None
+    return Slots(dims, tuple(replace(t, number=_times(t.number, entry, dtype)) for t in table.terms))
 
 
 def quotient(call: Call) -> Value | None:
@@ -252,6 +273,8 @@ def quotient(call: Call) -> Value | None:
     if not isinstance(other, Plain) or (entry := _entry(call, table, other.node)) is None:
         return None
     if len(table.dims) != call.val().dim() or not call.val().is_floating_point():
+        return None
+    if _joined(table.dims, ("one",) * (len(table.dims) - len(entry.dims)) + entry.dims) != table.dims:
         return None
     div = lambda n: Number(aten.div.Tensor, call.val().dtype, (n, entry))  # noqa: E731
     return Slots(table.dims, tuple(replace(t, number=div(t.number)) for t in table.terms))
@@ -342,7 +365,7 @@ def flattened(call: Call) -> Value | None:
         return replace(table, dims=(*table.dims, "one"))
     for dims, after in (((0, "e", "c"), (0, "ec")), (("e", "c", 0), ("ec", 0))):
         if table.dims == dims and val.dim() == 2 and same_size(val.shape[after.index(0)], before[dims.index(0)]):
-            return replace(table, dims=after, wide=call.node.args[0])
+            return replace(table, dims=after, wide=call.node.all_input_nodes[0])
     return None
 
 
@@ -370,7 +393,8 @@ def einsum(call: Call) -> Value | None:
     if not arrow or "." in equation or any(len(set(term)) < len(term) for term in (*letters, result)):
         return None
     values = [_factor(call, v, n) for v, n in zip(operands, nodes, strict=True)]  # type: ignore[arg-type]
-    names, sizes = {}, {}
+    names: dict[str, Dim] = {}
+    sizes: dict[str, Any] = {}
     for value, mine, node in zip(values, letters, nodes, strict=True):  # type: ignore[arg-type]
         if isinstance(value, Slots):
             if len(value.terms) != 1 or any(names.setdefault(n, d) != d for n, d in zip(mine, value.dims, strict=True)):
@@ -378,7 +402,7 @@ def einsum(call: Call) -> Value | None:
             sizes |= dict(zip(mine, call.val(node).shape, strict=True))
     if not names or len(set(names.values())) < len(names) or set(names.values()) - {0, "e", "c"}:
         return None
-    dtype, terms, numbers = call.val().dtype, [], []
+    dtype, terms, numbers = call.val().dtype, list[Term](), list[Number]()
     for value, mine, node in zip(values, letters, nodes, strict=True):  # type: ignore[arg-type]
         if any(n not in names or not same_size(sizes[n], s) for n, s in zip(mine, call.val(node).shape, strict=True)):
             return None
@@ -388,7 +412,7 @@ def einsum(call: Call) -> Value | None:
             numbers.append(Number("entry", call.val(node).dtype, (value.node,), tuple(names[n] for n in mine)))
         else:
             return None
-    first = terms[0] if len(terms) == 1 else _both(call.run, *terms, dtype)
+    first = terms[0] if len(terms) == 1 else _both(call.run, terms[0], terms[1], dtype)
     if first is None or not set(result) <= set(names):
         return None
     for number in numbers:
@@ -461,7 +485,7 @@ def _cast(number: Number, dtype: torch.dtype) -> Number:
 
 
 def _entry(call: Call, table: Slots, node: Node) -> Number | None:
-    """A plain factor of a table, by the table's dimensions."""
+    """A plain factor of a table, by the table's dimensions; one that the table has not yet can only be the experts'."""
     val, out = call.val(node), call.val()
     if not isinstance(val, Tensor) or val.dim() > out.dim() or val.dtype == torch.bool:
         return None
@@ -470,7 +494,9 @@ def _entry(call: Call, table: Slots, node: Node) -> Number | None:
     found: list[Dim] = []
     for dim, mine, whole in zip(dims, val.shape, sizes, strict=True):
         single = isinstance(mine, int) and mine == 1
-        if not single and (dim in ("one", "c") or not same_size(mine, whole)):
+        if dim == "one" and "e" not in table.dims and "e" not in found and "ec" not in table.dims:
+            dim = "e"
+        if not single and (dim in ("one", "c", "ec") or not same_size(mine, whole)):
             return None
         found.append("one" if single else dim)
     return Number("entry", val.dtype, (node,), tuple(found))
@@ -611,6 +637,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **{op: (clamped,) for op in ("clamp", "clamp_min", "clamp_max")},
     **{op: (early,) for op in ("lt", "less", "le", "less_equal")},
     "one_hot": (one_hot,),
+    "eq": (is_place,),
     **{op: (quotient,) for op in ("div", "true_divide")},
     **{op: (converted,) for op in "to _to_copy bool long int float type_as contiguous clone".split()},
     **{op: (truths,) for op in ("gt", "greater", "ne", "not_equal")},

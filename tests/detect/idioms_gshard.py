@@ -1,10 +1,12 @@
 """Idioms that are rewritten: GShard's tables [T, E, C], which say the slot of each token at its expert."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.detect.loops import FF, D, E, idiom, weight
+from tests.detect.loops import FF, D, E, Mlp, idiom, weight
 
 CAPACITY = 3
 
@@ -138,3 +140,56 @@ class GShardFlat(GShardOfTwo):
         rows = torch.mm(dispatch.reshape(E * self.capacity, T), x).view(E, self.capacity, M)
         made = self.made(rows)
         return combine.view(T, E * self.capacity).mm(made.view(E * self.capacity, M))
+
+
+# -- experts one by one ---------------------------------------------------------------------
+
+
+class GShardListed(GShardOfTwo):
+    """`parts` and `join` are what a variant or a mutant changes."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.experts = nn.ModuleList(Mlp() for _ in range(E))
+
+    def parts(self, rows: Tensor) -> Any:
+        return rows
+
+    def join(self, made: list[Tensor]) -> Tensor:
+        return torch.stack(made)
+
+    def run(self, e: int, rows: Tensor) -> Tensor:
+        return self.experts[e](rows)
+
+    def made(self, rows: Tensor) -> Tensor:
+        return self.join([self.run(e, part) for e, part in enumerate(self.parts(rows))])
+
+
+@idiom(distinct=False)
+class GShardUnbound(GShardListed):
+    def parts(self, rows: Tensor) -> Any:
+        return rows.unbind(0)
+
+
+@idiom(distinct=False)
+class GShardSelected(GShardListed):
+    def parts(self, rows: Tensor) -> Any:
+        return [rows[e] for e in range(E)]
+
+    def join(self, made: list[Tensor]) -> Tensor:
+        return torch.cat(made).view(E, self.capacity, D)
+
+
+@idiom(distinct=False)
+class GShardChunks(GShardListed):
+    def parts(self, rows: Tensor) -> Any:
+        return [part.squeeze(0) for part in rows.chunk(E, 0)]
+
+    def join(self, made: list[Tensor]) -> Tensor:
+        return torch.stack(made, 1).transpose(0, 1)
+
+
+@idiom(flat=True, distinct=False)
+class GShardListedFirst(GShardUnbound):
+    def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return GShard.combine(self, x, ids, weights)

@@ -90,6 +90,15 @@ def test_idiom_without_tokens(name: str) -> None:
     assert not differences(got, want, 1e-5)
 
 
+@pytest.mark.parametrize("name", [n for n in IDIOMS if n.startswith("GShard")])
+def test_slots_are_gone(name: str) -> None:
+    """Experts read tokens, not slots."""
+    case = IDIOMS[name]
+    run = Proof(case.make(), arguments(case), case.distinct)
+    (rows,) = run.gm.graph.find_nodes(op="call_function", target=torch.ops.moe_ep.dispatch.default)
+    assert rows.args[0].name == "x"
+
+
 @pytest.mark.parametrize("name", EXPERTS)
 def test_expert(name: str) -> None:
     check(Listed(EXPERTS[name]), IDIOMS["RangeWhere"])
