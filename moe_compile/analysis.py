@@ -18,7 +18,7 @@ from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
 from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
 from moe_compile.detect.selection import unflattened
-from moe_compile.detect.values import Constant, Emptiness, Hits, Index, ListRegion, Plain, Region, Slice
+from moe_compile.detect.values import Constant, Emptiness, Every, Hits, Index, ListRegion, Plain, Region, Slice
 from moe_compile.errors import Refusal
 from moe_compile.kept import kept_attributes
 from moe_compile.loop_state import OneByOne
@@ -206,7 +206,8 @@ def _detect(found: Capture, known: Known) -> tuple[DetectExperts, str | None]:
         return detect, report.refused[0][1]
     if not report.applied:
         assert detect.run is not None
-        reason = _first_unknown(detect.run) or _other_mask(detect.run) or _one_batch(detect.run)
+        run = detect.run
+        reason = _first_unknown(run) or _other_mask(run) or next(iter(run.hints), None) or _one_batch(run)
         return detect, reason or NOTHING
     return detect, None
 
@@ -236,7 +237,7 @@ def _one_batch(run: Interpreter) -> str | None:
             letters, operands = str(node.args[0]).replace(" ", ""), tuple(node.args[1])
         elif op_of(node) not in ("bmm", "matmul"):
             continue
-        if not isinstance(value, Plain) or len(operands) != 2 or not all(isinstance(n, Node) for n in operands):
+        if not isinstance(value, Plain | Every) or len(operands) != 2 or not all(isinstance(n, Node) for n in operands):
             continue
         inputs, _, result = letters.partition("->")
         first, _, second = inputs.partition(",")

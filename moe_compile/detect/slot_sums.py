@@ -76,7 +76,10 @@ def laid_out(call: Call, table: Slots, node: Node, tokens: Node, flat: bool = Fa
         return None
     if call.val(node).dtype != x.dtype:  # autocast
         return None
-    if not same_size(x.shape[0], length) or not_disjoint(call.run, table, capacity) is not None:
+    if not same_size(x.shape[0], length):
+        return None
+    if why := not_disjoint(call.run, table, capacity):
+        call.run.hints.append(why)
         return None
     row = x.new_empty((capacity, *x.shape[1:]))
     expr: Expr = call.run.table.leaf("token", call.run.canonical[tokens], row)
@@ -95,7 +98,8 @@ def total(call: Call, table: Slots, node: Node, made: Every) -> Value | None:
     if not same_size(num, made.num) or not same_size(capacity, made.expr.val.shape[0]):
         return None
     if why := _differ(made.slots, table):
-        return Unknown(why)
+        call.run.hints.append(why)
+        return None
     if (pairs := _pairs(call, table)) is None:
         return None
     ids, expr = _ids(call, table), _times(call, made.expr, pairs, made.expr.val)

@@ -534,7 +534,7 @@ def not_disjoint(run: Interpreter, table: Slots, capacity: Any) -> str | None:
         if earlier is not None:
             first = earlier.place.count  # type: ignore[union-attr]
             last = count.base[-1:]
-            counted = bool(last) and (last[0] is first.ids or is_cut(run, last[0], first))
+            counted = bool(last) and (last[0] is first.ids or _all_kept(run, last[0], earlier))  # type: ignore[arg-type]
             if count.base[:-1] != before or not counted or count.shift != first.shift:
                 return "the places of a later choice are not behind those of the choices before it"
         elif count.base:
@@ -571,9 +571,11 @@ def cut_of(run: Interpreter, ids: Node | None, count: Count) -> Any:
     return None
 
 
-def is_cut(run: Interpreter, ids: Node, count: Count) -> bool:
-    """Whether `ids` are those that were counted, without those from some place on."""
-    return run.written.get(ids) is count.ids and cut_of(run, ids, count) is not None
+def _all_kept(run: Interpreter, ids: Node, term: Term) -> bool:
+    """Whether `ids` are those that a term counted, without those from some place on, but with all that it keeps."""
+    count = term.place.count  # type: ignore[union-attr]
+    mine, theirs = cut_of(run, term.ids, count), cut_of(run, ids, count)
+    return run.written.get(ids) is count.ids and None not in (mine, theirs) and at_most(mine, theirs)
 
 
 # -- numbers, written again -----------------------------------------------------------------

@@ -9,6 +9,8 @@ from tests.detect.loops import E, mutant
 
 BATCH = "aten.bmm at file.py multiplies the rows of all experts at once already"
 NOTHING = "nothing is summed over experts"
+LATE = "tokens whose place is behind the last slot are not shown to be dropped"
+SECOND = "the places of a later choice are not behind those of the choices before it"
 
 
 class Parts(GShard):
@@ -109,7 +111,7 @@ class SlotsBelowZero(Parts):
 # -- late tokens ----------------------------------------------------------------------------
 
 
-@mutant(BATCH, flat=True)
+@mutant(LATE, flat=True)
 class SlotsForLate(Parts):
     """Late tokens share the last slot."""
 
@@ -120,7 +122,7 @@ class SlotsForLate(Parts):
         return (places * mask).sum(1).clamp(0, self.capacity - 1)
 
 
-@mutant(BATCH, flat=True)
+@mutant("tokens are dropped from place 4 on, there are 3 slots", flat=True)
 class SlotsForOneTooMany(Parts):
     """One token too many, in the last slot."""
 
@@ -156,7 +158,7 @@ class SlotsForTheLate(Parts):
         return ((places - self.capacity) * mask).sum(1).clamp(0, self.capacity - 1)
 
 
-@mutant(BATCH, flat=True)
+@mutant(LATE, flat=True)
 class SlotsCutByOther(Parts):
     """By places of others."""
 
@@ -181,19 +183,19 @@ class SlotsWherePlacesAre(Parts):
 # -- two choices ----------------------------------------------------------------------------
 
 
-@mutant(BATCH)
+@mutant(SECOND)
 class SlotsOfBothFromZero(GShardOfTwo):
     def places(self, mask1: Tensor, mask2: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cumsum(mask1, 0) - 1, torch.cumsum(mask2, 0) - 1
 
 
-@mutant(BATCH)
+@mutant(SECOND)
 class SlotsBehindThemselves(GShardOfTwo):
     def places(self, mask1: Tensor, mask2: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cumsum(mask1, 0) - 1, torch.cumsum(mask2, 0) - 1 + mask2.sum(0, keepdim=True)
 
 
-@mutant(BATCH)
+@mutant(SECOND)
 class SlotsBehindSome(GShardOfTwo):
     """Behind those of the first choices that were kept, of which every third was not."""
 
@@ -203,7 +205,7 @@ class SlotsBehindSome(GShardOfTwo):
         return first, torch.cumsum(mask2, 0) - 1 + some.sum(0, keepdim=True)
 
 
-@mutant(BATCH)
+@mutant(SECOND)
 class SlotsBehindFewer(GShardOfTwo):
     """Behind those of the first choices that have places 0 and 1."""
 
@@ -221,7 +223,7 @@ class SlotsOneBefore(GShardOfTwo):
         return first, (second - 1).clamp(min=0)
 
 
-@mutant(BATCH)
+@mutant(SECOND)
 class SlotsOneBeforeInPlace(GShardOfTwo):
     def places(self, mask1: Tensor, mask2: Tensor) -> tuple[Tensor, Tensor]:
         first, second = super().places(mask1, mask2)
@@ -229,7 +231,7 @@ class SlotsOneBeforeInPlace(GShardOfTwo):
         return first, second
 
 
-@mutant(BATCH)
+@mutant(SECOND)
 class SlotsOfFirstAgain(GShardOfTwo):
     """Both choices of the first expert."""
 
@@ -240,7 +242,7 @@ class SlotsOfFirstAgain(GShardOfTwo):
 @mutant(BATCH)
 class SlotsWithOtherPlaces(GShardOfTwo):
     def one(self, gates: Tensor, mask: Tensor, places: Tensor) -> Tensor:
-        return super().one(gates, mask, places.roll(1, 0))
+        return super().one(gates, mask, places.roll(1, 0).clamp(0, self.capacity - 1))
 
 
 # -- dispatch and combine -------------------------------------------------------------------
@@ -325,7 +327,7 @@ class SlotsWhoseGatesChange(Parts):
         return made
 
 
-@mutant(BATCH, flat=True, forward_only=True)
+@mutant("mul_3 is read after it was changed in place through another name", flat=True, forward_only=True)
 class SlotsChangeInPlace(Parts):
     def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         made = super().combine(x, ids, weights)
@@ -349,7 +351,7 @@ class SlotsCentred(GShard):
         return made - made.mean(1, keepdim=True)
 
 
-@mutant(BATCH, flat=True)
+@mutant(NOTHING, flat=True)
 class SlotsOfOtherExperts(GShard):
     def made(self, rows: Tensor) -> Tensor:
         return super().made(rows.roll(1, 0))
@@ -386,8 +388,9 @@ class SlotsListedMeans(GShardUnbound):
         return made - made.mean(0)
 
 
-class Shifted(GShardListed):
-    """Experts on the slots of others: they stay in their slots."""
+@mutant(NOTHING)
+class SlotsRotated(GShardListed):
+    """Experts on the slots of others."""
 
     def parts(self, rows: Tensor) -> list[Tensor]:
         return [rows[(e + 1) % E] for e in range(E)]
