@@ -24,6 +24,7 @@ from moe_compile.kept import kept_attributes
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.python_state import Functions, check_effects, check_loops, check_tensors, reachable, unchanged
+from moe_compile.region import ids_stacked
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ def _proven(
                 worlds.check(seen, apart, known.distinct, again, few)
         _nothing_left(main)
     listed = isinstance(region, ListRegion)
-    form = "dense" if not listed and detect.run is not None and detect.run.inside else _form(region, before)
+    on_tokens = not listed and region.ids.target is not ids_stacked
+    form = "dense" if on_tokens and detect.run is not None and detect.run.inside else _form(region, before)
     return Analysis(main.gm, main, functions, before, launches, form)
 
 

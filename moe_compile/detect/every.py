@@ -144,7 +144,9 @@ def pointwise(call: Call) -> Value | None:
 
 def _operand(call: Call, like: Every, value: Any, node: Any) -> tuple[Any, Node | None]:
     if isinstance(value, Every):
-        same = (value.num, value.flat, value.slots) == (like.num, like.flat, like.slots) and call.val(node).dim() == call.val().dim()
+        same = (value.num, value.flat, value.slots) == (like.num, like.flat, like.slots) and call.val(
+            node
+        ).dim() == call.val().dim()
         return (value.expr if same else Unknown("")), value.ids
     if isinstance(value, Spread):
         return _weight(call, like, value)

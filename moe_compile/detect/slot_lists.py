@@ -25,7 +25,9 @@ from moe_compile.region import Expr, Leaf
 VIEWS = ("view", "reshape", "_unsafe_view", "contiguous")
 
 
-def bodies(run: Interpreter, site: Node, made: Node, num: int, capacity: Any) -> tuple[list[Expr], Every] | Unknown | None:
+def bodies(
+    run: Interpreter, site: Node, made: Node, num: int, capacity: Any
+) -> tuple[list[Expr], Every] | Unknown | None:
     """What each expert makes of its slots, and how these were filled; None if `made` is not joined of that."""
     parts = joined(made, num, capacity)
     if parts is None:
@@ -103,8 +105,10 @@ def slots_of(run: Interpreter, node: Node) -> tuple[Every, int] | None:
     source: Any = node.args[0]
     if op_of(node) == "select" and not single:
         at, e = node.args[1:3]
-    elif op_of(node) == "getitem" and op_of(source) in ("unbind", "chunk", "split", "split_with_sizes"):
+    elif op_of(node) == "getitem" and op_of(source) in ("unbind", "chunk", "split"):
         e, split = node.args[1], source
+        if op_of(split) == "split" and split.args[1] != 1:
+            return None
         if (op_of(split) == "unbind") == single:
             return None
         where = 1 if op_of(split) == "unbind" else 2
@@ -115,7 +119,7 @@ def slots_of(run: Interpreter, node: Node) -> tuple[Every, int] | None:
     rows = run.values.get(source)
     if not isinstance(rows, Every) or rows.slots is None or rows.flat or at not in (0, -source.meta["val"].dim()):
         return None
-    if single and not same_size(node.meta["val"].shape[0], 1):
+    if single and op_of(split) == "chunk" and split.args[1] != rows.num:
         return None
     return (rows, e % rows.num) if type(e) is int and e >= -rows.num else None
 

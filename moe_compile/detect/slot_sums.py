@@ -45,9 +45,21 @@ def einsum(call: Call) -> Value | None:
             continue
         t, e, c = (letters[i][table.dims.index(d)] for d in (0, "e", "c"))
         mine = letters[1 - i]
-        if isinstance(other, Plain) and mine[:1] == t and result == e + c + mine[1:] and e not in mine and c not in mine:
+        if (
+            isinstance(other, Plain)
+            and mine[:1] == t
+            and result == e + c + mine[1:]
+            and e not in mine
+            and c not in mine
+        ):
             return laid_out(call, table, nodes[i], nodes[1 - i])  # type: ignore[index, arg-type]
-        if isinstance(other, Every) and not other.flat and mine[:2] == e + c and result == t + mine[2:] and t not in mine:
+        if (
+            isinstance(other, Every)
+            and not other.flat
+            and mine[:2] == e + c
+            and result == t + mine[2:]
+            and t not in mine
+        ):
             return total(call, table, nodes[i], other)  # type: ignore[index, arg-type]
         if isinstance(other, Plain | Stacked) and mine[:2] == e + c and result == t + mine[2:] and t not in mine:
             return total_of_list(call, table, nodes[i], nodes[1 - i])  # type: ignore[index, arg-type]
@@ -57,7 +69,13 @@ def einsum(call: Call) -> Value | None:
 def mm(call: Call) -> Value | None:
     """mm of a table [E * C, T] with tokens, of a table [T, E * C] with what was made of them."""
     table, other = call.args[:2]
-    if not isinstance(table, Slots) or not whole(table) or table.wide is None or len(call.args) != 2 or _elsewhere(call):
+    if (
+        not isinstance(table, Slots)
+        or not whole(table)
+        or table.wide is None
+        or len(call.args) != 2
+        or _elsewhere(call)
+    ):
         return None
     first, second = call.node.all_input_nodes
     if table.dims == ("ec", 0) and isinstance(other, Plain) and call.val(second).dim() == 2:
@@ -93,7 +111,11 @@ def laid_out(call: Call, table: Slots, node: Node, tokens: Node, flat: bool = Fa
 def total(call: Call, table: Slots, node: Node, made: Every) -> Value | None:
     """The sum over slots."""
     _, num, capacity = sizes_of(table, node)
-    if made.slots is None or made.expr.level != "row" or {call.val().dtype, call.val(node).dtype} != {made.expr.val.dtype}:
+    if (
+        made.slots is None
+        or made.expr.level != "row"
+        or {call.val().dtype, call.val(node).dtype} != {made.expr.val.dtype}
+    ):
         return None
     if not same_size(num, made.num) or not same_size(capacity, made.expr.val.shape[0]):
         return None
@@ -110,7 +132,11 @@ def total(call: Call, table: Slots, node: Node, made: Every) -> Value | None:
 def total_of_list(call: Call, table: Slots, node: Node, made: Node) -> Value | None:
     """The sum over slots on which each expert ran on its own."""
     _, num, capacity = sizes_of(table, node)
-    if type(num) is not int or call.val(node).dtype != call.val().dtype or not any(isinstance(call.run.values.get(n), Every) for n in ancestors(made)):
+    if (
+        type(num) is not int
+        or call.val(node).dtype != call.val().dtype
+        or not any(isinstance(call.run.values.get(n), Every) for n in ancestors(made))
+    ):
         return None
     found = bodies(call.run, call.node, made, num, capacity)
     if found is None or isinstance(found, Unknown):
@@ -128,7 +154,11 @@ def total_of_list(call: Call, table: Slots, node: Node, made: Node) -> Value | N
 def _differ(laid: Slots, table: Slots) -> str | None:
     """Why tokens are not taken from the slots that they were put into."""
     into, out = ({(t.ids, t.place.count) for t in s.terms} for s in (laid, table))  # type: ignore[union-attr]
-    return None if into == out and len(laid.terms) == len(table.terms) else "tokens leave other slots than they were put into"
+    return (
+        None
+        if into == out and len(laid.terms) == len(table.terms)
+        else "tokens leave other slots than they were put into"
+    )
 
 
 # -- the pairs of a table -------------------------------------------------------------------

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.selection import same_size, some_of
 from moe_compile.detect.values import Dense, Dim, Member, Plain, Positions, Value
 from moe_compile.region import ids_kept
@@ -98,12 +98,12 @@ class Term:
 class Slots(Dense):
     """A table that is the sum of its terms; dims: of 0, "e", "c" and "one", "ec" for two in one.
 
-    wide: of a table with "ec", the node of one with the dimensions (0, "e", "c") or ("e", "c", 0).
+    wide: of a table with "ec", the node of one with its dimensions apart, and these.
     """
 
     dims: tuple[Dim, ...]
     terms: tuple[Term, ...]
-    wide: Node | None = None
+    wide: tuple[Node, tuple[Dim, ...]] | None = None
 
 
 # -- places ---------------------------------------------------------------------------------
@@ -131,9 +131,23 @@ def moved(call: Call) -> Value | None:
         step = int(other) if call.op.startswith("add") else -int(other)
         return replace(places, count=replace(count, shift=count.shift + step))
     total = isinstance(more, Member) and more.kind == "count" and more.dims in (("e",), ("one", "e"))
-    if call.op.startswith("add") and total and more.expert is None and more.ids.meta["val"].dim() == 1:
+    if not total or not _counts_exactly(call.node.args[1]):
+        return None
+    if call.op.startswith("add") and more.expert is None and more.ids.meta["val"].dim() == 1:
         return replace(places, count=replace(count, base=(*count.base, more.ids)))
     return None
+
+
+def _counts_exactly(node: Any) -> bool:
+    """Whether a sum of a mask was of a dtype that counts that far, and stayed one."""
+    while op_of(node) != "sum":
+        if (
+            op_of(node) not in ("to", "_to_copy", "long", "int", "float", "unsqueeze")
+            or node.meta["val"].dtype not in EXACT
+        ):
+            return False
+        node = node.args[0]
+    return node.meta["val"].dtype in EXACT
 
 
 def own(call: Call) -> Value | None:
@@ -177,7 +191,9 @@ def clamped(call: Call) -> Value | None:
     if not (low is None or (type(low) in (int, float) and low <= 0)) or not (high is None or type(high) is int):
         return None
     positive = type(low) in (int, float) and low == 0 and (high is None or high >= 0)
-    return replace(places, masked=places.masked and positive, below=None if high is None else high + 1, positive=positive)
+    return replace(
+        places, masked=places.masked and positive, below=None if high is None else high + 1, positive=positive
+    )
 
 
 def early(call: Call) -> Value | None:
@@ -365,7 +381,7 @@ def flattened(call: Call) -> Value | None:
         return replace(table, dims=(*table.dims, "one"))
     for dims, after in (((0, "e", "c"), (0, "ec")), (("e", "c", 0), ("ec", 0))):
         if table.dims == dims and val.dim() == 2 and same_size(val.shape[after.index(0)], before[dims.index(0)]):
-            return replace(table, dims=after, wide=call.node.all_input_nodes[0])
+            return replace(table, dims=after, wide=(call.node.all_input_nodes[0], dims))
     return None
 
 
@@ -513,10 +529,8 @@ def whole(table: Slots) -> bool:
 
 def sizes_of(table: Slots, node: Node) -> tuple[Any, Any, Any]:
     """T, E and C of a whole table."""
-    wide = table.wide or node
-    sizes, dims = wide.meta["val"].shape, table.dims
-    if table.wide is not None:
-        dims = (0, "e", "c") if table.dims[0] == 0 else ("e", "c", 0)
+    wide, dims = table.wide or (node, table.dims)
+    sizes = wide.meta["val"].shape
     return tuple(sizes[dims.index(d)] for d in (0, "e", "c"))  # type: ignore[return-value]
 
 

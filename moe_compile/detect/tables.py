@@ -218,7 +218,9 @@ def _in(graph: Graph, table: Node, like: Node) -> Node:
 
 
 def _stacked(graph: Graph, ids: Any, like: Node) -> Node:
-    wide = [i if i.meta["val"].dtype == torch.int64 else emit(graph, aten.to.dtype, i, torch.int64, like=like) for i in ids]
+    wide = [
+        i if i.meta["val"].dtype == torch.int64 else emit(graph, aten.to.dtype, i, torch.int64, like=like) for i in ids
+    ]
     return emit(graph, aten.stack.default, wide, 1, like=like)
 
 
@@ -280,7 +282,14 @@ def _above(graph: Graph, table: Node, bound: float | None, top_k: int, like: Nod
     return emit(graph, aten.where.ScalarOther, emit(graph, aten.gt.Scalar, top, 0, like=like), ids, -1, like=like)
 
 
-_WRITTEN: dict[Any, Any] = {ids_above: _above, ids_by_sizes: _by_sizes, ids_in: _in, ids_kept: _kept, ids_where: _where, ids_stacked: _stacked}
+_WRITTEN: dict[Any, Any] = {
+    ids_above: _above,
+    ids_by_sizes: _by_sizes,
+    ids_in: _in,
+    ids_kept: _kept,
+    ids_where: _where,
+    ids_stacked: _stacked,
+}
 _PRODUCTS = ("mul", "mul_", "__and__", "bitwise_and", "bitwise_and_", "logical_and", "logical_and_")
 RULES: dict[str, tuple[Rule, ...]] = {
     "table": (table,),
