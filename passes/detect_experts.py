@@ -34,6 +34,7 @@ from moe_compile.detect import (
     rows,
     selection,
     slot_sums,
+    slot_tables,
     slots,
     sorted_rows,
     sums,
@@ -52,7 +53,7 @@ def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
         listings.RULES, counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES,
-        pairs.RULES, sums.RULES, lists.RULES, slots.RULES, slot_sums.RULES, rows.RULES,
+        pairs.RULES, sums.RULES, lists.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
     found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}

@@ -121,7 +121,7 @@ def product(call: Call) -> Value | None:
     if weight.dim() != 3 or weight.shape[0] != x.num or call.val().dim() != 3:
         return None
     leaf = call.run.table.leaf("slice", stack.node, weight.select(0, 0))
-    return _made(call, x, aten.matmul.default, [x.expr, leaf], x.ids)
+    return made_of(call, x, aten.matmul.default, [x.expr, leaf], x.ids)
 
 
 def pointwise(call: Call) -> Value | None:
@@ -139,7 +139,7 @@ def pointwise(call: Call) -> Value | None:
         zero.append(ids)
     if any(isinstance(v, Value) for v in call.kwargs.values()) or call.val().dim() != _rank(first):
         return None
-    return _made(call, first, call.node.target, args, _zero_by(call, args, zero), call.kwargs)
+    return made_of(call, first, call.node.target, args, _zero_by(call, args, zero), call.kwargs)
 
 
 def _operand(call: Call, like: Every, value: Any, node: Any) -> tuple[Any, Node | None]:
@@ -215,7 +215,7 @@ def of_features(call: Call) -> Value | None:
     if any(isinstance(a, Value | torch.SymInt) for a in args[1:]) or call.kwargs:
         return None
     if isinstance(val, Tensor):
-        return _made(call, value, call.node.target, args, value.ids)
+        return made_of(call, value, call.node.target, args, value.ids)
     whole = call.run.table.call(call.node.target, tuple(args), {}, [_row(value, v) for v in val])
     parts = [call.run.table.call(operator.getitem, (whole, i), {}, v) for i, v in enumerate(whole.val)]
     return RowTuple(tuple(replace(value, expr=part) for part in parts))
@@ -252,7 +252,7 @@ def _elsewhere(call: Call) -> bool:
     return bool(call.run.autocasts or call.run.no_grad)
 
 
-def _made(
+def made_of(
     call: Call, like: Every, target: Any, args: list[Any], ids: Node | None, kwargs: dict[str, Any] | None = None
 ) -> Every:
     expr = call.run.table.call(target, tuple(args), kwargs or {}, _row(like, call.val()))

@@ -4,8 +4,8 @@
     made = stack([expert_e(rows[e]) for e in range(E)])
     out  = einsum("tec,ecm->tm", combine, made)
 
-While they are read, the experts' values are ordinary ones.  At the sum each expert's part is read again, as in lists.py,
-with rows that are those of its slots.
+While they are read, the experts' values are ordinary ones.  At the sum each expert's part is read again, as in
+lists.py, with rows that are those of its slots.
 """
 
 import collections
@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors, not_pure
 from moe_compile.detect.interpreter import Interpreter, op_of
-from moe_compile.detect.lists import _Rows
+from moe_compile.detect.lists import RowsOfList
 from moe_compile.detect.selection import same_size
 from moe_compile.detect.unify import leaves_of
 from moe_compile.detect.values import Every, ListTerm, Unknown
@@ -39,7 +39,7 @@ def bodies(
     found: list[Expr] = []
     sources: set[Every] = set()
     for e, (part, own) in enumerate(zip(parts, inside, strict=True)):
-        expr = _Rows(run, e, ListTerm(None, part), own).result()
+        expr = RowsOfList(run, e, ListTerm(None, part), own).result()
         if isinstance(expr, Unknown):
             return expr
         table: dict[Leaf, Expr] = {}
@@ -90,7 +90,7 @@ def joined(made: Node, num: int, capacity: Any) -> list[Node] | None:
 
 
 def slots_of(run: Interpreter, node: Node) -> tuple[Every, int] | None:
-    """(all slots, e) of a value that is the slots of expert e: rows[e], rows.unbind(0)[e], rows.chunk(E)[e].squeeze(0)."""
+    """(all slots, e) of the slots of expert e: rows[e], rows.unbind(0)[e], rows.chunk(E)[e].squeeze(0)."""
     val = node.meta["val"]
     while op_of(node) in ("squeeze", *VIEWS) or (op_of(node) == "select" and node.args[1:] == (0, 0)):
         before: Any = node.args[0]

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors
-from moe_compile.detect.every import _made as made_of_every
+from moe_compile.detect.every import made_of
 from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.selection import everyone, same_size
 from moe_compile.detect.slot_lists import bodies
-from moe_compile.detect.slots import Slots, Term, not_disjoint, number_of, sizes_of, whole
+from moe_compile.detect.slot_proofs import not_disjoint, number_of, sizes_of, whole
+from moe_compile.detect.slots import Slots, Term
 from moe_compile.detect.values import Buffer, Every, Plain, Rows, Selection, Stacked, Sum, Unknown, Value
 from moe_compile.region import Expr, ids_stacked
 from moe_compile.rewrite import emit
@@ -225,7 +226,7 @@ def product(call: Call) -> Value | None:
         leaf: Expr = call.run.table.leaf("slice", stack.node, weight.select(0, 0))
         if mine == e + f + m:
             leaf = call.run.table.call(aten.t.default, (leaf,), {}, leaf.val.t())
-        return made_of_every(call, rows, aten.matmul.default, [rows.expr, leaf], rows.ids)
+        return made_of(call, rows, aten.matmul.default, [rows.expr, leaf], rows.ids)
     return None
 
 

@@ -65,6 +65,30 @@ class GShardOfMasks(GShard):
 
 
 @idiom(flat=True, distinct=False)
+class GShardOfNothing(GShard):
+    """Weights of some tokens are zero, so that their slots are empty: what is made of nothing has a gradient."""
+
+    def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().combine(x, ids, weights * (torch.arange(x.shape[0]) % 3 > 0)[:, None])
+
+
+@idiom(flat=True, distinct=False)
+class GShardTwiceWeighed(GShard):
+    """Tokens are laid out with their weight, and places compared with those of all slots."""
+
+    def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        mask = F.one_hot(ids, E)
+        places = torch.cumsum(mask, 0)
+        mask = mask * (places < self.capacity)
+        at = (places * mask).sum(1)
+        slot = at[:, None] == torch.arange(self.capacity)
+        return (weights[:, 0, None] * mask)[:, :, None] * slot[:, None, :] * 0.5
+
+    def dispatch(self, combine: Tensor) -> Tensor:
+        return combine
+
+
+@idiom(flat=True, distinct=False)
 class GShardWithoutBias(GShard):
     """As DeepSpeed writes a first choice."""
 

@@ -214,6 +214,15 @@ class SlotsBehindFewer(GShardOfTwo):
         return first, torch.cumsum(mask2, 0) - 1 + (mask1 * (first < 2)).sum(0, keepdim=True)
 
 
+@mutant(BATCH, tokens=40)
+class SlotsBehindRoughly(GShardOfTwo):
+    """bfloat16 counts to 256."""
+
+    def places(self, mask1: Tensor, mask2: Tensor) -> tuple[Tensor, Tensor]:
+        first = torch.cumsum(mask1, 0) - 1
+        return first, torch.cumsum(mask2, 0) - 1 + mask1.bfloat16().sum(0).long()
+
+
 @mutant(BATCH)
 class SlotsOneBefore(GShardOfTwo):
     """The first of the second choices in the last slot of the first ones."""
