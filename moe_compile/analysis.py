@@ -20,12 +20,13 @@ from moe_compile.cost import computes
 from moe_compile.detect.counts import ANY
 from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
 from moe_compile.detect.selection import unflattened
-from moe_compile.detect.values import Constant, Emptiness, Hits, Index, ListRegion, Plain, Region, Slice
+from moe_compile.detect.values import Constant, Emptiness, Every, Hits, Index, ListRegion, Plain, Region, Slice
 from moe_compile.errors import Refusal
 from moe_compile.kept import kept_attributes
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.python_state import Functions, check_effects, check_loops, check_tensors, reachable, unchanged
+from moe_compile.region import ids_stacked
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ def _proven(
                 worlds.check(seen, apart, known.distinct, again, few)
         _nothing_left(main)
     listed = isinstance(region, ListRegion)
-    form = "dense" if not listed and detect.run is not None and detect.run.inside else _form(region, before)
+    on_tokens = not listed and region.ids.target is not ids_stacked
+    form = "dense" if on_tokens and detect.run is not None and detect.run.inside else _form(region, before)
     return Analysis(main.gm, main, functions, before, launches, form)
 
 
@@ -250,7 +252,8 @@ def _detect(found: Capture, known: Known) -> tuple[DetectExperts, str | None]:
         return detect, report.refused[0][1]
     if not report.applied:
         assert detect.run is not None
-        reason = _first_unknown(detect.run) or _other_mask(detect.run) or _one_batch(detect.run)
+        run = detect.run
+        reason = _first_unknown(run) or _other_mask(run) or next(iter(run.hints), None) or _one_batch(run)
         return detect, reason or NOTHING
     return detect, None
 
@@ -280,7 +283,7 @@ def _one_batch(run: Interpreter) -> str | None:
             letters, operands = str(node.args[0]).replace(" ", ""), tuple(node.args[1])
         elif op_of(node) not in ("bmm", "matmul"):
             continue
-        if not isinstance(value, Plain) or len(operands) != 2 or not all(isinstance(n, Node) for n in operands):
+        if not isinstance(value, Plain | Every) or len(operands) != 2 or not all(isinstance(n, Node) for n in operands):
             continue
         inputs, _, result = letters.partition("->")
         first, _, second = inputs.partition(",")

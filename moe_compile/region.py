@@ -82,6 +82,11 @@ def ids_where(ids: Tensor, truths: Tensor) -> Tensor:
     return torch.where(truths != 0, ids, -1)
 
 
+def ids_stacked(ids: Sequence[Tensor]) -> Tensor:
+    """The choices of each token [T], one after the other, as [T, K]."""
+    return torch.stack([i.long() for i in ids], 1)
+
+
 def ids_above(table: Tensor, bound: float | None, top_k: int) -> Tensor:
     """The positions, in their order, of entries above `bound` (None: not zero) in each row of `table` [T, E], which
     has `top_k` of them at most; then -1.

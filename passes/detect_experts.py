@@ -24,7 +24,22 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect import counts, dense, every, listings, lists, pairs, rows, selection, sorted_rows, sums, tables
+from moe_compile.detect import (
+    counts,
+    dense,
+    every,
+    listings,
+    lists,
+    pairs,
+    rows,
+    selection,
+    slot_sums,
+    slot_tables,
+    slots,
+    sorted_rows,
+    sums,
+    tables,
+)  # fmt: skip
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
 from moe_compile.detect.values import ListRegion, Region
 from moe_compile.region import Body, Expr, Leaf, experts
@@ -38,7 +53,7 @@ def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
         listings.RULES, counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES,
-        pairs.RULES, sums.RULES, lists.RULES, rows.RULES,
+        pairs.RULES, sums.RULES, lists.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
     found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}

@@ -9,6 +9,7 @@ make anything of it.  What is multiplied by zero is not computed any more, as in
 """
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,9 +103,9 @@ def reshape(call: Call) -> Value | None:
         return None
     row = value.expr.val.shape
     if val.dim() == len(row) + 1 and all(map(same_size, val.shape, (value.num, *row))):
-        return Every(value.expr, value.num, False, value.ids)
+        return replace(value, flat=False)
     if val.dim() == len(row) and all(map(same_size, val.shape, (value.num * row[0], *row[1:]))):
-        return Every(value.expr, value.num, True, value.ids)
+        return replace(value, flat=True)
     return None
 
 
@@ -120,7 +121,7 @@ def product(call: Call) -> Value | None:
     if weight.dim() != 3 or weight.shape[0] != x.num or call.val().dim() != 3:
         return None
     leaf = call.run.table.leaf("slice", stack.node, weight.select(0, 0))
-    return _made(call, x, aten.matmul.default, [x.expr, leaf], x.ids)
+    return made_of(call, x, aten.matmul.default, [x.expr, leaf], x.ids)
 
 
 def pointwise(call: Call) -> Value | None:
@@ -138,12 +139,14 @@ def pointwise(call: Call) -> Value | None:
         zero.append(ids)
     if any(isinstance(v, Value) for v in call.kwargs.values()) or call.val().dim() != _rank(first):
         return None
-    return _made(call, first, call.node.target, args, _zero_by(call, args, zero), call.kwargs)
+    return made_of(call, first, call.node.target, args, _zero_by(call, args, zero), call.kwargs)
 
 
 def _operand(call: Call, like: Every, value: Any, node: Any) -> tuple[Any, Node | None]:
     if isinstance(value, Every):
-        same = (value.num, value.flat) == (like.num, like.flat) and call.val(node).dim() == call.val().dim()
+        same = (value.num, value.flat, value.slots) == (like.num, like.flat, like.slots) and call.val(
+            node
+        ).dim() == call.val().dim()
         return (value.expr if same else Unknown("")), value.ids
     if isinstance(value, Spread):
         return _weight(call, like, value)
@@ -163,6 +166,8 @@ def _operand(call: Call, like: Every, value: Any, node: Any) -> tuple[Any, Node 
 
 def _weight(call: Call, like: Every, table: Spread) -> tuple[Any, Node | None]:
     """The entry of a table for each row."""
+    if like.slots is not None:
+        return Unknown(""), None
     wanted = ("et", "one") if like.flat else ("e", 0, "one")
     whole = call.val(table.node)
     fits = same_size(whole.shape[1], like.num) and same_size(whole.shape[0], like.expr.val.shape[0])
@@ -210,10 +215,10 @@ def of_features(call: Call) -> Value | None:
     if any(isinstance(a, Value | torch.SymInt) for a in args[1:]) or call.kwargs:
         return None
     if isinstance(val, Tensor):
-        return _made(call, value, call.node.target, args, value.ids)
+        return made_of(call, value, call.node.target, args, value.ids)
     whole = call.run.table.call(call.node.target, tuple(args), {}, [_row(value, v) for v in val])
     parts = [call.run.table.call(operator.getitem, (whole, i), {}, v) for i, v in enumerate(whole.val)]
-    return RowTuple(tuple(Every(part, value.num, value.flat, value.ids) for part in parts))
+    return RowTuple(tuple(replace(value, expr=part) for part in parts))
 
 
 def total(call: Call) -> Value | None:
@@ -226,6 +231,7 @@ def total(call: Call) -> Value | None:
         or dims[0] not in (0, -_rank(value))
         or call.number(2, "keepdim", False)
         or value.flat
+        or value.slots is not None
     ):
         return None
     if value.expr.level != "row" or call.val().dtype != value.expr.val.dtype:
@@ -246,11 +252,11 @@ def _elsewhere(call: Call) -> bool:
     return bool(call.run.autocasts or call.run.no_grad)
 
 
-def _made(
+def made_of(
     call: Call, like: Every, target: Any, args: list[Any], ids: Node | None, kwargs: dict[str, Any] | None = None
 ) -> Every:
     expr = call.run.table.call(target, tuple(args), kwargs or {}, _row(like, call.val()))
-    return Every(expr, like.num, like.flat, ids)
+    return replace(like, expr=expr, ids=ids)
 
 
 def _row(like: Every, val: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ class Interpreter:
         self.regions: dict[Node, Region] = {}
         self.refused: list[tuple[Node, str]] = []
         self.doubts: list[tuple[Node, str]] = []  # calls outside of all regions, and why they are in none
+        self.hints: list[str] = []  # why an ordinary value is nothing of experts', if there is no region
         self.no_grad = False
         self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
         self.reads: dict[Node, set[Any]] = {}  # ids -> how rows of all experts choose weights by them (Region.reads)

@@ -93,7 +93,7 @@ def _region(run: Interpreter, node: Node, total: ListSum) -> ListRegion | Unknow
         return Unknown(why)
     bodies = []
     for (number, term), own in zip(terms, inside, strict=True):
-        found = _Rows(run, number, term, own).result()  # type: ignore[arg-type]
+        found = RowsOfList(run, number, term, own).result()  # type: ignore[arg-type]
         if isinstance(found, Unknown):
             return found
         bodies.append(found)
@@ -138,7 +138,7 @@ def _refused(
     return None
 
 
-class _Rows:
+class RowsOfList:
     """What one expert adds, read again with rows of its list."""
 
     def __init__(self, run: Interpreter, number: int, term: ListTerm, own: set[Node]) -> None:

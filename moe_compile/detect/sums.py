@@ -297,7 +297,7 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
     reads = how_weights_are_read(run, first.ids, number, body)
     if isinstance(reads, Unknown):
         return reads
-    masked = bool(_marks(body))
+    masked = bool(_marks(body)) or first.order == "slots"
     return Region(total, first.ids, number, None if masked else number, reads, unmarked(run, body), families)
 
 

@@ -22,6 +22,7 @@ from moe_compile.detect.selection import equal_sizes, index_vectors, one_weight_
 from moe_compile.detect.values import (
     Column,
     Constant,
+    Dense,
     DenseWeight,
     Index,
     Member,
@@ -31,7 +32,7 @@ from moe_compile.detect.values import (
     Spread,
     Value,
 )
-from moe_compile.region import ids_above, ids_by_sizes, ids_in, ids_kept, ids_where
+from moe_compile.region import ids_above, ids_by_sizes, ids_in, ids_kept, ids_stacked, ids_where
 from moe_compile.rewrite import emit
 
 aten = torch.ops.aten
@@ -177,7 +178,7 @@ def _is_truth(call: Call, value: Any, node: Node) -> bool:
     """Whether all entries are 0 or 1."""
     if isinstance(value, Member) and value.kind != "count":
         return True
-    while isinstance(call.run.values[node], Plain | Constant) and isinstance(call.val(node), Tensor):
+    while isinstance(call.run.values[node], Plain | Constant | Dense) and isinstance(call.val(node), Tensor):
         if call.val(node).dtype == torch.bool:
             return True
         viewed = op_of(node) in SAME_TRUTH and node.target is not aten.view.dtype
@@ -194,9 +195,12 @@ def written_out(graph: Graph, ids: Node, like: Node) -> Node:
     """The ids as ATen ops, in the place of the node that stood for them."""
     if ids.target not in _WRITTEN:
         return ids
-    before = ids.args[0]
-    assert isinstance(before, Node)
-    if ids.target in (ids_kept, ids_where):
+    before: Any = ids.args[0]
+    if ids.target is ids_stacked:
+        for one in before:
+            written_out(graph, one, like)
+        before = ids.args[0]
+    elif ids.target in (ids_kept, ids_where):
         before = written_out(graph, before, like)
     with graph.inserting_before(ids):
         made = _WRITTEN[ids.target](graph, before, *ids.args[1:], like)
@@ -211,6 +215,13 @@ def _in(graph: Graph, table: Node, like: Node) -> Node:
     numbers.kwargs = {"device": val.device}
     found = emit(graph, aten.mul.Tensor, emit(graph, aten.ne.Scalar, table, 0, like=like), numbers, like=like)
     return emit(graph, aten.sub.Tensor, emit(graph, aten.sum.dim_IntList, found, [-1], like=like), 1, like=like)
+
+
+def _stacked(graph: Graph, ids: Any, like: Node) -> Node:
+    wide = [
+        i if i.meta["val"].dtype == torch.int64 else emit(graph, aten.to.dtype, i, torch.int64, like=like) for i in ids
+    ]
+    return emit(graph, aten.stack.default, wide, 1, like=like)
 
 
 def _by_sizes(graph: Graph, sizes: Node, rows: Node, whole: bool, like: Node) -> Node:
@@ -271,7 +282,14 @@ def _above(graph: Graph, table: Node, bound: float | None, top_k: int, like: Nod
     return emit(graph, aten.where.ScalarOther, emit(graph, aten.gt.Scalar, top, 0, like=like), ids, -1, like=like)
 
 
-_WRITTEN: dict[Any, Any] = {ids_above: _above, ids_by_sizes: _by_sizes, ids_in: _in, ids_kept: _kept, ids_where: _where}
+_WRITTEN: dict[Any, Any] = {
+    ids_above: _above,
+    ids_by_sizes: _by_sizes,
+    ids_in: _in,
+    ids_kept: _kept,
+    ids_where: _where,
+    ids_stacked: _stacked,
+}
 _PRODUCTS = ("mul", "mul_", "__and__", "bitwise_and", "bitwise_and_", "logical_and", "logical_and_")
 RULES: dict[str, tuple[Rule, ...]] = {
     "table": (table,),

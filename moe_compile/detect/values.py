@@ -400,12 +400,14 @@ class Every(Dense):
     """What every expert makes of every token, [num, T, ...], or [num * T, ...] if `flat`; `expr`: of a row.
 
     ids: it is zero for the experts that a token did not choose by them; None if that is not shown.
+    slots: the table by which tokens were laid out in C slots an expert (`slots.Slots`); then T is C.
     """
 
     expr: Expr
     num: int
     flat: bool
     ids: Node | None = None
+    slots: Any = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_every,
     idioms_forms,
     idioms_grids,
+    idioms_gshard,
     idioms_helpers,
     idioms_listings,
     idioms_lists,
@@ -87,6 +88,15 @@ def test_idiom_without_tokens(name: str) -> None:
         assert got["output 0"] is not None and not got["output 0"].numel()
         return
     assert not differences(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in IDIOMS if n.startswith("GShard")])
+def test_slots_are_gone(name: str) -> None:
+    """Experts read tokens, not slots."""
+    case = IDIOMS[name]
+    run = Proof(case.make(), arguments(case), case.distinct)
+    (rows,) = run.gm.graph.find_nodes(op="call_function", target=torch.ops.moe_ep.dispatch.default)
+    assert rows.args[0].name == "x"
 
 
 @pytest.mark.parametrize("name", EXPERTS)

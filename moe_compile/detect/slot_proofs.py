@@ -1,0 +1,116 @@
+"""What is shown of whole tables of slots (slots.py): that a slot holds one token, and what each choice has in them."""
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from moe_compile.detect.interpreter import Interpreter
+from moe_compile.detect.selection import some_of
+from moe_compile.detect.slots import Number, Slots, Term, at_most, cut_of
+from moe_compile.rewrite import emit
+
+aten = torch.ops.aten
+
+
+def whole(table: Slots) -> bool:
+    """Whether every term says its token, expert and place."""
+    fits = sorted(map(str, table.dims)) in (["0", "c", "e"], ["0", "ec"])
+    return fits and all(t.ids is not None and t.by_expert and t.place is not None for t in table.terms)
+
+
+def sizes_of(table: Slots, node: Node) -> tuple[Any, Any, Any]:
+    """T, E and C of a whole table."""
+    wide, dims = table.wide or (node, table.dims)
+    sizes = wide.meta["val"].shape
+    return tuple(sizes[dims.index(d)] for d in (0, "e", "c"))  # type: ignore[return-value]
+
+
+def not_disjoint(run: Interpreter, table: Slots, capacity: Any) -> str | None:
+    """Why two tokens might have one slot, or a token none where the program has an error; None if neither can be.
+
+    Choice j of a token has the places behind all those of the choices before it, whether these count the late ones or
+    not: if some are late, the others fill all places.
+    """
+    before: tuple[Node, ...] = ()
+    terms = sorted(table.terms, key=lambda t: len(t.place.count.base))  # type: ignore[union-attr]
+    for earlier, term in zip([None, *terms], terms, strict=False):
+        assert term.place is not None and term.ids is not None
+        count = term.place.count
+        if earlier is not None:
+            first = earlier.place.count  # type: ignore[union-attr]
+            last = count.base[-1:]
+            counted = bool(last) and (last[0] is first.ids or _all_kept(run, last[0], earlier))  # type: ignore[arg-type]
+            if count.base[:-1] != before or not counted or count.shift != first.shift:
+                return "the places of a later choice are not behind those of the choices before it"
+        elif count.base:
+            return "the places of the first choice begin behind others"
+        before = count.base
+        if count.shift < -1:
+            return "places begin below zero"
+        if not some_of(run, term.ids, term.place.valid):
+            return "tokens have a slot whose place is not theirs"
+        bound = cut_of(run, term.ids, count)
+        if bound is None:
+            return "tokens whose place is behind the last slot are not shown to be dropped"
+        if not at_most(bound, capacity) or not (term.place.below is None or at_most(bound, term.place.below)):
+            return f"tokens are dropped from place {bound} on, there are {capacity} slots"
+    return None
+
+
+def _all_kept(run: Interpreter, ids: Node, term: Term) -> bool:
+    """Whether `ids` are those that a term counted, without those from some place on, but with all that it keeps."""
+    count = term.place.count  # type: ignore[union-attr]
+    mine, theirs = cut_of(run, term.ids, count), cut_of(run, ids, count)
+    return run.written.get(ids) is count.ids and None not in (mine, theirs) and at_most(mine, theirs)
+
+
+# -- numbers, written again -----------------------------------------------------------------
+
+
+def number_of(run: Interpreter, site: Node, ids: Node, number: Number) -> Node | None:
+    """The number of each token [T] as a node before `site`; None if what it reads has changed since."""
+
+    def call(target: Any, *args: Any) -> Node:
+        with run.graph.inserting_before(site):
+            made = emit(run.graph, target, *args, like=site)
+        run.written[made] = None
+        return made
+
+    def cast(node: Node, dtype: torch.dtype) -> Node:
+        return node if node.meta["val"].dtype == dtype else call(aten.to.dtype, node, dtype)
+
+    def written(n: Number) -> Node | None:
+        if n.op == "one":
+            return call(aten.ones_like.default, cast(ids, n.dtype))
+        if n.op == "entry":
+            return _read(call, run, ids, n)
+        args = [written(a) if isinstance(a, Number) else a for a in n.args]
+        if any(a is None for a in args):
+            return None
+        if n.op is aten.to.dtype:
+            return cast(args[0], n.dtype)  # type: ignore[arg-type]
+        if n.op in (aten.mul.Tensor, aten.div.Tensor):
+            args = [cast(a, n.dtype) if isinstance(a, Node) else a for a in args]
+        return call(n.op, *args)
+
+    return written(number)
+
+
+def _read(call: Any, run: Interpreter, ids: Node, entry: Number) -> Node | None:
+    """Entry (t, ids[t]) of a factor."""
+    node = entry.args[0]
+    if not run.unchanged(node):
+        return None
+    left = [d for d in entry.dims if d != "one"]
+    for at in reversed(range(len(entry.dims))):
+        if entry.dims[at] == "one":
+            node = call(aten.select.int, node, at, 0)
+    if left in ([], [0]):
+        return node if left else call(aten.mul.Tensor, call(aten.ones_like.default, ids), node)
+    index = call(aten.to.dtype, call(aten.clamp.default, ids, 0), torch.int64)
+    if left == ["e"]:
+        return call(aten.index_select.default, node, 0, index)
+    if left == ["e", 0]:
+        node = call(aten.t.default, node)
+    return call(aten.squeeze.dim, call(aten.gather.default, node, 1, call(aten.unsqueeze.default, index, 1)), 1)

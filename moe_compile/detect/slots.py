@@ -1,0 +1,265 @@
+"""Rules for tables [T, E, C] that say the slot of each token at its expert, as GShard writes them.
+
+    mask    = one_hot(ids, E)                                # [T, E]
+    places  = cumsum(mask, 0) - 1                            # [T, E]: how many tokens before this one chose e
+    mask    = mask * (places < C)                            # those who came too late chose nobody
+    at      = (places * mask).sum(1)                         # [T]
+    combine = gates[:, None, None] * mask[:, :, None] * one_hot(at, C)[:, None, :]
+
+For a second choice of each token the places begin where those of the first end: places2 + mask.sum(0).
+
+A token's place is a count of those before it at the same expert, so no two tokens have one slot: `disjoint`.  What is
+not zero in such a table is one number for each choice of a token, which is written again as a vector: `number_of`.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
+from moe_compile.detect.selection import same_size, some_of
+from moe_compile.detect.values import Dense, Dim, Member, Positions, Value
+from moe_compile.region import ids_kept
+
+EXACT = (torch.int64, torch.int32, torch.float32, torch.float64)  # that count to more than any capacity
+
+
+# -- values ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many of `ids` [T] chose an expert, up to a token and with it, plus `shift`, plus all in each of `base`."""
+
+    ids: Node
+    shift: int = 0
+    base: tuple[Node, ...] = ()
+
+
+@dataclass(frozen=True)
+class Places(Dense):
+    """A count for each token and expert, or for each token that of its own; it holds for the tokens of `valid`.
+
+    masked: it is zero for the experts that a token did not choose by `valid`, and for others' tokens.
+    below: it was clamped to less than that; positive: and not to less than zero.
+    """
+
+    count: Count
+    dims: tuple[Dim, ...]
+    valid: Node
+    masked: bool = False
+    below: Any = None
+    positive: bool = False
+
+
+@dataclass(frozen=True)
+class Early(Dense):
+    """Whether a count is less than `bound`, for the tokens of `valid`."""
+
+    count: Count
+    valid: Node
+    bound: Any
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Number:
+    """What one choice of a token has in a table: op of `args`, in `dtype`.
+
+    op: "one"; "entry" of a node, whose dimensions are `dims`; or an ATen op of numbers.
+    """
+
+    op: Any
+    dtype: torch.dtype
+    args: tuple[Any, ...] = ()
+    dims: tuple[Dim, ...] = ()
+
+
+@dataclass(frozen=True)
+class Term:
+    """One choice of each token: zero for tokens that are nobody's by `ids`.
+
+    by_expert: zero for other experts than the token's.  place: zero for other places than its own.
+    """
+
+    ids: Node | None
+    number: Number
+    by_expert: bool = False
+    place: Places | None = None
+
+
+@dataclass(frozen=True)
+class Slots(Dense):
+    """A table that is the sum of its terms; dims: of 0, "e", "c" and "one", "ec" for two in one.
+
+    wide: of a table with "ec", the node of one with its dimensions apart, and these.
+    """
+
+    dims: tuple[Dim, ...]
+    terms: tuple[Term, ...]
+    wide: tuple[Node, tuple[Dim, ...]] | None = None
+
+
+# -- places ---------------------------------------------------------------------------------
+
+
+def running(call: Call) -> Value | None:
+    """cumsum(mask, 0)."""
+    mask = call.arg(0)
+    if not is_table(mask) or mask.ids.meta["val"].dim() != 1 or mask.dims != (0, "e"):
+        return None
+    if call.number(1, "dim") not in (0, -2) or call.val().dtype not in EXACT:
+        return None
+    return Places(Count(mask.ids), mask.dims, mask.ids)
+
+
+def moved(call: Call) -> Value | None:
+    """places - 1, places + mask.sum(0)."""
+    places, other = call.arg(0), call.number(1, "other")
+    if not isinstance(places, Places) or places.masked or places.below is not None or places.dims != (0, "e"):
+        return None
+    if call.number(2, "alpha", 1) != 1 or call.val().dtype not in EXACT or call.val().dim() != 2:
+        return None
+    count, more = places.count, call.arg(1)
+    if type(other) in (int, float) and math.isfinite(other) and other == int(other):
+        step = int(other) if call.op.startswith("add") else -int(other)
+        return replace(places, count=replace(count, shift=count.shift + step))
+    total = isinstance(more, Member) and more.kind == "count" and more.dims in (("e",), ("one", "e"))
+    if not total or not _counts_exactly(call.node.args[1]):
+        return None
+    if call.op.startswith("add") and more.expert is None and more.ids.meta["val"].dim() == 1:
+        return replace(places, count=replace(count, base=(*count.base, more.ids)))
+    return None
+
+
+def _counts_exactly(node: Any) -> bool:
+    """Whether a sum of a mask was of a dtype that counts that far, and stayed one."""
+    while op_of(node) != "sum":
+        if (
+            op_of(node) not in ("to", "_to_copy", "long", "int", "float", "unsqueeze")
+            or node.meta["val"].dtype not in EXACT
+        ):
+            return False
+        node = node.args[0]
+    return node.meta["val"].dtype in EXACT
+
+
+def own(call: Call) -> Value | None:
+    """places * mask: zero for the experts that the token did not choose."""
+    for i in (0, 1):
+        places, mask = call.arg(i), call.arg(1 - i)
+        if not isinstance(places, Places) or not is_table(mask) or places.dims != (0, "e") or mask.dims != (0, "e"):
+            continue
+        if call.val().dtype not in EXACT or (i and in_place(call)) or not some_of(call.run, mask.ids, places.valid):
+            continue
+        return replace(places, valid=mask.ids, masked=True)
+    return None
+
+
+def clamped(call: Call) -> Value | None:
+    """places.clamp(0, C - 1): those that are early have theirs."""
+    places = call.arg(0)
+    low, high = call.number(1, "min"), call.number(2, "max")
+    if call.op.startswith("clamp_m"):
+        low, high = (call.number(1), None) if "min" in call.op else (None, call.number(1))
+    if not isinstance(places, Places) or places.below is not None or places.count.shift < -1:
+        return None
+    if not (low is None or (type(low) in (int, float) and low <= 0)) or not (high is None or type(high) is int):
+        return None
+    positive = type(low) in (int, float) and low == 0 and (high is None or high >= 0)
+    return replace(
+        places, masked=places.masked and positive, below=None if high is None else high + 1, positive=positive
+    )
+
+
+def early(call: Call) -> Value | None:
+    """places < C, places <= C - 1."""
+    places, bound = call.arg(0), bound_of(call)
+    if not isinstance(places, Places) or bound is None or places.below is not None:
+        return None
+    if call.op in ("le", "less_equal"):
+        bound = bound + 1 if isinstance(bound, int | torch.SymInt) else math.floor(bound) + 1
+    elif isinstance(bound, float):
+        bound = math.ceil(bound)
+    return Early(places.count, places.valid, bound, places.dims)
+
+
+def bound_of(call: Call) -> Any:
+    """The number that is compared with: of Python, or a size."""
+    number = call.number(1, "other")
+    if type(number) in (int, float) and math.isfinite(number):
+        return number
+    node = call.node.args[1] if len(call.node.args) > 1 else None
+    val = node.meta.get("val") if isinstance(node, Node) else None
+    return val if isinstance(val, torch.SymInt) else None
+
+
+def one_hot(call: Call) -> Value | None:
+    """one_hot(at, C): the place of each token, none of which is outside of [0, C)."""
+    at, slots = call.arg(0), call.val()
+    if not isinstance(at, Places) or at.dims not in ((0,), (0, "e")) or not isinstance(slots, Tensor):
+        return None
+    capacity, bound = slots.shape[-1], cut_of(call.run, at.valid, at.count)
+    inside = at.masked and bound is not None and at_most(bound, capacity) and at.count.shift >= -1
+    if not inside and not (at.positive and at.below is not None and at_most(at.below, capacity)):
+        return None
+    return Slots((*at.dims, "c"), (Term(None, Number("one", slots.dtype), place=at),))
+
+
+def is_place(call: Call) -> Value | None:
+    """at[:, None] == arange(C)."""
+    for at, slots in ((call.arg(0), call.arg(1)), (call.arg(1), call.arg(0))):
+        if isinstance(at, Places) and isinstance(slots, Positions) and slots.shape == "all":
+            if at.dims not in ((0, "one"), (0, "e", "one")) or call.val().dim() != len(at.dims):
+                return None
+            at = replace(at, dims=at.dims[:-1])
+            return Slots((*at.dims, "c"), (Term(None, Number("one", torch.bool), place=at),))
+    return None
+
+
+# -- help -----------------------------------------------------------------------------------
+
+
+def is_table(value: Any, *more: str) -> bool:
+    """A mask of zeros and ones [T, E]."""
+    if not isinstance(value, Member) or value.expert is not None or value.kind != "mask":
+        return False
+    return tuple(d for d in value.dims if d not in more) == (0, "e")
+
+
+def in_place(call: Call) -> bool:
+    return call.op.endswith("_") and not call.op.endswith("__")
+
+
+def at_most(a: Any, b: Any) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a <= b
+    return same_size(a, b)
+
+
+def cut_of(run: Interpreter, ids: Node | None, count: Count) -> Any:
+    """The place from which on tokens of `ids` are nobody's, or None."""
+    while ids is not None and ids.target is ids_kept:
+        table, before = ids.args[1], run.written.get(ids)
+        for factor in table.all_input_nodes if isinstance(table, Node) else []:
+            value = run.values.get(factor)
+            if isinstance(value, Early) and value.count == count and value.dims == (0, "e"):
+                if some_of(run, before, value.valid):
+                    return value.bound
+        ids = before
+    return None
+
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "cumsum": (running,),
+    **{op: (moved,) for op in ("add", "add_", "sub", "sub_")},
+    **{op: (own,) for op in ("mul", "multiply", "mul_")},
+    **{op: (clamped,) for op in ("clamp", "clamp_min", "clamp_max")},
+    **{op: (early,) for op in ("lt", "less", "le", "less_equal")},
+    "one_hot": (one_hot,),
+    "eq": (is_place,),
+}
