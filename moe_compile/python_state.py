@@ -16,7 +16,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -263,10 +263,18 @@ _TENSOR_MAKERS = {
 }  # fmt: skip
 
 
-def check_loops(functions: Functions, only_offsets: Callable[[types.CodeType, str], bool]) -> None:
-    """Refuse loops in which an iteration can see, in Python, whether an earlier one was skipped.
+class Held(Protocol):
+    """What variables of a function held when it was captured."""
 
-    `only_offsets`: whether a variable of a function held nothing but sums of numbers of rows when it was captured.
+    def only_offsets(self, code: types.CodeType, name: str) -> bool:
+        """Whether it was nothing but sums of numbers of rows."""
+
+    def only_tensors(self, code: types.CodeType, name: str) -> bool:
+        """Whether it was nothing but tensors, which the trace shows."""
+
+
+def check_loops(functions: Functions, held: Held) -> None:
+    """Refuse loops in which an iteration can see, in Python, whether an earlier one was skipped.
 
     Needed where `if mask.any()` and the like were answered: only the cases "all skipped" and "none skipped" are traced.
     """
@@ -279,15 +287,14 @@ def check_loops(functions: Functions, only_offsets: Callable[[types.CodeType, st
             if isinstance(loop, ast.While):
                 raise Refusal(f"{f.__qualname__} has a while loop and decides on data")
             if isinstance(loop, ast.For):
-                _check_loop(f, tree, loop, only_offsets)
+                _check_loop(f, tree, loop, held)
 
 
-def _check_loop(
-    f: types.FunctionType, tree: ast.AST, loop: ast.For, only_offsets: Callable[[types.CodeType, str], bool]
-) -> None:
+def _check_loop(f: types.FunctionType, tree: ast.AST, loop: ast.For, held: Held) -> None:
     inside = list(ast.walk(loop))
     stored = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     tensors = _made_as_tensors(tree)
+    tensors |= {n for n in _only_updated(loop) if held.only_tensors(f.__code__, n)}
     carried: set[str] = set()
     _flow(loop.body, {n.id for n in ast.walk(loop.target) if isinstance(n, ast.Name)}, stored, carried)
     after: set[str] = set()
@@ -297,7 +304,7 @@ def _check_loop(
             after.add(n.id)
     carried |= after
     pieces = lists(tree, loop)
-    harmless = pieces | offsets(loop, carried - after, lambda name: only_offsets(f.__code__, name))
+    harmless = pieces | offsets(loop, carried - after, lambda name: held.only_offsets(f.__code__, name))
     for name in sorted(carried - tensors - harmless):
         raise Refusal(f"{f.__qualname__} carries {name} from one iteration to the next and skips some")
     for n in inside:
@@ -334,6 +341,20 @@ def _made_as_tensors(tree: ast.AST) -> set[str]:
             itself = any(isinstance(x, ast.Name) and x.id == name for x in ast.walk(call))
             made.setdefault(name, []).append(known or itself)
     return {name for name, known in made.items() if all(known)}
+
+
+def _only_updated(loop: ast.For) -> set[str]:
+    """Names that the loop reads, and sets from themselves alone: `out = out.index_add(...)`, `out += y`."""
+    names = [n for n in ast.walk(loop) if isinstance(n, ast.Name)]
+    updates = set()
+    for n in ast.walk(loop):
+        if isinstance(n, ast.AugAssign):
+            updates.add(id(n.target))
+        elif isinstance(n, ast.Assign) and len(n.targets) == 1 and isinstance(target := n.targets[0], ast.Name):
+            if any(isinstance(x, ast.Name) and x.id == target.id for x in ast.walk(n.value)):
+                updates.add(id(target))
+    otherwise = {n.id for n in names if not isinstance(n.ctx, ast.Load) and id(n) not in updates}
+    return {n.id for n in names} - otherwise
 
 
 def _flow(body: list[ast.stmt], known: set[str], stored: set[str], carried: set[str]) -> set[str] | None:

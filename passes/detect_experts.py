@@ -99,6 +99,8 @@ class DetectExperts(RewritePass[Found]):
                 last, body = region.tail
                 rest = _experts(graph, region, site, ids, body, region.num_experts, last, None, flat)
                 node = emit(graph, aten.add.Tensor, node, rest, like=site, val=flat)
+            if start.kind == "kept":
+                node = _kept(graph, region, ids, node, start.node, site)
             if grid:
                 node = emit(graph, aten.view_as.default, node, start.node, like=site, val=val)
             if start.kind == "known":
@@ -150,6 +152,21 @@ def _experts(
         num_classes,
     )
     return emit(graph, experts, *args, like=site, val=val)
+
+
+def _kept(graph: Graph, region: Region, ids: Node, made: Node, start: Node, site: Node) -> Node:
+    """What experts made of their tokens, and what there was before of the others; ids [T, 1]."""
+
+    def call(target: Any, *args: Any) -> Node:
+        return emit(graph, target, *args, like=site)
+
+    last = region.num_experts if region.tail is None else region.tail[0]
+    chosen = call(aten.bitwise_and.Tensor, call(aten.ge.Scalar, ids, 0), call(aten.lt.Scalar, ids, last))
+    val = made.meta["val"]
+    chosen = call(aten.reshape.default, chosen, [-1, *[1] * (val.dim() - 1)])
+    if start.meta["val"].dim() > val.dim():
+        start = call(aten.flatten.using_ints, start, 0, 1)
+    return emit(graph, aten.where.self, chosen, made, start, like=site, val=val)
 
 
 def _params(graph: Graph, leaf: Leaf, region: Region, site: Node) -> Any:

@@ -443,7 +443,9 @@ class DenseSum(Value):
 
 @dataclass(frozen=True)
 class Buffer(Value):
-    """A tensor that results may be added into; kind: "zero", "empty" (never set) or "known"."""
+    """A tensor that results may be added into; kind: "zero", "empty" (never set), "known", or "kept": a token whose
+    expert sets it has the expert's result alone, and the others keep what is known.
+    """
 
     node: Node
     kind: str
