@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect import counts, dense, every, listings, lists, pairs, rows, selection, sorted_rows, sums, tables
+from moe_compile.detect import counts, dense, every, listings, lists, pairs, picked, rows, selection, sorted_rows, sums, tables
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
-from moe_compile.detect.values import ListRegion, Region
+from moe_compile.detect.values import ListRegion, Picked, Region
 from moe_compile.region import Body, Expr, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
 from moe_compile.series import series_of
@@ -38,7 +38,7 @@ def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
         listings.RULES, counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES,
-        pairs.RULES, sums.RULES, lists.RULES, rows.RULES,
+        pairs.RULES, picked.RULES, sums.RULES, lists.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
     found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}
@@ -113,6 +113,7 @@ class DetectExperts(RewritePass[Found]):
             values = self.run.values if self.run else {}
             sites = set(self.run.regions) if self.run else set()
             local = {n for n, v in values.items() if goes_with_its_region(v)} | (self.run.inside if self.run else set())
+            local |= {n for n, v in values.items() if isinstance(v, Picked) and self.run and self.run.is_own(n)}
             drop_dead(gm.graph, lambda n: n in sites or n in local)
             _drop_idle_grad_modes(gm.graph)
             gm.recompile()

@@ -409,6 +409,14 @@ class Every(Dense):
 
 
 @dataclass(frozen=True)
+class Picked(Dense):
+    """One value for each pair, [T, K, ...], of which some belong to the experts `ids` [T, K]; `expr`: of a row."""
+
+    expr: Expr
+    ids: Node
+
+
+@dataclass(frozen=True)
 class Chosen(Dense):
     """Of the results `nodes` of all experts on all tokens those of `ids`, [T, K, D]; `node`: times `weights` [T, K]."""
 

@@ -34,6 +34,7 @@ from tests.detect import (  # noqa: F401
     mutants_offsets,
     mutants_outside,
     mutants_pairs,
+    mutants_picked,
     mutants_places,
     mutants_rows,
     mutants_slots,

@@ -23,6 +23,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_lists,
     idioms_masks,
     idioms_pairs,
+    idioms_picked,
     idioms_places,
     idioms_slots,
     idioms_sorted,
