@@ -3,8 +3,8 @@
 A candidate is a function called on a module that owns expert weights, and that itself touches them:
 stacked weights (at least three dimensions) that it names, several children that are such weights, or a list of like
 children that it loops over while it selects rows; the module may be that list, and weights may be a child's or flat if
-it views them and loops.  Or it repeats tokens for a child that owns stacked weights, and sums.  A function that only
-calls others is not one: the call inside is.
+it views them and loops.  Or it repeats tokens for a child that owns stacked weights, and sums, or chooses by topk and
+sums what such a child made by einsum.  A function that only calls others is not one: the call inside is.
 """
 
 import dis
@@ -89,8 +89,9 @@ def _holds(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) ->
         return True
     if names & SELECTS and len({n for n, child in module._modules.items() if n in names and _is_stack(child)}) > 1:
         return True
-    if names & REPEATS and "sum" in names and _child_is_stacked(module, names):
-        return True
+    if (names & REPEATS and "sum" in names) or names >= {"topk", "einsum"}:
+        if _child_is_stacked(module, names):
+            return True
     if "FOR_ITER" not in opcodes:
         return False
     if _is_list(module):

@@ -24,7 +24,20 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect import counts, dense, every, listings, lists, pairs, picked, rows, selection, sorted_rows, sums, tables
+from moe_compile.detect import (
+    counts,
+    dense,
+    every,
+    listings,
+    lists,
+    pairs,
+    picked,
+    rows,
+    selection,
+    sorted_rows,
+    sums,
+    tables,
+)
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
 from moe_compile.detect.values import ListRegion, Picked, Region
 from moe_compile.region import Body, Expr, Leaf, experts

@@ -84,6 +84,9 @@ def _term(call: Call, at: Node, what: Node) -> Value | None:
     if ids.dim() != 1 or ids.dtype not in INTEGERS or val.dim() < 2:
         return None
     if isinstance(total, Plain | Region):
+        schema = getattr(into.target, "_schema", None)
+        if call.op.endswith("_") and schema is not None and schema.is_mutable:
+            return None  # what was added before is no list's
         total = Buffer(into, "known")
     if any("moe_ep_capture" in str(n.target) for n in ancestors(at)):
         return None  # rows of a mask: as many as the data says

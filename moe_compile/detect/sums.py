@@ -19,6 +19,7 @@ from moe_compile.detect.values import (
     ListSum,
     PairGrid,
     Plain,
+    Positions,
     Region,
     Rows,
     Selection,
@@ -68,10 +69,13 @@ def add_term(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection, 
 
 def index_add(call: Call) -> Value | None:
     total = total_of(call)
-    picked, selection = index_vectors(call, 2)
+    rows = call.arg(3)
+    if isinstance(total, Buffer | Sum) and (mine := _all_pairs(call.arg(2), rows)) is not None:
+        picked, selection = [0], mine
+    else:
+        picked, selection = index_vectors(call, 2)
     if selection is None or total is None:
         return None
-    rows = call.arg(3)
     if isinstance(selection, Unknown):
         return selection
     if isinstance(rows, Plain | Region) and selection.expert is None:
@@ -81,6 +85,14 @@ def index_add(call: Call) -> Value | None:
     if isinstance(total, Buffer) and total.kind == "empty":
         return Unknown(f"{name_of(call.node)} adds into memory that was never set")
     return add_term(call, total, rows, selection)
+
+
+def _all_pairs(index: Any, rows: Any) -> Selection | None:
+    """The selection of rows of all pairs (t, k), in their order, whose tokens are counted: arange(T * K) // K."""
+    if not isinstance(index, Positions) or index.shape != "pairs" or not isinstance(rows, Rows) or rows.dim:
+        return None
+    chosen = rows.selection
+    return chosen if chosen.order == "flat" and chosen.ids is not None and chosen.top_k == index.top_k else None
 
 
 def index_put(call: Call) -> Value | None:
