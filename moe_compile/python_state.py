@@ -95,6 +95,7 @@ def _filled(cell: types.CellType) -> bool:
 
 
 CALLED = {"forward", "__call__"}
+READS_NAMED = {"getattr", "hasattr"}
 BY_NAME = ("setattr", "delattr", "__setattr__", "__delattr__")
 SETTINGS = (
     "set_default_dtype", "set_default_device", "set_default_tensor_type", "use_deterministic_algorithms",
@@ -140,13 +141,39 @@ def _of_fakes() -> frozenset[str]:
 def check_tensors(functions: Functions, module: nn.Module) -> None:
     """Refuse functions that could read what was set on a parameter or buffer: a trace has tensors of its own."""
     names = {n for f in functions for n in code_names(f.__code__)}
-    by_any_name = names & {"getattr", "hasattr", "attrgetter", "vars", "__dict__"}
+    by_any_name = bool(names & {"attrgetter", "vars", "__dict__"}) or any(
+        code_names(f.__code__) & READS_NAMED and not names_are_written(f.__code__) for f in functions
+    )
     for name, tensor in parts(module).tensors:
         if not vars(tensor):
             continue
         for attribute in vars(tensor).keys() - (_of_fakes() if isinstance(tensor, FakeTensor) else ()):
             if attribute in names or (by_any_name and not attribute.startswith("_")):
                 raise Refusal(f"it could read {attribute}, an attribute of {name}")
+
+
+@functools.cache
+def names_are_written(code: types.CodeType) -> bool:
+    """Whether each `getattr(x, "name")` and `hasattr` of a function has its name there, where `code_names` sees it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    plain = set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and len(n.args) > 1:
+            if isinstance(n.args[1], ast.Constant) and not isinstance(n.args[0], ast.Starred):
+                plain.add(id(n.func))
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Attribute) and n.attr in READS_NAMED:
+            return False
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in READS_NAMED:
+            return False
+        if isinstance(n, ast.Name) and n.id in READS_NAMED and id(n) not in plain:
+            return False
+        if isinstance(n, ast.alias) and n.name in READS_NAMED:
+            return False
+    return True
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:

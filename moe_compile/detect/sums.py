@@ -70,10 +70,9 @@ def add_term(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection, 
 def index_add(call: Call) -> Value | None:
     total = total_of(call)
     rows = call.arg(3)
+    picked, selection = index_vectors(call, 2)
     if isinstance(total, Buffer | Sum) and (mine := _all_pairs(call.arg(2), rows)) is not None:
         picked, selection = [0], mine
-    else:
-        picked, selection = index_vectors(call, 2)
     if selection is None or total is None:
         return None
     if isinstance(selection, Unknown):

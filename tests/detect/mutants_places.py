@@ -1,5 +1,7 @@
 """Mutants of results that are set, or read and written back, where other values were before."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -255,7 +257,7 @@ class NotATensorAtFirst(Listed):
     """The first expert with rows is told from the others."""
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = 0
+        out: Any = 0
         for e in range(E):
             t, k = torch.where(ids == e)
             if len(t) == 0:
