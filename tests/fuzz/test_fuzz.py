@@ -11,17 +11,18 @@ from tests.fuzz.tally import Tally
 
 hypothesis = pytest.importorskip("hypothesis")
 SETTINGS = hypothesis.settings(
-    max_examples=12,
+    max_examples=10,
     deadline=None,
-    derandomize=True,  # the same programs in every run of CI
+    derandomize=True,  # no examples of earlier runs: with a seed, the same programs in every run of CI
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 
 
-@pytest.mark.parametrize("form", range(3))  # other programs each, for workers to share
-def test_numbers(form: int) -> None:
+@pytest.mark.parametrize("seed", range(3))  # other programs each, for workers to share
+def test_numbers(seed: int) -> None:
     """Hypothesis draws the programs, and makes one that is wrong simpler."""
 
+    @hypothesis.seed(seed)
     @SETTINGS
     @hypothesis.given(hypothesis.strategies.randoms(use_true_random=False))
     def run(draw: Random) -> None:
