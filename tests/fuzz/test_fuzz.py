@@ -8,7 +8,6 @@ from tests.fuzz.check import check
 from tests.fuzz.grammar import drawn, program
 from tests.fuzz.tally import Tally
 
-
 hypothesis = pytest.importorskip("hypothesis")
 SETTINGS = hypothesis.settings(
     max_examples=10,
