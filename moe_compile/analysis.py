@@ -113,7 +113,7 @@ def _proven(
             apart, seen = (main, asked) if few is None else trace(truth=nonempty, visited=few, by_number=main.by_number)
             assert seen is not None
             if main.asks:
-                check_loops(functions, apart.locals.only_offsets)
+                check_loops(functions, apart.locals)
             if few is not None:
                 worlds.check_sample(asked, seen, few)
             if main.asks:

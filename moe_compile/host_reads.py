@@ -147,10 +147,13 @@ for _operator in """
 
 
 class Locals:
-    """What the program's variables held whenever it asked something: sums of numbers of rows, or anything else."""
+    """What the program's variables held whenever it asked something: sums of numbers of rows, tensors that are none,
+    or anything else.
+    """
 
     def __init__(self) -> None:
         self.offsets: set[tuple[CodeType, str]] = set()
+        self.tensors: set[tuple[CodeType, str]] = set()
         self.others: set[tuple[CodeType, str]] = set()
 
     def look(self) -> None:
@@ -158,11 +161,15 @@ class Locals:
         while frame is not None and frame.f_code.co_name != TRACED:
             for name, value in frame.f_locals.items():
                 offset = type(value) is HostNumber or (type(value) is int and value == 0) or _is_unread(value)
-                (self.offsets if offset else self.others).add((frame.f_code, name))
+                tensor = isinstance(value, Tensor) and value.dim() and value.is_floating_point()
+                (self.offsets if offset else self.tensors if tensor else self.others).add((frame.f_code, name))
             frame = frame.f_back
 
     def only_offsets(self, code: CodeType, name: str) -> bool:
-        return (code, name) in self.offsets - self.others
+        return (code, name) in self.offsets - self.others - self.tensors
+
+    def only_tensors(self, code: CodeType, name: str) -> bool:
+        return (code, name) in self.tensors - self.others - self.offsets
 
 
 def _is_unread(value: Any) -> bool:

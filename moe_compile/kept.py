@@ -8,6 +8,7 @@ function's body, not in a loop or a branch, and nothing that the function can ru
 import ast
 import dis
 import inspect
+import operator
 import textwrap
 import types
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_compile.errors import Refusal
-from moe_compile.python_state import Functions, codes
+from moe_compile.python_state import READS_NAMED, Functions, codes, names_are_written
 
-READS_ANY = {"getattr", "hasattr", "attrgetter", "vars", "__dict__", "__getattribute__", "__getattr__", "state_dict"}
+READS_ANY = {"attrgetter", "getattr_static", "vars", "__dict__", "__getattribute__", "__getattr__", "state_dict"}
+_READERS = (getattr, hasattr, vars, operator.attrgetter)
 
 
 def kept_attributes(fn: types.FunctionType, module: nn.Module, functions: Functions) -> tuple[str, ...]:
@@ -86,7 +88,12 @@ def _is_plain(module: nn.Module, name: str) -> bool:
 def _mentions(f: types.FunctionType, name: str, own: bool) -> bool:
     """Whether code mentions the attribute, beside the one statement of its `own` function that sets it."""
     for code in codes(f.__code__):
-        if READS_ANY & {*code.co_names} or name in code.co_consts:
+        words = {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}
+        if READS_ANY & words or name in code.co_consts:
+            return True
+        if any(f.__globals__.get(n) is r for n in code.co_names for r in _READERS):
+            return True  # by another name
+        if READS_NAMED & words and not names_are_written(f.__code__):
             return True
         for step in dis.get_instructions(code):
             if step.argval == name and step.opname.endswith(("_ATTR", "_METHOD", "_NAME", "_GLOBAL", "_DEREF")):

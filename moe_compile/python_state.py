@@ -16,7 +16,7 @@ import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -95,6 +95,7 @@ def _filled(cell: types.CellType) -> bool:
 
 
 CALLED = {"forward", "__call__"}
+READS_NAMED = {"getattr", "hasattr"}
 BY_NAME = ("setattr", "delattr", "__setattr__", "__delattr__")
 SETTINGS = (
     "set_default_dtype", "set_default_device", "set_default_tensor_type", "use_deterministic_algorithms",
@@ -140,13 +141,39 @@ def _of_fakes() -> frozenset[str]:
 def check_tensors(functions: Functions, module: nn.Module) -> None:
     """Refuse functions that could read what was set on a parameter or buffer: a trace has tensors of its own."""
     names = {n for f in functions for n in code_names(f.__code__)}
-    by_any_name = names & {"getattr", "hasattr", "attrgetter", "vars", "__dict__"}
+    by_any_name = bool(names & {"attrgetter", "vars", "__dict__"}) or any(
+        code_names(f.__code__) & READS_NAMED and not names_are_written(f.__code__) for f in functions
+    )
     for name, tensor in parts(module).tensors:
         if not vars(tensor):
             continue
         for attribute in vars(tensor).keys() - (_of_fakes() if isinstance(tensor, FakeTensor) else ()):
             if attribute in names or (by_any_name and not attribute.startswith("_")):
                 raise Refusal(f"it could read {attribute}, an attribute of {name}")
+
+
+@functools.cache
+def names_are_written(code: types.CodeType) -> bool:
+    """Whether each `getattr(x, "name")` and `hasattr` of a function has its name there, where `code_names` sees it."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return False
+    plain = set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and len(n.args) > 1:
+            if isinstance(n.args[1], ast.Constant) and not isinstance(n.args[0], ast.Starred):
+                plain.add(id(n.func))
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Attribute) and n.attr in READS_NAMED:
+            return False
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value in READS_NAMED:
+            return False
+        if isinstance(n, ast.Name) and n.id in READS_NAMED and id(n) not in plain:
+            return False
+        if isinstance(n, ast.alias) and n.name in READS_NAMED:
+            return False
+    return True
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -263,10 +290,18 @@ _TENSOR_MAKERS = {
 }  # fmt: skip
 
 
-def check_loops(functions: Functions, only_offsets: Callable[[types.CodeType, str], bool]) -> None:
-    """Refuse loops in which an iteration can see, in Python, whether an earlier one was skipped.
+class Held(Protocol):
+    """What variables of a function held when it was captured."""
 
-    `only_offsets`: whether a variable of a function held nothing but sums of numbers of rows when it was captured.
+    def only_offsets(self, code: types.CodeType, name: str) -> bool:
+        """Whether it was nothing but sums of numbers of rows."""
+
+    def only_tensors(self, code: types.CodeType, name: str) -> bool:
+        """Whether it was nothing but tensors, which the trace shows."""
+
+
+def check_loops(functions: Functions, held: Held) -> None:
+    """Refuse loops in which an iteration can see, in Python, whether an earlier one was skipped.
 
     Needed where `if mask.any()` and the like were answered: only the cases "all skipped" and "none skipped" are traced.
     """
@@ -279,15 +314,14 @@ def check_loops(functions: Functions, only_offsets: Callable[[types.CodeType, st
             if isinstance(loop, ast.While):
                 raise Refusal(f"{f.__qualname__} has a while loop and decides on data")
             if isinstance(loop, ast.For):
-                _check_loop(f, tree, loop, only_offsets)
+                _check_loop(f, tree, loop, held)
 
 
-def _check_loop(
-    f: types.FunctionType, tree: ast.AST, loop: ast.For, only_offsets: Callable[[types.CodeType, str], bool]
-) -> None:
+def _check_loop(f: types.FunctionType, tree: ast.AST, loop: ast.For, held: Held) -> None:
     inside = list(ast.walk(loop))
     stored = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     tensors = _made_as_tensors(tree)
+    tensors |= {n for n in _only_updated(loop) if held.only_tensors(f.__code__, n)}
     carried: set[str] = set()
     _flow(loop.body, {n.id for n in ast.walk(loop.target) if isinstance(n, ast.Name)}, stored, carried)
     after: set[str] = set()
@@ -297,7 +331,7 @@ def _check_loop(
             after.add(n.id)
     carried |= after
     pieces = lists(tree, loop)
-    harmless = pieces | offsets(loop, carried - after, lambda name: only_offsets(f.__code__, name))
+    harmless = pieces | offsets(loop, carried - after, lambda name: held.only_offsets(f.__code__, name))
     for name in sorted(carried - tensors - harmless):
         raise Refusal(f"{f.__qualname__} carries {name} from one iteration to the next and skips some")
     for n in inside:
@@ -334,6 +368,20 @@ def _made_as_tensors(tree: ast.AST) -> set[str]:
             itself = any(isinstance(x, ast.Name) and x.id == name for x in ast.walk(call))
             made.setdefault(name, []).append(known or itself)
     return {name for name, known in made.items() if all(known)}
+
+
+def _only_updated(loop: ast.For) -> set[str]:
+    """Names that the loop reads, and sets from themselves alone: `out = out.index_add(...)`, `out += y`."""
+    names = [n for n in ast.walk(loop) if isinstance(n, ast.Name)]
+    updates = set()
+    for n in ast.walk(loop):
+        if isinstance(n, ast.AugAssign):
+            updates.add(id(n.target))
+        elif isinstance(n, ast.Assign) and len(n.targets) == 1 and isinstance(target := n.targets[0], ast.Name):
+            if any(isinstance(x, ast.Name) and x.id == target.id for x in ast.walk(n.value)):
+                updates.add(id(target))
+    otherwise = {n.id for n in names if not isinstance(n.ctx, ast.Load) and id(n) not in updates}
+    return {n.id for n in names} - otherwise
 
 
 def _flow(body: list[ast.stmt], known: set[str], stored: set[str], carried: set[str]) -> set[str] | None:

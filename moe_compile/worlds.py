@@ -222,6 +222,7 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
     for site, total in totals:
         own = total.start.node is site  # zeros that the sum itself starts from
         result.start = f"zeros like {site.meta['val']}" if own else spell.node(total.start.node)
+        how_added = " set" if total.start.kind == "kept" else ""
         for term in total.terms:
             e, chosen = term.selection.expert, term.selection
             if e is None or chosen.ids is None:
@@ -229,7 +230,7 @@ def survey(found: Capture, distinct: Iterable[int], ids: set[str] | None = None)
             result.ids.add(units.ids(chosen.ids))
             said = {n: spell.expr(term.expr, n) for n in _numbers(e) if few is None or n in few}
             for n in _numbers(e):
-                how = f"{chosen.classes} {chosen.per} {term.dim} {said.get(n, 'not visited alone')}"
+                how = f"{chosen.classes} {chosen.per} {term.dim}{how_added} {said.get(n, 'not visited alone')}"
                 unit = units.number(chosen.ids, n)
                 result.terms[unit] = f"{result.terms.get(unit, '')} {how}"
     result.num_classes = max(result.terms, default=-1) + 1

@@ -31,6 +31,7 @@ from moe_compile.detect import (
     listings,
     lists,
     pairs,
+    picked,
     rows,
     selection,
     slot_sums,
@@ -41,7 +42,7 @@ from moe_compile.detect import (
     tables,
 )  # fmt: skip
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
-from moe_compile.detect.values import ListRegion, Region
+from moe_compile.detect.values import ListRegion, Picked, Region
 from moe_compile.region import Body, Expr, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
 from moe_compile.series import series_of
@@ -53,7 +54,7 @@ def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
         listings.RULES, counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES,
-        pairs.RULES, sums.RULES, lists.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
+        pairs.RULES, picked.RULES, sums.RULES, lists.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
     found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}
@@ -114,6 +115,8 @@ class DetectExperts(RewritePass[Found]):
                 last, body = region.tail
                 rest = _experts(graph, region, site, ids, body, region.num_experts, last, None, flat)
                 node = emit(graph, aten.add.Tensor, node, rest, like=site, val=flat)
+            if start.kind == "kept":
+                node = _kept(graph, region, ids, node, start.node, site)
             if grid:
                 node = emit(graph, aten.view_as.default, node, start.node, like=site, val=val)
             if start.kind == "known":
@@ -126,6 +129,7 @@ class DetectExperts(RewritePass[Found]):
             values = self.run.values if self.run else {}
             sites = set(self.run.regions) if self.run else set()
             local = {n for n, v in values.items() if goes_with_its_region(v)} | (self.run.inside if self.run else set())
+            local |= {n for n, v in values.items() if isinstance(v, Picked) and self.run and self.run.is_own(n)}
             drop_dead(gm.graph, lambda n: n in sites or n in local)
             _drop_idle_grad_modes(gm.graph)
             gm.recompile()
@@ -165,6 +169,21 @@ def _experts(
         num_classes,
     )
     return emit(graph, experts, *args, like=site, val=val)
+
+
+def _kept(graph: Graph, region: Region, ids: Node, made: Node, start: Node, site: Node) -> Node:
+    """What experts made of their tokens, and what there was before of the others; ids [T, 1]."""
+
+    def call(target: Any, *args: Any) -> Node:
+        return emit(graph, target, *args, like=site)
+
+    last = region.num_experts if region.tail is None else region.tail[0]
+    chosen = call(aten.bitwise_and.Tensor, call(aten.ge.Scalar, ids, 0), call(aten.lt.Scalar, ids, last))
+    val = made.meta["val"]
+    chosen = call(aten.reshape.default, chosen, [-1, *[1] * (val.dim() - 1)])
+    if start.meta["val"].dim() > val.dim():
+        start = call(aten.flatten.using_ints, start, 0, 1)
+    return emit(graph, aten.where.self, chosen, made, start, like=site, val=val)
 
 
 def _params(graph: Graph, leaf: Leaf, region: Region, site: Node) -> Any:

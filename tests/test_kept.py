@@ -98,6 +98,27 @@ def test_the_control_is_proven() -> None:
     assert analyse(SetOnce.forward, module, [torch.randn(11, D)], {}).capture.kept == ("aux_loss",)
 
 
+class ReadsOthersByName(SetOnce):
+    """Names that are written out are those of other attributes."""
+
+    def mixed(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        out = super().mixed(x, ids, w)
+        return out * getattr(self, "factor", 2.0) if hasattr(self, "gate") else out
+
+
+def test_other_attributes_read_by_name() -> None:
+    module = ReadsOthersByName()
+    assert analyse(SetOnce.forward, module, [torch.randn(11, D)], {}).capture.kept == ("aux_loss",)
+    original, run = copy.deepcopy(module), compiled(module)
+    for tokens in (11, 4):
+        x = torch.randn(tokens, D)
+        with regions() as found:
+            got = outcome(run, module, (x,))
+        assert all(r.matched for r in found), [r.reason for r in found]
+        assert not differences(got, outcome(original, original, (x,)), 1e-5)
+        assert torch.allclose(module.aux_loss, original.aux_loss)
+
+
 class SetInALoop(Routed):
     def forward(self, x: Tensor) -> Tensor:
         w, ids = self.gate(x).softmax(-1).topk(K, -1)
@@ -144,6 +165,23 @@ class ReadByName(Routed):
         w, ids = self.gate(x).softmax(-1).topk(K, -1)
         self.aux_loss = w.sum()
         return self.mixed(x, ids, w)
+
+
+class ReadByItsName(SetOnce):
+    def mixed(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        return super().mixed(x, ids, w) * (2 if getattr(self, "aux_loss", None) is None else 3)
+
+
+class ReadByAnAlias(SetOnce):
+    def mixed(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        read = getattr
+        return super().mixed(x, ids, w) * (2 if read(self, "_".join(("aux", "loss"))) is None else 3)
+
+
+class ReadByAMap(SetOnce):
+    def mixed(self, x: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+        known = [value for value in map(getattr, [self], ["aux_" + "loss"]) if value is not None]
+        return super().mixed(x, ids, w) * (2 if hasattr(self, "gate") and not known else 3)
 
 
 class AddedTo(Routed):
@@ -234,6 +272,9 @@ REFUSED = {
     SetTwice: SETS.format("SetTwice", "aux_loss"),
     ReadByAHelper: SETS.format("ReadByAHelper", "aux_loss"),
     ReadByName: SETS.format("ReadByName", "aux_loss"),
+    ReadByItsName: SETS.format("SetOnce", "aux_loss"),
+    ReadByAnAlias: SETS.format("SetOnce", "aux_loss"),
+    ReadByAMap: SETS.format("SetOnce", "aux_loss"),
     AddedTo: SETS.format("AddedTo", "total"),
     ReturnsBefore: SETS.format("ReturnsBefore", "aux_loss"),
     SetOnAnother: SETS.format("SetOnAnother", "aux_loss"),

@@ -386,6 +386,10 @@ class Interpreter:
         """Whether the node's memory was made inside this graph."""
         return not (storages(node) & self._inputs)
 
+    def is_own(self, node: Node) -> bool:
+        """Whether the node's memory was made inside this graph, and who reads a change of it reads the node's."""
+        return self.is_fresh(node) and not self.read_elsewhere(node)
+
     # -- help for rules ---------------------------------------------------------------------
 
     def write_ids(self, after: Node, target: Any, args: tuple[Any, ...], val: Tensor, of: Node | None) -> Node:

@@ -50,14 +50,43 @@ PRODUCTS = ("linear", "matmul", "mm")  # whose first argument is rows
 
 def add(call: Call) -> Value | None:
     """total.index_add(0, list, rows)."""
-    total, index, rows, (into, _, at, what) = call.arg(0), call.arg(2), call.arg(3), call.node.args[:4]
-    if not isinstance(index, Plain | Slice) or not isinstance(rows, Plain) or len(call.args) != 4 or call.kwargs:
+    if len(call.args) != 4 or call.kwargs or call.number(1) != 0:
         return None
-    assert isinstance(into, Node) and isinstance(at, Node) and isinstance(what, Node)
+    at, what = call.node.args[2:4]
+    return _term(call, at, what) if isinstance(at, Node) and isinstance(what, Node) else None
+
+
+def scatter(call: Call) -> Value | None:
+    """total.scatter_add(0, list[:, None].expand(-1, D), rows): whole rows."""
+    if len(call.args) != 4 or call.kwargs or call.number(1) not in (0, -2):
+        return None
+    wide, what = call.node.args[2:4]
+    if not isinstance(wide, Node) or not isinstance(what, Node) or op_of(wide) not in ("expand", "expand_as", "repeat"):
+        return None
+    column: Any = wide.args[0]
+    sizes, rows, whole = (call.val(n).shape for n in (wide, what, call.node))
+    if len(sizes) != 2 or not all(map(same_size, sizes, rows)) or not same_size(rows[1], whole[1]):
+        return None
+    if op_of(column) != "unsqueeze" or column.args[1] not in (1, -1):
+        return None
+    at: Any = column.args[0]
+    fits = call.val(at).dim() == 1 and same_size(call.val(column).shape[0], sizes[0])
+    return _term(call, at, what) if fits else None
+
+
+def _term(call: Call, at: Node, what: Node) -> Value | None:
+    """One term more: rows that are added at the places of a list."""
+    total, into = call.arg(0), call.node.args[0]
+    index, rows = call.run.values[at], call.run.otherwise(what)
+    if not isinstance(index, Plain | Slice) or not isinstance(rows, Plain) or not isinstance(into, Node):
+        return None
     ids, val = call.val(at), call.val(what)
-    if call.number(1) != 0 or ids.dim() != 1 or ids.dtype not in INTEGERS or val.dim() < 2:
+    if ids.dim() != 1 or ids.dtype not in INTEGERS or val.dim() < 2:
         return None
-    if isinstance(total, Plain | Region) and not call.op.endswith("_"):
+    if isinstance(total, Plain | Region):
+        schema = getattr(into.target, "_schema", None)
+        if call.op.endswith("_") and schema is not None and schema.is_mutable:
+            return None  # what was added before is no list's
         total = Buffer(into, "known")
     if any("moe_ep_capture" in str(n.target) for n in ancestors(at)):
         return None  # rows of a mask: as many as the data says
@@ -326,4 +355,7 @@ def _joined_again(call: Any, region: ListRegion, site: Node, made: Node) -> Node
     return call(site.target, parts, dim)
 
 
-RULES: dict[str, tuple[Rule, ...]] = {op: (add,) for op in ("index_add", "index_add_")}
+RULES: dict[str, tuple[Rule, ...]] = {
+    **{op: (add,) for op in ("index_add", "index_add_")},
+    **{op: (scatter,) for op in ("scatter_add", "scatter_add_")},
+}

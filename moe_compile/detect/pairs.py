@@ -80,7 +80,7 @@ def token_of_pair(call: Call) -> Value | None:
 
 
 def spread_tokens(call: Call) -> Value | None:
-    """x.unsqueeze(1).expand(T, K, D).reshape(T * K, D), or with repeat(1, K, 1)."""
+    """x.unsqueeze(1).expand(T, K, D).reshape(T * K, D) or (T * K, 1, D), or with repeat(1, K, 1)."""
     value, wide = call.arg(0), call.node.args[0]
     if not isinstance(value, Plain) or not isinstance(wide, Node) or op_of(wide) not in ("expand", "repeat"):
         return None
@@ -92,11 +92,18 @@ def spread_tokens(call: Call) -> Value | None:
     once = (
         len(sizes) == len(before) + 1 and same_size(sizes[0], before[0]) and all(map(same_size, sizes[2:], before[1:]))
     )
-    return _repeated(call, x, sizes[1]) if once and type(sizes[1]) is int else None
+    if not once or type(sizes[1]) is not int:
+        return None
+    if call.val().dim() != len(before) + 1 or not same_size(call.val().shape[1], 1):
+        return _repeated(call, x, sizes[1])
+    flat = _repeated(call, x, sizes[1], call.val().squeeze(1))
+    if not isinstance(flat, Repeated):
+        return None
+    return Repeated(flat.selection, call.run.expr(call, aten.unsqueeze.default, [flat.expr, 1]))
 
 
-def _repeated(call: Call, x: Node, top_k: int) -> Value | None:
-    val, before = call.val(), call.val(x)
+def _repeated(call: Call, x: Node, top_k: int, val: Tensor | None = None) -> Value | None:
+    val, before = call.val() if val is None else val, call.val(x)
     fits = val.dim() == before.dim() and same_size(val.shape[0], before.shape[0] * top_k)
     if not fits or not all(map(same_size, val.shape[1:], before.shape[1:])) or not val.is_floating_point():
         return None

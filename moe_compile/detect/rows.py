@@ -194,6 +194,8 @@ def along(call: Call) -> Value | None:
     if op == "cat":
         if any(isinstance(e, Expr) and e.level != "row" for e in args[0]):
             return Unknown("cat joins rows with something that has none")
+    elif op == "unsqueeze" and isinstance(args[0], Expr) and args[0].level == "param":
+        return result(call, selection, expr_of(call, call.node.target, [args[0], dims % rank - 1]))
     elif not (isinstance(args[0], Expr) and args[0].level == "row"):
         return Unknown(f"{op} of a value that is the same for all rows of an expert")
     if bad := unknown(args) or _kwargs_unknown(call):

@@ -554,12 +554,11 @@ def index_vectors(call: Call, position: int) -> tuple[list[Any], Selection | Unk
 
 
 def whole(call: Call) -> Value | None:
-    """hits[:], mask[:], and table[:] of `table[:, 0]`: all of it, from its start to its end."""
+    """hits[:], mask[:], token[:] of `token[:, None]`, table[:] of `table[:, 0]`: all, from its start to its end."""
     value, (dim, *bounds) = call.arg(0), [call.number(i, name, d) for i, name, d in _BOUNDS]
     if bounds not in ([0, _END, 1], [None, None, 1]):
         return None
-    found = isinstance(value, Hits) or (isinstance(value, Index) and isinstance(value.dim, tuple))
-    return value if isinstance(value, Member) or (found and dim == 0) else None
+    return value if isinstance(value, Member) or (isinstance(value, Hits | Index) and dim == 0) else None
 
 
 _END = 2**63 - 1

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -18,6 +19,7 @@ from moe_compile.detect.values import (
     ListSum,
     PairGrid,
     Plain,
+    Positions,
     Region,
     Rows,
     Selection,
@@ -27,6 +29,8 @@ from moe_compile.detect.values import (
     Value,
 )
 from moe_compile.region import Expr, Leaf, outside_is_zero
+
+aten = torch.ops.aten
 
 # -- accumulation ---------------------------------------------------------------------------
 
@@ -49,8 +53,11 @@ def total_of(call: Call, position: int = 0) -> Buffer | Sum | None:
     return None
 
 
-def add_term(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection) -> Value:
+def add_term(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection, sets: bool = False) -> Value:
+    """One term more; `sets`: in the place of what is there."""
     start, terms = (total.start, total.terms) if isinstance(total, Sum) else (total, ())
+    if start.kind == "kept" and not sets:
+        return Unknown(f"{name_of(call.node)} adds to what experts have set in {start.node.name}")
     if rows.selection != selection:
         return Unknown(f"{name_of(call.node)} adds the rows of one selection at the places of another")
     if rows.dim != 0 or rows.expr.level != "row":
@@ -62,10 +69,12 @@ def add_term(call: Call, total: Buffer | Sum, rows: Rows, selection: Selection) 
 
 def index_add(call: Call) -> Value | None:
     total = total_of(call)
+    rows = call.arg(3)
     picked, selection = index_vectors(call, 2)
+    if isinstance(total, Buffer | Sum) and (mine := _all_pairs(call.arg(2), rows)) is not None:
+        picked, selection = [0], mine
     if selection is None or total is None:
         return None
-    rows = call.arg(3)
     if isinstance(selection, Unknown):
         return selection
     if isinstance(rows, Plain | Region) and selection.expert is None:
@@ -77,6 +86,14 @@ def index_add(call: Call) -> Value | None:
     return add_term(call, total, rows, selection)
 
 
+def _all_pairs(index: Any, rows: Any) -> Selection | None:
+    """The selection of rows of all pairs (t, k), in their order, whose tokens are counted: arange(T * K) // K."""
+    if not isinstance(index, Positions) or index.shape != "pairs" or not isinstance(rows, Rows) or rows.dim:
+        return None
+    chosen = rows.selection
+    return chosen if chosen.order == "flat" and chosen.ids is not None and chosen.top_k == index.top_k else None
+
+
 def index_put(call: Call) -> Value | None:
     """total[token] = rows, with accumulation, as `total[token] += rows`, or as an assignment."""
     total = total_of(call)
@@ -86,6 +103,8 @@ def index_put(call: Call) -> Value | None:
     if isinstance(selection, Unknown):
         return selection
     new, accumulate = call.arg(2), call.number(3, "accumulate", False)
+    if isinstance(new, Rows) and isinstance(total, Buffer) and not accumulate:
+        new = _added_to_start(call, total, new, selection) or new
     added = new.added if isinstance(new, SumRead) else new
     if isinstance(added, Rows) and not _by_token(call, picked, selection, added.expr.val.dim()):
         return Unknown(f"{name_of(call.node)} writes along dimensions {picked} of the expert ids")
@@ -108,10 +127,27 @@ def index_put(call: Call) -> Value | None:
             return add_term(call, total, new, selection)  # a token is set once, where there was zero
         if ids is None or not (ids.dim() == 1 or same_size(ids.shape[1], 1)):
             return Unknown(f"{name_of(call.node)} overwrites what another expert of the same token wrote")
-        start = total.start if isinstance(total, Sum) else total
-        if start.kind == "known":
-            return Unknown(f"{name_of(call.node)} overwrites values of {start.node.name}")
-        return add_term(call, total, new, selection)
+        if isinstance(total, Sum) and total.start.kind == "known":
+            return Unknown(f"{name_of(call.node)} overwrites what was added to {total.start.node.name}")
+        if isinstance(total, Buffer) and total.kind == "known":
+            if selection.expert is None:
+                return Unknown(f"{name_of(call.node)} overwrites values of {total.node.name}")
+            total = Buffer(total.node, "kept")
+        return add_term(call, total, new, selection, sets=True)
+    return None
+
+
+def _added_to_start(call: Call, total: Buffer, new: Rows, selection: Selection) -> SumRead | None:
+    """start[token] + rows, where nothing was added before: the start is an ordinary value still."""
+    sides = new.expr.args if new.expr.target is aten.add.Tensor and not new.expr.kwargs else ()
+    if total.kind != "known" or new.selection != selection or new.dim or len(sides) != 2:
+        return None
+    start = call.run.canonical.get(total.node, total.node)
+    for old, rows in (sides, sides[::-1]):
+        if not isinstance(rows, Expr) or rows.level != "row" or rows.val.shape != new.expr.val.shape:
+            continue
+        if isinstance(old, Leaf) and (old.role, old.node) == ("token", start) and old not in leaves_of(rows):
+            return SumRead(total, selection, Rows(selection, rows))
     return None
 
 
@@ -283,7 +319,7 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
         here, ids = leaf.node.meta["val"], first.ids.meta["val"]
         if leaf.role == "flat_pair" and not equal_sizes(run, here.shape[:1], [ids.numel()]):
             return Unknown(f"{leaf.node.name} is {tuple(here.shape)}, the expert ids are {tuple(ids.shape)}")
-    if total.start.kind == "known" and run.changed_by_others(total.start.node):
+    if total.start.kind in ("known", "kept") and run.changed_by_others(total.start.node):
         return Unknown(f"{total.start.node.name} is changed in place while results are added to it")
     here, row = node.meta["val"], body.val
     ids = first.ids.meta["val"]

@@ -411,6 +411,14 @@ class Every(Dense):
 
 
 @dataclass(frozen=True)
+class Picked(Dense):
+    """One value for each pair, [T, K, ...], of which some belong to the experts `ids` [T, K]; `expr`: of a row."""
+
+    expr: Expr
+    ids: Node
+
+
+@dataclass(frozen=True)
 class Chosen(Dense):
     """Of the results `nodes` of all experts on all tokens those of `ids`, [T, K, D]; `node`: times `weights` [T, K]."""
 
@@ -445,7 +453,9 @@ class DenseSum(Value):
 
 @dataclass(frozen=True)
 class Buffer(Value):
-    """A tensor that results may be added into; kind: "zero", "empty" (never set) or "known"."""
+    """A tensor that results may be added into; kind: "zero", "empty" (never set), "known", or "kept": a token whose
+    expert sets it has the expert's result alone, and the others keep what is known.
+    """
 
     node: Node
     kind: str

@@ -161,3 +161,37 @@ class ChoiceSeen(ExpertChoice):
             out.index_add_(0, tokens[e], y * gates[e, :, None])
             seen.append(y.sum())
         return out, torch.stack(seen)
+
+
+@idiom(distinct=False)
+class ChoiceInPlaceOnTop(ExpertChoice):
+    """Into a residual, in place."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gates, tokens = self.lists(x, weights)
+        out = torch.sin(x)
+        for e, expert in enumerate(self.experts):
+            out.index_add_(0, tokens[e], gates[e, :, None] * expert(x[tokens[e]]))
+        return out
+
+
+@idiom(distinct=False)
+class ChoiceScattered(ExpertChoice):
+    def put(self, out: Tensor, tokens: Tensor, y: Tensor) -> Tensor:
+        return out.scatter_add_(0, tokens[:, None].expand_as(y), y)
+
+
+@idiom(distinct=False, empty=False)
+class ChoiceScatteredOnTop(ChoiceInPlaceOnTop):
+    """One token each."""
+
+    def lists(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return scores(x, weights).t().topk(1)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gates, tokens = self.lists(x, weights)
+        out = x * 0.5
+        for e, expert in enumerate(self.experts):
+            y = gates[e].unsqueeze(-1) * expert(x[tokens[e]])
+            out = out.scatter_add(0, tokens[e].unsqueeze(-1).repeat(1, D), y)
+        return out

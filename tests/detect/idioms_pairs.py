@@ -88,3 +88,27 @@ class ResultsGatheredByEinsum(ResultsGathered):
 class ResultsGatheredTwice(ResultsGathered):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return super().forward(x, ids[:, [0, 0]], weights)
+
+
+@idiom()
+class PairsAddedByCount(PairsByCount):
+    """Added at counted tokens, into a residual; rows and biases as matrices of one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b1, self.b2 = weight(E, FF), weight(E, D)
+
+    def tokens(self, x: Tensor, top_k: int) -> Tensor:
+        return torch.arange(x.shape[0] * top_k) // top_k
+
+    def wide(self, x: Tensor, top_k: int) -> Tensor:
+        return x.unsqueeze(1).expand(-1, top_k, -1).reshape(-1, 1, D)
+
+    def bias(self, flat: Tensor) -> Tensor:
+        return self.b1[flat].unsqueeze(1)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        flat = ids.reshape(-1)
+        h = torch.bmm(self.wide(x, ids.shape[1]), self.up[flat]) + self.bias(flat)
+        y = torch.bmm(F.silu(h), self.down[flat]).squeeze(1) + self.b2[flat]
+        return (x * 0.5).index_add(0, self.tokens(x, ids.shape[1]), y * weights.reshape(-1, 1))

@@ -179,3 +179,63 @@ class ListTurned(ExpertChoice):
 
     def run(self, e: int, x: Tensor) -> Tensor:
         return super().run(e, x.reshape(2, -1, x.shape[-1]).transpose(0, 1).reshape(x.shape))
+
+
+@mutant("nothing is summed over experts")
+class ListScatteredInPart(ExpertChoice):
+    """The first columns alone."""
+
+    def put(self, out: Tensor, tokens: Tensor, y: Tensor) -> Tensor:
+        return out.scatter_add(0, tokens[:, None].expand(-1, 3), y)
+
+
+@mutant("nothing is summed over experts")
+class ListScatteredByColumn(ExpertChoice):
+    """Another token for each column."""
+
+    def put(self, out: Tensor, tokens: Tensor, y: Tensor) -> Tensor:
+        return out.scatter_add(0, (tokens[:, None] + torch.arange(y.shape[1])) % out.shape[0], y)
+
+
+@mutant("nothing is summed over experts")
+class ListScatteredAcross(ExpertChoice):
+    def put(self, out: Tensor, tokens: Tensor, y: Tensor) -> Tensor:
+        return out.scatter_add(1, tokens[:, None].expand_as(y) % y.shape[1], y[: out.shape[0]])
+
+
+@mutant("nothing is summed over experts")
+class ListReadInBetween(ExpertChoice):
+    """In place, and every expert reads what the others have added."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gates, tokens = self.lists(x, weights)
+        out = x * 0.5
+        for e, expert in enumerate(self.experts):
+            out = out.index_add(0, tokens[e], gates[e, :, None] * expert(out[tokens[e]]))
+        return out
+
+
+@mutant("what aten.index_add_ at file.py changes is read elsewhere")
+class ListOnTopSeen(ExpertChoice):
+    """Another name of what is added to is read afterwards."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gates, tokens = self.lists(x, weights)
+        out = x * 0.5
+        seen = out[1:]
+        for e, expert in enumerate(self.experts):
+            out.index_add_(0, tokens[e], gates[e, :, None] * expert(x[tokens[e]]))
+        return out[1:] + seen
+
+
+@mutant("index_add_ is read after it was changed in place through another name")
+class ListOnTopScaled(ExpertChoice):
+    """Halved after each expert, through another name."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        gates, tokens = self.lists(x, weights)
+        out = x * 0.5
+        for e, expert in enumerate(self.experts):
+            out.index_add_(0, tokens[e], gates[e, :, None] * expert(x[tokens[e]]))
+            out.view(-1).mul_(0.5)
+        return out

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.detect.idioms_pairs import PairsByCount, ResultsGathered
+from tests.detect.idioms_pairs import PairsAddedByCount, PairsByCount, ResultsGathered
 from tests.detect.loops import D, E, mutant
 
 NOTHING = "nothing is summed over experts"
@@ -133,3 +133,45 @@ class GatheredMeans(ResultsGathered):
 class GatheredScaled(ResultsGathered):
     def run(self, e: int, x: Tensor) -> Tensor:
         return super().run(e, x) * (2 if e == 1 else 1)
+
+
+@mutant("aten.index_add at file.py is not known to be row-wise (it reads rows)")
+class AddedInTurn(PairsAddedByCount):
+    def tokens(self, x: Tensor, top_k: int) -> Tensor:
+        return torch.arange(x.shape[0]).repeat(top_k)
+
+
+@mutant("aten.index_add at file.py is not known to be row-wise (it reads rows)", top_k=3)
+class AddedByTwo(PairsAddedByCount):
+    """Three experts a token, two rows each."""
+
+    def tokens(self, x: Tensor, top_k: int) -> Tensor:
+        return torch.arange(x.shape[0] * top_k) // 2 % x.shape[0]
+
+
+@mutant("aten.index_add at file.py is not known to be row-wise (it reads rows)", top_k=3)
+class AddedByFour(PairsAddedByCount):
+    def tokens(self, x: Tensor, top_k: int) -> Tensor:
+        return torch.arange(x.shape[0] * top_k) // 4
+
+
+@mutant("bmm of rows with a value that has none")
+class WideInTurn(PairsAddedByCount):
+    def wide(self, x: Tensor, top_k: int) -> Tensor:
+        return x.unsqueeze(0).expand(top_k, -1, -1).reshape(-1, 1, D)
+
+
+@mutant("bmm of rows with a value that has none")
+class WideAsColumns(PairsAddedByCount):
+    """Rows of one number."""
+
+    def wide(self, x: Tensor, top_k: int) -> Tensor:
+        return x.unsqueeze(1).expand(-1, top_k, -1).reshape(-1, D, 1).transpose(0, 2).reshape(-1, 1, D)
+
+
+@mutant("unsqueeze along dimension 0 lets rows depend on each other", forward_only=True)
+class BiasAcrossRows(PairsAddedByCount):
+    """[1, R, F]: rows would meet rows."""
+
+    def bias(self, flat: Tensor) -> Tensor:
+        return self.b1[flat].unsqueeze(0)[:, :1]

@@ -35,6 +35,8 @@ from tests.detect import (  # noqa: F401
     mutants_offsets,
     mutants_outside,
     mutants_pairs,
+    mutants_picked,
+    mutants_places,
     mutants_rows,
     mutants_slots,
     mutants_sorted,

@@ -24,6 +24,8 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_lists,
     idioms_masks,
     idioms_pairs,
+    idioms_picked,
+    idioms_places,
     idioms_slots,
     idioms_sorted,
     mutants_families,

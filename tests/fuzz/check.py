@@ -85,8 +85,12 @@ class Run:
 
     def __init__(self, module: ModuleType, model: nn.Module) -> None:
         self.module, self.model = module, model
-        self.before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.before = {n: p.detach().clone() for n, p in self._tensors()}
         self.plain = self._plain()
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
 
     def _plain(self) -> dict[str, Any]:
         """What Python holds: attributes that programs set, a global list."""
@@ -94,7 +98,7 @@ class Run:
         return copy.deepcopy({**found, "CALLS": self.module.CALLS})
 
     def restore(self) -> None:
-        for name, p in self.model.named_parameters():
+        for name, p in self._tensors():
             p.data.copy_(self.before[name])
         for i, m in enumerate(self.model.modules()):
             for name in STATE & vars(m).keys():

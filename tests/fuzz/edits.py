@@ -353,15 +353,44 @@ CHANGES = [  # something made ours before the loop, and changed in place at some
     ("made = []", ["made.append(y)", "made.append(y); y = y + made[0].sum()", "made.append(e); y = y * len(made)", "made.append(t)", "made.append(out); out = out.clone()"]),
     ("prev = x[:1] * 0", ["y = y + prev.sum(); prev = y", "prev = prev + y.sum(0); y = y + prev", "prev = y", "y = y + prev; prev = prev + 1"]),
 ]  # fmt: skip
+BUFFERS = [  # a buffer that the module holds: (where, line), some of which read it
+    ("before", "self.load.zero_()"),
+    ("before", "self.load += F.one_hot(ids.clamp(0, E - 1), E).sum((0, 1))"),
+    ("before", "self.load.copy_(torch.arange(E))"),
+    ("before", "x = x * (1 + self.load.sum())"),
+    ("before", "weights = weights + self.load[ids.clamp(0, E - 1)]"),
+    ("before", "held = self.load; held += 1"),
+    ("select", "self.load[e] += (ids == e).sum()"),
+    ("select", "self.load[e] = (ids == e).sum()"),
+    ("select", "if self.load[e] > 2: continue"),
+    ("weigh", "self.load[e] += 1"),
+    ("weigh", "self.load[e] += y.shape[0]"),
+    ("weigh", "self.load[e] = y.shape[0]"),
+    ("weigh", "self.load += 1"),
+    ("weigh", "self.load.mul_(0.5)"),
+    ("weigh", "self.load[e].add_(y.detach().sum())"),
+    ("weigh", "self.load[e] = self.load.sum() + 1"),
+    ("weigh", "self.load = self.load + 1"),
+    ("weigh", "y = y * (1 + self.load[e])"),
+    ("weigh", "y = y * (1 + self.load.sum())"),
+    ("weigh", "y = y + self.load[0]"),
+    ("weigh", "held = self.load.view(-1); held[e] = 3; y = y * self.load[e]"),
+    ("result", "self.load += 1"),
+    ("result", "self.load.index_add_(0, ids.reshape(-1) % E, torch.ones(ids.numel(), dtype=x.dtype))"),
+    ("result", "out = out + self.load.sum()"),
+    ("result", "out = out * self.load.clone().sum()"),
+]
 LOCAL = re.compile(r"\b(t|k|x|ids|weights|out|n|sizes|start|done|self|e|C)\b|continue|break")
 
 
 def edit(draw: Random, parts: Parts) -> None:
     """Change one line, or put in one or two."""
-    kind = draw.randint(0, 5)
+    kind = draw.randint(0, 6)
     weights = re.findall(r"<\w+>", "\n".join(parts.body + parts.call)) if parts.style != "module" else []
     if kind == 0 and parts.loop:
         _change(draw, parts)
+    elif kind == 6:
+        _buffer(draw, parts)
     elif kind <= 2:
         _insert(draw, parts)
     elif kind == 3 and weights:
@@ -432,6 +461,20 @@ def _put(draw: Random, parts: Parts, where: str, line: str) -> None:
     lines = parts.lines(where)
     lines.insert(0 if where == "before" else draw.randint(0, len(lines)), line)
     parts.edits.append(f"{where}: + {line}")
+
+
+def _buffer(draw: Random, parts: Parts) -> None:
+    """A buffer that is changed or read, or both, at one to three places."""
+    parts.init.append('self.register_buffer("load", torch.ones(E))')
+    for _ in range(draw.randint(1, 3)):
+        where, line = draw.choice([b for b in BUFFERS if parts.loop or b[0] in ("before", "result")])
+        if where == "result":
+            if "out" not in parts.result and re.search(r"\bout\b", line):
+                continue
+            parts.result = f"{line}; {parts.result}"
+            parts.edits.append(f"result: {line}")
+        else:
+            _put(draw, parts, where, line)
 
 
 def _change(draw: Random, parts: Parts) -> None:

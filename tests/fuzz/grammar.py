@@ -37,8 +37,12 @@ SIZES = (  # how many experts, and from how many on one visit may stand for many
 
 
 def program(number: int) -> Parts:
-    """The program of a number, with none, one or two edits."""
-    draw = Random(number)
+    """The program of a number."""
+    return drawn(Random(number))
+
+
+def drawn(draw: Random) -> Parts:
+    """A program with none, one or two edits."""
     form = one_of(draw, *(name for name, (_, _, often) in FORMS.items() for _ in range(often)))
     fill, layouts, _ = FORMS[form]
     experts, few = one_of(draw, *SIZES)
