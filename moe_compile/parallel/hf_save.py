@@ -150,7 +150,15 @@ def _plain(tensors: dict[str, Tensor], slot: Slot, owners: list[int]) -> _Step:
     if slot.row is not None and _in_rows(slot.tensor):
         sizes = shard_sizes(slot.tensor.shape[0], len(owners))
         writer = owners[next(i for i in range(len(sizes)) if slot.row < sum(sizes[: i + 1]))]
-        return _Step(writer, tensors, lambda write: write(slot.local()) if _me() == writer else None)
+        shard = owners.index(writer)
+
+        def one(write: Write) -> None:
+            if slot.shard() == shard:
+                weight = slot.rows()  # with all that have a part of it
+                if _me() == writer:
+                    write(weight)
+
+        return _Step(writer, tensors, one)
     if not isinstance(slot.tensor, DTensor):
         return _Step(0, tensors, lambda write: write(slot.tensor) if _me() == 0 else None)
     if not _in_rows(slot.tensor):
@@ -164,9 +172,10 @@ def _plain(tensors: dict[str, Tensor], slot: Slot, owners: list[int]) -> _Step:
     ranks = owners if slot.is_expert else _first_copy(slot.tensor)
 
     def rows(write: Write) -> None:
+        mine = slot.rows() if slot.is_expert else slot.local()
         for rank, piece in zip(ranks, _pieces(slot.tensor, len(ranks)), strict=True):
             if piece.shape[0]:
-                _hand(slot.local(), piece, rank, ranks[0], write)
+                _hand(mine, piece, rank, ranks[0], write)
 
     return _Step(ranks[0], tensors, rows)
 
@@ -206,19 +215,27 @@ def _by_expert(
         if first != [name for group in names for name in group[:size]]:
             return None
         mine = [name for group in names for name in group[start : start + size]]
-        steps.append(_own(model, own, dict(zip(first, mine, strict=True)), tensors, writer))
+        steps.append(_own(model, own, dict(zip(first, mine, strict=True)), tensors, writer, len(steps)))
         start += size
     return steps
 
 
 def _own(
-    model: nn.Module, own: dict[str, Slot], names: dict[str, str], tensors: dict[str, Tensor], writer: int
+    model: nn.Module,
+    own: dict[str, Slot],
+    names: dict[str, str],
+    tensors: dict[str, Tensor],
+    writer: int,
+    shard: int,
 ) -> _Step:
     """names: what transformers calls them, if there were no other experts, and what they are called."""
 
     def run(write: Write) -> None:
+        if next(iter(own.values())).shard() != shard:
+            return
+        rows = {name: slot.rows() for name, slot in own.items()}
         if _me() == writer:
-            found = hf_names.written(model, {name: slot.local().cpu() for name, slot in own.items()})
+            found = hf_names.written(model, {name: weight.cpu() for name, weight in rows.items()})
             for name in names:
                 write(found[name])
 
@@ -226,10 +243,11 @@ def _own(
 
 
 def _in_rows(tensor: Tensor) -> bool:
-    """Whether ranks hold rows of it, in their order, and copies of these."""
+    """Whether ranks hold rows of it, in their order, and copies of these, or over "edp" parts."""
     if not isinstance(tensor, DTensor):
         return False
-    shards = [p for p in tensor.placements if not p.is_replicate()]
+    names = tensor.device_mesh.mesh_dim_names
+    shards = [p for p, n in zip(tensor.placements, names, strict=True) if not p.is_replicate() and n != "edp"]
     return len(shards) == 1 and type(shards[0]) is Shard and shards[0].dim == 0
 
 
