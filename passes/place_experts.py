@@ -105,12 +105,19 @@ class PlaceExperts(RewritePass[Node]):
         if sharded != {num_experts}:
             raise Refusal(f"{num_experts} experts run, {' and '.join(map(str, sorted(sharded)))} are sharded")
         with graph.inserting_before(node):
+            before = set(graph.nodes)
             ours = [self._param(graph, node, p) for p in params]
+            late = _joins([n for n in graph.nodes if n not in before])
             if self.travels:
                 if (self.strategy, self.numerics) not in WRITERS:
                     raise Refusal(f"{self.strategy} adds a token's results rank by rank: numerics is {self.numerics!r}")
                 writer = WRITERS[self.strategy, self.numerics]
-                return writer(graph, node, ours, self.placement, self.replicated).write()
+                out = writer(graph, node, ours, self.placement, self.replicated).write()
+                inner = next((u for n in late for u in n.users if u.target is experts), None)
+                if inner is not None:
+                    for n in late:  # tokens travel meanwhile
+                        inner.prepend(n)
+                return out
             args = (*node.args[:3], ours, *node.args[4:])
             return emit(graph, experts, *args, like=node, val=node.meta["val"])
 
@@ -192,6 +199,17 @@ def _joined(
     return emit(
         graph, JOIN_SHARDS, flat, shard, dim, shape[dim], here.edp, reduced, here.regather, here.edp_group, like=node
     )
+
+
+def _joins(nodes: list[Node]) -> list[Node]:
+    """Those that wait for what is gathered over "edp", and what is made of it, in their order."""
+    found: dict[Node, None] = {}
+    for n in nodes:
+        if n.target is JOIN_SHARDS:
+            found |= dict.fromkeys((*n.args[:1], n))  # type: ignore[arg-type]
+        elif found.keys() & set(n.all_input_nodes):
+            found[n] = None
+    return list(found)
 
 
 def _gathered(graph: Graph, node: Node, shard: Node, num_experts: int, placement: Placement) -> Node:

@@ -15,14 +15,27 @@ Why        kept for the backward, the whole weights of all layers would be in me
 Refuses    nothing.
 """
 
+import operator
 from collections.abc import Iterator
 
+import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from moe_compile.parallel.expert_shards import JOIN_SHARDS
 from moe_compile.parallel.writer import upstream
 from moe_compile.rewrite import RewritePass
+
+
+aten = torch.ops.aten
+
+# What has one input and the same numbers as it, but for rounding.
+SAME = {
+    aten.alias.default, aten.clone.default, aten.detach.default, aten.permute.default, aten.reshape.default,
+    aten.select.int, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.t.default,
+    aten.transpose.int, aten.unbind.int, aten.unsqueeze.default, aten.view.default, aten._to_copy.default,
+    operator.getitem,
+}  # fmt: skip
 
 
 class RegatherWeights(RewritePass[Node]):
@@ -34,6 +47,12 @@ class RegatherWeights(RewritePass[Node]):
         if not node.args[6]:
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
             return
-        for made in upstream(node):  # of the shard, a parameter, alone
-            if made.op == "call_function":
-                made.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        made = upstream(node)  # of the shard, a parameter, alone
+        todo = [node]
+        while todo:  # and views and casts of it, which would be kept in its place
+            new = {user for user in todo.pop().users if user.target in SAME} - made
+            made |= new
+            todo += new
+        for n in made:
+            if n.op == "call_function":
+                n.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE

@@ -73,11 +73,6 @@ def parallelize(
     settings = {"mp_policy": mp_policy, "reshard_after_forward": reshard_after_forward}
     settings = {name: value for name, value in settings.items() if value is not None}
     dense = dense_mesh(mesh)
-    if dense is not None and tp_mesh(mesh) is not None:
-        raise MoeCompileError(
-            f"dp_shard={dense.size(-1)} with tp={mesh['tp'].size()}: fully_shard of what a plan splits is not "
-            f"supported; the nearest that fits: build_mesh(ep={mesh['ep'].size()}, tp={mesh['tp'].size()}), or tp=1"
-        )
     if settings and dense is None:
         raise MoeCompileError(
             f"{' and '.join(settings)}: for fully_shard, which the mesh does not ask for; make it with "

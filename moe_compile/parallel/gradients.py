@@ -105,12 +105,12 @@ class Averages:
             if is_expert:
                 also = [self.edp] if self.edp is not None and self._copied_over_edp(parameter) else []
                 found.append((parameter, [*self.copies, *also]))
-            elif self.dense is not None:
-                if isinstance(parameter, DTensor):
-                    found.append((parameter, self.replicas))
             elif isinstance(parameter, DTensor):
-                alike = [self.tp] if parameter.placements[0].is_replicate() else []
-                found.append((parameter, [*self.others, *alike]))
+                names = parameter.device_mesh.mesh_dim_names or ()
+                alike = self.replicas if "dp_shard" in names else self.others
+                if self.tp is not None and not _split_over_tp(parameter):
+                    alike = [*alike, self.tp]
+                found.append((parameter, alike))
             else:
                 found.append((parameter, [None]))
         return found
@@ -147,7 +147,10 @@ class Averages:
         if not self.checked:
             self.checked = True
             check_equal(self)
-            check_whole(self)
+            if self.dense is None:
+                check_whole(self)
+            else:  # behind FSDP, which adds up the last gradients at the end of a backward too
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: check_whole(self))
         self._sum_gathered()
         pairs = [(p, is_expert) for p, is_expert in self.parameters() if p.requires_grad]
         if self.dense is None:
@@ -221,6 +224,13 @@ def _all_reduce(parameters: list[nn.Parameter], group: Any) -> None:
                 g.copy_(mean.view(g.shape) / ranks)
             elif count:
                 p.grad = _like(p, mean.view(_local(p).shape) / ranks)
+
+
+def _split_over_tp(parameter: Tensor) -> bool:
+    """Whether ranks that share their tokens have parts of it."""
+    if not isinstance(parameter, DTensor) or "tp" not in (names := parameter.device_mesh.mesh_dim_names or ()):
+        return False
+    return not parameter.placements[names.index("tp")].is_replicate()
 
 
 def _settled(parameter: nn.Parameter) -> nn.Parameter:
@@ -297,11 +307,13 @@ def check_whole(averages: Averages) -> None:
     if averages.tp is None or model is None:
         return
     names = {id(p): n for n, p in model.named_parameters()}
-    mine = [p for p, is_expert in averages.parameters() if not is_expert and not isinstance(p, DTensor)]
-    mine = [p for p in mine if p.requires_grad]
+    mine = [p for p, is_expert in averages.parameters() if not is_expert and not _split_over_tp(p)]
+    mine = [p for p in mine if p.requires_grad and _local(p).numel() and (averages.dense is None) != isinstance(p, DTensor)]
     if not mine:
         return
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
+    if mine[0].is_cuda:
+        torch.cuda.synchronize()  # FSDP adds up gradients in streams of its own
+    grads = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in mine]
     told = torch.stack([token_message([g.reshape(1, -1)])[1:] for g in grads])
     low, high = told.clone(), told.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN, group=averages.tp)

@@ -252,9 +252,13 @@ def _in_rows(tensor: Tensor) -> bool:
 
 
 def _first_copy(tensor: DTensor) -> list[int]:
-    """The ranks that hold the first copy, in the order of the rows."""
+    """The ranks that hold the first copy, in the order of the rows.
+
+    A mesh names the ranks of its own copy alone, if it is a part of another: with "tp" others lie beside it.
+    """
     index = [slice(None) if p.is_shard() else 0 for p in tensor.placements]
-    ranks: list[int] = tensor.device_mesh.mesh[tuple(index)].tolist()
+    mine = tensor.device_mesh.mesh[tuple(index)]
+    ranks: list[int] = (mine - mine.min()).tolist()
     return ranks
 
 

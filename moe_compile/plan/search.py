@@ -41,7 +41,7 @@ class Plan:
 def predict(shape: Shape, layout: Layout, cluster: Cluster, setup: Setup, ways: Ways | None = None) -> Option:
     """Memory and time of one layout."""
     ways = ways or Ways()
-    needs, takes = memory(shape, layout, setup, ways.expert_fsdp), step(shape, layout, cluster, setup, ways)
+    needs, takes = memory(shape, layout, setup), step(shape, layout, cluster, setup, ways)
     fits = needs.total <= hardware.USABLE * cluster.gpu.memory_gb * 1e9
     return Option(layout, needs, takes, setup.tokens / takes.total_us * 1e6, fits)
 

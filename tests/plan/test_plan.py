@@ -94,7 +94,8 @@ def test_what_a_rank_holds_by_hand() -> None:
     assert dense == -(-MIXTRAL.dense_parameters // 16)
     assert experts == 32 * 2 * 3 * 4096 * 14336
     assert held(MIXTRAL, Layout(ep=3, dp_shard=3))[1] == 32 * 3 * 3 * 4096 * 14336  # the rank with the most
-    assert held(MIXTRAL, Layout(dp_shard=8), expert_fsdp=True)[1] == 8 * 32 * 3 * 4096 * 14336 // 8
+    assert held(MIXTRAL, Layout(dp_shard=8, splits_experts=True))[1] == 8 * 32 * 3 * 4096 * 14336 // 8
+    assert held(MIXTRAL, Layout(8, 1, 64, splits_experts=True))[1] == 32 * 3 * 4096 * 14336 // 8
     found = memory.memory(MIXTRAL, Layout(8, 1, 8), Setup(kept=2, states=4))
     assert found.parameters + found.gradients + found.states == 8 * sum(held(MIXTRAL, Layout(8, 1, 8)))
 
@@ -112,8 +113,11 @@ def test_groups_and_nodes() -> None:
     found = groups(Layout(ep=16, tp=2, dp_shard=32, dp_replicate=4), H100)
     assert found == {
         "tp": Group(2, 2), "ep": Group(16, 4), "dp_shard": Group(32, 4), "dp_replicate": Group(4, 1), "copies": Group(8, 1),
+        "edp": Group(1, 1),
     }  # fmt: skip
     assert groups(Layout(2, 1, 4), H100)["copies"] == Group(2, 2)
+    split = groups(Layout(ep=2, dp_shard=16, dp_replicate=2, splits_experts=True), H100)
+    assert split["edp"] == Group(8, 4) and split["copies"] == Group(2, 1)
 
 
 def test_a_ring_within_and_between_nodes() -> None:
@@ -135,6 +139,10 @@ def test_bytes_of_a_step_by_hand() -> None:
     dense, experts = held(QWEN, Layout(8, 1, 16, 2))
     assert found.end_sent == pytest.approx(2 * 4 * (dense / 2 + experts * 3 / 4))
     assert found.host_reads == 48
+    split = step(QWEN, Layout(8, 1, 16, 2, splits_experts=True), H100, Setup(1024, 1024))
+    weights = 2 * 48 * QWEN.E // 8 * QWEN.expert
+    assert split.fsdp_sent - found.fsdp_sent == pytest.approx(3 * weights / 2)
+    assert split.end_sent == pytest.approx(2 * 4 * (dense / 2 + experts / 2 / 2)) and split.fsdp_us > found.fsdp_us
     alone = step(QWEN, Layout(), H100, Setup(1024, 1024))
     assert alone.sent == 0.0 == alone.exchange_us == alone.tp_us and alone.host_reads == 0
 
@@ -205,8 +213,12 @@ def run(*arguments: str) -> Any:
 def test_the_command_shows_a_table_and_recommends() -> None:
     result = run("--model", "mixtral-8x7b", "--gpus", "16", "--gpu", "h200")
     assert result.exit_code == 0, result.output
-    assert "mesh = moe_compile.build_mesh(ep=8, dp_shard=16)" in result.output
-    assert "does not fit in 127" in result.output and "recommended" in result.output
+    assert "mesh = moe_compile.build_mesh(ep=2, dp_shard=16)" in result.output
+    assert 'model = moe_compile.parallelize(model, mesh, experts="sharded")' in result.output
+    result = run("--model", "qwen3-30b-a3b", "--gpus", "8", "--gpu", "h100")
+    assert "does not fit in 72" in result.output, result.output
+    assert "mesh = moe_compile.build_mesh(ep=8, dp_shard=8)" in result.output
+    assert "model = moe_compile.parallelize(model, mesh)\n" in result.output
 
 
 def test_the_recommended_mesh_can_be_built() -> None:
