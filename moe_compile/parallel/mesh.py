@@ -111,9 +111,9 @@ def dense_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
         shard = mesh["edp"].size() * mesh["ep"].size()
         ranks = mesh.mesh.reshape(-1, shard)
         if tp_mesh(mesh) is not None:  # fully_shard joins its mesh with "tp", so both have to come from one
-            mesh["edp", "ep"]._flatten("dp_shard")
-            names = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else ("dp_shard",)
-            known = mesh[names]
+            known = mesh["edp", "ep"]._flatten("dp_shard")
+            if mesh["dp_replicate"].size() > 1:
+                known = DeviceMesh._concatenate([mesh["dp_replicate"], known])
         elif len(ranks) == 1:
             known = DeviceMesh(mesh.device_type, ranks[0], mesh_dim_names=("dp_shard",))
         else:

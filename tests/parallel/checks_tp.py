@@ -196,17 +196,11 @@ def bitwise(ranks: Ranks) -> None:
 
 
 def with_fsdp(ranks: Ranks) -> None:
-    """Dense weights over "tp" by the plan and over "dp_shard" by fully_shard; with 8 ranks experts over "edp" too."""
-    degrees: dict[str, Any] = {"ep": 2, "dp_shard": ranks.size // 2}
-    degrees |= {"experts": "sharded"} if ranks.size == 8 else {}
-    held = split(ranks, model(2), tokens(ranks, [5, 8, 3, 4]), run=layers, **degrees)
+    """Dense weights over "tp" by the plan and over "dp_shard" by fully_shard."""
+    held = split(ranks, model(2), tokens(ranks, [5, 8]), run=layers, ep=2, dp_shard=2)
     weight = held.layers[0].attention.q.weight
-    assert weight.to_local().numel() == weight.numel() // ranks.size
-    assert held.layers[0].norm.weight.to_local().numel() == D // (ranks.size // 2)
-    if ranks.size == 8:
-        experts = held.layers[0].moe.experts.w2
-        assert experts.to_local().shape == (checks.E // 2 + (ranks.rank // 2 % 2 == 0), D // 2, 16), experts.shape
-        return
+    assert weight.to_local().numel() == weight.numel() // 4
+    assert held.layers[0].norm.weight.to_local().numel() == D // 2
     torch._dynamo.reset()
     split(ranks, model(1, Listed), tokens(ranks, [5, 0]), ep=1, dp_shard=2, experts="sharded", steps=1, expect="grouped", run=compiled)
     torch._dynamo.reset()
@@ -214,6 +208,17 @@ def with_fsdp(ranks: Ranks) -> None:
         lambda: split(ranks, model(1, norm=True), tokens(ranks, [5, 4]), run=lambda m: m, expect="", dp_shard=2)
     )
     assert "the gradient of layers.0.attention.norm.weight differs between ranks that share" in text, text
+
+
+def three_ways(ranks: Ranks) -> None:
+    """Experts over "ep" and "edp" beside "tp", 2 x 2 x 2; then two copies of all (HSDP)."""
+    batches = tokens(ranks, [5, 8, 3, 4])
+    held = split(ranks, model(), batches, run=layers, ep=2, dp_shard=4, experts="sharded", steps=1)
+    weight, experts = held.layers[0].attention.q.weight, held.layers[0].moe.experts.w2
+    assert weight.to_local().numel() == weight.numel() // 8
+    assert experts.to_local().shape == (checks.E // 2 + (ranks.rank // 2 % 2 == 0), D // 2, 16), experts.shape
+    torch._dynamo.reset()
+    split(ranks, model(), batches, run=layers, ep=2, dp_shard=2, steps=1)
 
 
 # -- what travels ---------------------------------------------------------------------------
@@ -431,5 +436,5 @@ CHECKS = {
         two_layers, each_way, what_all_experts_read, transformers, rows_that_travel, misfits, clip_and_states, sabotage,
         with_fsdp, clip_and_states_with_fsdp,
     ],
-    8: [one_layer, with_fsdp],
+    8: [one_layer, three_ways],
 }  # fmt: skip
