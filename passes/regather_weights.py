@@ -26,7 +26,6 @@ from moe_compile.parallel.expert_shards import JOIN_SHARDS
 from moe_compile.parallel.writer import upstream
 from moe_compile.rewrite import RewritePass
 
-
 aten = torch.ops.aten
 
 # What has one input and the same numbers as it, but for rounding.

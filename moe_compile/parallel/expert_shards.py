@@ -1,4 +1,4 @@
-"""Experts' weights that are split once more, over the ranks that hold the same experts ("edp"), as FSDP splits dense ones.
+"""Experts' weights that are split once more, over the ranks that hold the same experts ("edp"), as FSDP would.
 
 A rank has part j of n of the weights of its L experts: along one dimension behind that of the experts, so that one
 expert a rank can be split too.  They are joined for use and the parts' gradients are sums over the ranks:
@@ -22,8 +22,8 @@ c10d = torch.ops._c10d_functional
 
 
 def split_dim(shape: Sequence[int], ranks: int) -> int | None:
-    """Along which dimension a stack [E, ...] is split over so many ranks: the first behind that of the experts which they
-    divide, else the longest, of which the last ranks have less.  None for numbers, one an expert: they are copied.
+    """Along which dimension a stack [E, ...] is split over so many ranks: the first behind that of the experts which
+    they divide, else the longest, of which the last ranks have less.  None for numbers, one an expert: they are copied.
     """
     behind = range(1, len(shape))
     even = [d for d in behind if shape[d] % ranks == 0]
@@ -50,8 +50,8 @@ def join_shards(
 ) -> Tensor:
     """The whole of what `flat` [ranks * L, ...] has in parts, `size` long along `dim`.
 
-    The gradient goes to `shard`, this rank's part: the sum over the group, added up in `reduce_dtype`.  again: whether a
-    backward gathers the weights again, or keeps them (passes/regather_weights.py).
+    The gradient goes to `shard`, this rank's part: the sum over the group, added up in `reduce_dtype`.  again: whether
+    a backward gathers the weights again, or keeps them (passes/regather_weights.py).
     """
     parts = flat.unflatten(0, (ranks, -1))
     whole = parts.movedim(0, dim).flatten(dim, dim + 1).narrow(dim, 0, size)

@@ -308,7 +308,9 @@ def check_whole(averages: Averages) -> None:
         return
     names = {id(p): n for n, p in model.named_parameters()}
     mine = [p for p, is_expert in averages.parameters() if not is_expert and not _split_over_tp(p)]
-    mine = [p for p in mine if p.requires_grad and _local(p).numel() and (averages.dense is None) != isinstance(p, DTensor)]
+    mine = [
+        p for p in mine if p.requires_grad and _local(p).numel() and (averages.dense is None) != isinstance(p, DTensor)
+    ]
     if not mine:
         return
     if mine[0].is_cuda:

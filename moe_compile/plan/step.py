@@ -208,9 +208,7 @@ def _tensor_parallel(
     return halves * group.ring_us(whole, machine), halves * group.sent(whole)
 
 
-def _end(
-    shape: Shape, layout: Layout, group: dict[str, Group], setup: Setup, machine: Machine
-) -> tuple[float, float]:
+def _end(shape: Shape, layout: Layout, group: dict[str, Group], setup: Setup, machine: Machine) -> tuple[float, float]:
     """(microseconds, bytes) of averaging what has copies, and of the optimizer."""
     dense, mine = held(shape, layout)
     us = sent = 0.0

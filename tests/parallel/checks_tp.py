@@ -202,7 +202,17 @@ def with_fsdp(ranks: Ranks) -> None:
     assert weight.to_local().numel() == weight.numel() // 4
     assert held.layers[0].norm.weight.to_local().numel() == D // 2
     torch._dynamo.reset()
-    split(ranks, model(1, Listed), tokens(ranks, [5, 0]), ep=1, dp_shard=2, experts="sharded", steps=1, expect="grouped", run=compiled)
+    split(
+        ranks,
+        model(1, Listed),
+        tokens(ranks, [5, 0]),
+        ep=1,
+        dp_shard=2,
+        experts="sharded",
+        steps=1,
+        expect="grouped",
+        run=compiled,
+    )
     torch._dynamo.reset()
     text = refusal(
         lambda: split(ranks, model(1, norm=True), tokens(ranks, [5, 4]), run=lambda m: m, expect="", dp_shard=2)

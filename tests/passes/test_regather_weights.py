@@ -13,7 +13,7 @@ import moe_compile
 from moe_compile import lower
 from moe_compile.parallel.expert_shards import JOIN_SHARDS, join_shards, padded, part, split_dim
 from moe_compile.passes.regather_weights import RegatherWeights
-from tests.tiny import Block, D, E, Experts, FF, Net, compiled
+from tests.tiny import FF, Block, D, E, Experts, Net
 
 functional = torch.ops._c10d_functional
 AGAIN, KEPT = CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.MUST_SAVE

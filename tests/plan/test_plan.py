@@ -15,7 +15,7 @@ from moe_compile.errors import MoeCompileError
 from moe_compile.plan import hardware, memory, shapes
 from moe_compile.plan.layouts import Layout, layouts
 from moe_compile.plan.memory import Setup, held
-from moe_compile.plan.search import plan, predict
+from moe_compile.plan.search import ALIKE, plan, predict
 from moe_compile.plan.shapes import CONFIGS, PRESETS, from_config
 from moe_compile.plan.step import Cluster, Group, Ways, groups, step
 
@@ -186,12 +186,15 @@ def test_the_best_fits_and_is_the_fastest_that_does() -> None:
     found = plan(MIXTRAL, 64, H200, Setup())
     assert found.best is not None and found.best.fits
     fitting = [o for o in found.options if o.fits]
-    assert found.best.step.total_us == min(o.step.total_us for o in fitting)
+    fastest = min(o.step.total_us for o in fitting)
+    near = [o for o in fitting if o.step.total_us <= ALIKE * fastest]
+    assert found.best in near and found.best.step.sent == min(o.step.sent for o in near)
+    assert (found.best.layout.ep, found.best.layout.edp) == (8, 8)
     assert not any(o.fits for o in found.options[len(fitting) :])
     assert len({(o.layout.ep, o.layout.tp) for o in found.options}) == len(found.options)
     for layout in layouts(64, 8, 8, 32):  # none that is left out is better
         option = predict(MIXTRAL, layout, H200, Setup())
-        assert not option.fits or option.step.total_us >= found.best.step.total_us
+        assert not option.fits or option.step.total_us >= fastest
 
 
 def test_small_models_need_no_expert_parallelism_and_large_ones_do() -> None:
@@ -213,10 +216,13 @@ def run(*arguments: str) -> Any:
 def test_the_command_shows_a_table_and_recommends() -> None:
     result = run("--model", "mixtral-8x7b", "--gpus", "16", "--gpu", "h200")
     assert result.exit_code == 0, result.output
-    assert "mesh = moe_compile.build_mesh(ep=2, dp_shard=16)" in result.output
+    assert "mesh = moe_compile.build_mesh(ep=8, dp_shard=16)" in result.output
     assert 'model = moe_compile.parallelize(model, mesh, experts="sharded")' in result.output
     result = run("--model", "granite-3b-a800m", "--gpus", "1")
-    assert "mesh = moe_compile.build_mesh(ep=1, dp_shard=1)\nmodel = moe_compile.parallelize(model, mesh)\n" in result.output
+    assert (
+        "mesh = moe_compile.build_mesh(ep=1, dp_shard=1)\nmodel = moe_compile.parallelize(model, mesh)\n"
+        in result.output
+    )
     assert "does not fit in 72" in run("--model", "mixtral-8x7b", "--gpus", "8").output
 
 
