@@ -31,7 +31,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -139,7 +139,7 @@ def _held(model: nn.Module, mesh: Any, rank: int) -> int:
         assert names[-1] in ("ep", "dp_shard"), names  # of experts, of what FSDP splits
         for name, placement in reversed([*zip(names, parameter.placements, strict=True)]):
             of = ours[name].size()
-            if not placement.is_replicate():  # else "dp_replicate", or "edp" of a number that each expert has one of
+            if isinstance(placement, Shard):  # else "dp_replicate", or "edp" of a number that each expert has one of
                 own = part(shape[placement.dim], of, rank // inner % of)
                 shape[placement.dim] = own.stop - own.start
             inner *= of

@@ -9,8 +9,8 @@ Of an expert's DTensor the compiled code sees the local tensor alone, which is a
 tokens of all ranks of "ep" in it already: divided by their number it is added to the DTensor's, and averaged over
 "dp_replicate" with the others.  Ranks along "tp" ran a part of the tokens each, so it is multiplied by their number
 before the mean over them.  If it is split over "edp" too, the graph has added it up over these ranks, and it is
-divided by their number instead of averaged.  Where whole weights were gathered (gather.py), they are leaves, and their gradients are
-summed over these ranks first; each rank along "tp" ran all tokens then.
+divided by their number instead of averaged.  Where whole weights were gathered (gather.py), they are leaves, and their
+gradients are summed over these ranks first; each rank along "tp" ran all tokens then.
 
 All ranks have to call backward equally often.  A parameter that got no gradient on some ranks counts as zero there.
 """

@@ -208,7 +208,8 @@ def _by_expert(
     if any(s.tensor.shape[0] != number for s in own.values()) or len(tensors) % number:
         return None
     names = [list(tensors)[i : i + number] for i in range(0, len(tensors), number)]
-    steps, start = [], 0
+    steps: list[_Step] = []
+    start = 0
     for writer, size in zip(owners, shard_sizes(number, len(owners)), strict=True):
         local = {name: s.meta()[:size] for name, s in own.items()}
         first = list(hf_names.written(model, local))
@@ -246,7 +247,7 @@ def _in_rows(tensor: Tensor) -> bool:
     """Whether ranks hold rows of it, in their order, and copies of these, or over "edp" parts."""
     if not isinstance(tensor, DTensor):
         return False
-    names = tensor.device_mesh.mesh_dim_names
+    names = tensor.device_mesh.mesh_dim_names or ()
     shards = [p for p, n in zip(tensor.placements, names, strict=True) if not p.is_replicate() and n != "edp"]
     return len(shards) == 1 and type(shards[0]) is Shard and shards[0].dim == 0
 

@@ -1,8 +1,9 @@
 """Experts' weights, split over the ranks of a mesh, and what they mean.
 
 A family is one weight of all experts.  It is a DTensor parameter with `Shard(0)` over the mesh dimension "ep", whose
-global value is the stack [E, ...]; on a mesh ("edp", "ep") its experts may be split further (expert_shards.py).  In the model's own terms it is one stacked parameter, or one parameter of each
-module of a list; then the DTensor is a parameter of the list, and the modules' own are None.
+global value is the stack [E, ...]; on a mesh ("edp", "ep") it may be split further (expert_shards.py).  In the model's
+own terms it is one stacked parameter, or one parameter of each module of a list; then the DTensor is a parameter of the
+list, and the modules' own are None.
 
 A module that holds families is in one of three states:
 

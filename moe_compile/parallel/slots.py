@@ -66,6 +66,7 @@ class Slot:
 
     def _row(self) -> Tensor:
         tensor: Any = self.tensor
+        assert self.row is not None
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         mine: Tensor = tensor.to_local().detach()[self.row - offset[0]]
         return mine
@@ -75,12 +76,14 @@ class Slot:
 
         Of what is split over "edp" all ranks with the same experts have to ask, and get the same.
         """
-        tensor = self.tensor
+        tensor: Any = self.tensor
         if not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == 1 or tensor.placements[0].is_replicate():
             return self.local()
         split: Any = tensor.placements[0]
         if self.row is None:
-            return tensor.detach().redistribute(placements=[Replicate(), tensor.placements[1]]).to_local()
+            whole: Any = tensor.detach()
+            local: Tensor = whole.redistribute(placements=[Replicate(), tensor.placements[1]]).to_local()
+            return local
         shape = tensor.shape[1:]
         stride = torch.empty(shape, device="meta").stride()
         mesh = tensor.device_mesh["edp"]

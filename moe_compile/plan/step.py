@@ -3,8 +3,8 @@
     layer     dense products, then experts as `parallel.costs` has them; forward, backward (twice the products, as many
               bytes), and once more the products if layers are checkpointed: their collectives are not repeated
     FSDP      gathers a layer for the forward and for the backward and scatters its gradients, beside the compute of
-              another layer: a layer takes the longer of the two.  Experts that are split over edp are gathered as often,
-              and nothing runs beside it
+              another layer: a layer takes the longer of the two.  Experts that are split over edp are gathered as
+              often, and nothing runs beside it
     tp        two all-reduces of the tokens a pass, nothing beside them; its ranks dispatch a share each, gathered after
     end       gradients of what has copies are averaged; AdamW moves its numbers once
 

@@ -185,7 +185,7 @@ def bitwise(ranks: Ranks) -> None:
 def mixed_precision(ranks: Ranks) -> None:
     """Gathered in bfloat16: the bits of a bfloat16 model.  Gradients are added up in `reduce_dtype`."""
     batches = tokens(ranks, [40, 30])
-    seen = []
+    seen: list[torch.dtype] = []
     for reduced in (torch.float32, None):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduced)
         torch.manual_seed(0)
