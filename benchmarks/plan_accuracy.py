@@ -57,7 +57,7 @@ def rows() -> list[Row]:
 
 # -- fine-tuning on A100 --------------------------------------------------------------------
 
-FSDP_ALONE = Ways(expert_fsdp=True)
+FSDP_ALONE = Ways(fsdp_alone=True)
 
 
 def fine_tuning(shape: Shape, layout: Layout, tokens: int, ways: Ways) -> Option:
@@ -75,7 +75,7 @@ def mixtral() -> Iterator[Row]:
     """Mixtral-8x7B on 8 GPUs, 16 micro-batches of one sample: FSDP alone, and with experts over all 8."""
     tokens = round(83 * 4019 / 1600)  # a micro-batch; with EP 337 * 996 / 1600 = 210
     ways = (
-        ("FSDP", Layout(dp_shard=8), FSDP_ALONE, 83, 44.0, 54.8),
+        ("FSDP", Layout(dp_shard=8, splits_experts=True), FSDP_ALONE, 83, 44.0, 54.8),
         ("EP 8", Layout(8, 1, 8), Ways(), 337, 33.5, 45.5),
     )
     rates = []

@@ -10,7 +10,7 @@ held    parameters, gradients and AdamW's states in float32, of every rank, from
         them what `plan` says
 sent    by the collectives of the compiled graphs, in bfloat16 and with balanced routing; graphs of two layers with
         experts are compiled, found to be alike, and multiplied. FSDP and averages run outside of
-        graphs: `plan`'s arithmetic
+        graphs: `plan`'s arithmetic, as is the gathering of experts that are split over "edp"
 reads   of the host, a step, counted in the same graphs
 """
 
@@ -31,13 +31,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import moe_compile
 from moe_compile import kinds, lower
 from moe_compile.demo.machine import machine_facts
+from moe_compile.parallel.expert_shards import part
 from moe_compile.parallel.mesh import shard_sizes
 from moe_compile.plan import hardware, search
 from moe_compile.plan.layouts import Layout
@@ -108,6 +109,11 @@ def mesh_of(layout: Layout, fsdp: bool) -> Any:
     return moe_compile.build_mesh(ep=layout.ep)
 
 
+def split(model: nn.Module, layout: Layout, mesh: Any) -> nn.Module:
+    """The model on the mesh of a layout."""
+    return moe_compile.parallelize(model, mesh, experts="sharded" if layout.splits_experts else "replicated")
+
+
 # -- what ranks hold ------------------------------------------------------------------------
 
 
@@ -128,15 +134,18 @@ def _held(model: nn.Module, mesh: Any, rank: int) -> int:
         if not isinstance(parameter, DTensor):
             total += parameter.numel()
             continue
-        ours = parameter.device_mesh
-        name = (ours.mesh_dim_names or ())[-1]  # "ep" of experts, "dp_shard" of what FSDP splits
-        of, at = ours.size(ours.ndim - 1), rank % ours.size(ours.ndim - 1)
-        assert name in ("ep", "dp_shard"), name
-        rows = -(-parameter.shape[0] // of)
-        mine = max(0, min(rows, parameter.shape[0] - at * rows))
-        total += mine * math.prod(parameter.shape[1:])
+        ours, shape = parameter.device_mesh, list(parameter.shape)
+        names, inner = ours.mesh_dim_names or (), 1
+        assert names[-1] in ("ep", "dp_shard"), names  # of experts, of what FSDP splits
+        for name, placement in reversed([*zip(names, parameter.placements, strict=True)]):
+            of = ours[name].size()
+            if isinstance(placement, Shard):  # else "dp_replicate", or "edp" of a number that each expert has one of
+                own = part(shape[placement.dim], of, rank // inner % of)
+                shape[placement.dim] = own.stop - own.start
+            inner *= of
+        total += math.prod(shape)
         if rank == dist.get_rank():
-            assert mine == parameter.to_local().shape[0], name
+            assert shape == list(parameter.to_local().shape), names
     return total
 
 
@@ -232,7 +241,7 @@ def measure(name: str, config: dict[str, Any], number: int, cluster: Cluster, se
     layout = option.layout
     with ranks(number):
         mesh = mesh_of(layout, True)
-        every = held_by_ranks(moe_compile.parallelize(build(config, torch.float32), mesh), mesh)
+        every = held_by_ranks(split(build(config, torch.float32), layout, mesh), mesh)
     with ranks(number):
         graphs = compile_step(config, shape, layout, setup.tokens)
     return Result(

@@ -243,7 +243,7 @@ def _shard(members: _Members, name: str) -> Any:
     local = owner.get_parameter(name)._local_tensor
     found = VariableTracker.build(tx, local, AttrSource(parameter.source, "_local_tensor"))
     shards = shards_of(owner.get_submodule(name.rpartition(".")[0]))
-    if shards is not None and shards.dtype(local) != local.dtype:
+    if shards is not None and shards.split is None and shards.dtype(local) != local.dtype:
         found = found.realize().call_method(tx, "to", [VariableTracker.build(tx, shards.dtype(local))], {})
     return found
 

@@ -17,16 +17,20 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 
+from moe_compile import pipeline
 from moe_compile.kernels.settings import table_texts
 from moe_compile.passes.choose_kernels import ChooseKernels
-from moe_compile.passes.save_collectives import SaveCollectives
+from moe_compile.pipeline import name_of
 
 log = logging.getLogger(__name__)
+
+SCHEDULE = {name_of(cls): cls for cls in pipeline.SCHEDULE}
 
 HERE = Path(__file__).parent
 SOURCES = (
     HERE / "lower.py", HERE / "cost.py", HERE / "cuda.py", HERE / "ops.py", HERE / "expert_mlp.py", HERE / "rewrite.py",
     HERE / "passes" / "choose_kernels.py", HERE / "passes" / "save_collectives.py",
+    HERE / "passes" / "regather_weights.py",
     *sorted((HERE / "kernels").glob("*.py")),
 )  # fmt: skip
 
@@ -52,9 +56,19 @@ class _Stage(CustomGraphPass):
 
 
 class Schedule(_Stage):
+    def __init__(self, before: Any = None, skip: frozenset[str] = frozenset()) -> None:
+        super().__init__(before)
+        self.skip = skip & SCHEDULE.keys()
+
+    def uuid(self) -> Any:
+        known = super().uuid()
+        return None if known is None else (known, *sorted(self.skip))
+
     def run(self, graph: Graph) -> None:
         assert graph.owning_module is not None
-        log.debug("%s", SaveCollectives()(graph.owning_module))
+        for name, cls in SCHEDULE.items():
+            if name not in self.skip:
+                log.debug("%s", cls()(graph.owning_module))
 
 
 class Lower(_Stage):
@@ -74,8 +88,8 @@ class Lower(_Stage):
 def inductor_settings(skip: frozenset[str]) -> dict[str, Any]:
     """Settings for `compile_fx` that put the stages into Inductor, beside what the user has set."""
     settings: dict[str, Any] = {}
-    if "save_collectives" not in skip:
-        settings["joint_custom_pre_pass"] = Schedule(inductor_config.joint_custom_pre_pass)
+    if not skip >= SCHEDULE.keys():
+        settings["joint_custom_pre_pass"] = Schedule(inductor_config.joint_custom_pre_pass, skip)
     if "choose_kernels" not in skip:
         settings["post_grad_custom_pre_pass"] = Lower(inductor_config.post_grad_custom_pre_pass)
     return settings
@@ -85,8 +99,7 @@ def aot_eager(gm: GraphModule, inputs: Sequence[Any], skip: frozenset[str]) -> C
     """torch's backend of this name, with the schedule stage."""
 
     def partition(joint: GraphModule, *args: Any, **kwargs: Any) -> Any:
-        if "save_collectives" not in skip:
-            Schedule()(joint.graph)
+        Schedule(skip=skip)(joint.graph)
         return min_cut_rematerialization_partition(joint, *args, **kwargs)
 
     compile_aot = aot_autograd(

@@ -17,6 +17,7 @@ from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
 from moe_compile.passes.fuse_experts import FuseExperts
 from moe_compile.passes.place_experts import PlaceExperts
+from moe_compile.passes.regather_weights import RegatherWeights
 from moe_compile.passes.save_collectives import SaveCollectives
 from moe_compile.passes.split_tokens import SplitTokens
 from moe_compile.rewrite import PassReport, RewritePass
@@ -34,6 +35,7 @@ CANONICALISE: tuple[type[RewritePass], ...] = (
 
 SCHEDULE: tuple[type[RewritePass], ...] = (
     SaveCollectives,  # on the joint graph: before the partitioner decides what is computed again
+    RegatherWeights,  # after it: these collectives are to run again
 )
 
 LOWER: tuple[type[RewritePass], ...] = (

@@ -36,6 +36,7 @@ from torch.fx import Graph, Node
 from moe_compile.errors import Refusal
 from moe_compile.parallel.by_rows import AllGatherRows, AllToAll
 from moe_compile.parallel.by_sums import AllGather, Dedup
+from moe_compile.parallel.expert_shards import JOIN_SHARDS, padded, part, split_dim
 from moe_compile.parallel.mesh import shard_sizes
 from moe_compile.parallel.shards import Family, Placement
 from moe_compile.parallel.writer import Writer, all_gather, sources, wait
@@ -43,6 +44,7 @@ from moe_compile.region import experts
 from moe_compile.rewrite import RewritePass, emit, value
 
 aten = torch.ops.aten
+gather_shards = torch.ops._c10d_functional.all_gather_into_tensor.default
 
 # By strategy and numerics: "exact" needs rows that come home unsummed.
 WRITERS: dict[tuple[str, str], type[Writer]] = {
@@ -103,12 +105,19 @@ class PlaceExperts(RewritePass[Node]):
         if sharded != {num_experts}:
             raise Refusal(f"{num_experts} experts run, {' and '.join(map(str, sorted(sharded)))} are sharded")
         with graph.inserting_before(node):
+            before = set(graph.nodes)
             ours = [self._param(graph, node, p) for p in params]
+            late = _joins([n for n in graph.nodes if n not in before])
             if self.travels:
                 if (self.strategy, self.numerics) not in WRITERS:
                     raise Refusal(f"{self.strategy} adds a token's results rank by rank: numerics is {self.numerics!r}")
                 writer = WRITERS[self.strategy, self.numerics]
-                return writer(graph, node, ours, self.placement, self.replicated).write()
+                out = writer(graph, node, ours, self.placement, self.replicated).write()
+                inner = next((u for n in late for u in n.users if u.target is experts), None)
+                if inner is not None:
+                    for n in late:  # tokens travel meanwhile
+                        inner.prepend(n)
+                return out
             args = (*node.args[:3], ours, *node.args[4:])
             return emit(graph, experts, *args, like=node, val=node.meta["val"])
 
@@ -154,18 +163,53 @@ class PlaceExperts(RewritePass[Node]):
         return emit(graph, param.target, self._view(graph, node, source), *rest, like=node)  # type: ignore[arg-type]
 
     def _shard(self, graph: Graph, node: Node, family: Family) -> Node:
-        """The shard of a family, a new input; gathered, if tokens do not travel."""
+        """The shard of a family, a new input; gathered, if tokens do not travel or copies are split."""
+        here, example = self.placement, value(self.state[family.members[0]])
+        shape = [*(example.shape[1:] if len(family.members) == 1 else example.shape)]
+        shape = [shard_sizes(family.num_experts, here.ranks)[here.rank], *shape]
+        dim = split_dim(shape, here.edp) if here.edp > 1 else None
         if family.name not in self.local:
-            example = value(self.state[family.members[0]])
-            matrix = example.shape[1:] if len(family.members) == 1 else example.shape
             with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
                 made = graph.placeholder(family.name.replace(".", "_") + "_local")
-            mine = shard_sizes(family.num_experts, self.placement.ranks)[self.placement.rank]
-            made.meta["val"] = example.new_empty((mine, *matrix)).requires_grad_(example.requires_grad)
+            held = list(shape)
+            if dim is not None:
+                own = part(shape[dim], here.edp, here.edp_rank)
+                held[dim] = own.stop - own.start
+            made.meta["val"] = example.new_empty(held).requires_grad_(example.requires_grad)
             self.local[family.name] = made
         shard = self.local[family.name]
+        if here.edp > 1:
+            shard = _joined(graph, node, shard, dim, shape, example.dtype, here)
         gathers = self.placement.ranks > 1 and not self.travels
         return _gathered(graph, node, shard, family.num_experts, self.placement) if gathers else shard
+
+
+def _joined(
+    graph: Graph, node: Node, shard: Node, dim: int | None, shape: list[int], dtype: torch.dtype, here: Placement
+) -> Node:
+    """[L, ...]: this rank's experts, of whose weights it holds a part along `dim`, in the dtype of the forward."""
+    if dim is None:
+        return emit(graph, aten.to.dtype, shard, dtype, like=node)
+    flat = emit(graph, aten.to.dtype, emit(graph, aten.detach.default, shard, like=node), dtype, like=node)
+    flat = emit(graph, padded, flat, dim, -(-shape[dim] // here.edp), like=node)
+    val = value(flat).new_empty((shape[0] * here.edp, *value(flat).shape[1:]))
+    flat = emit(graph, gather_shards, flat, here.edp, here.edp_group, like=node, val=val)
+    flat = emit(graph, wait, flat, like=node, val=val)
+    reduced = here.reduce_dtype or dtype
+    return emit(
+        graph, JOIN_SHARDS, flat, shard, dim, shape[dim], here.edp, reduced, here.regather, here.edp_group, like=node
+    )
+
+
+def _joins(nodes: list[Node]) -> list[Node]:
+    """Those that wait for what is gathered over "edp", and what is made of it, in their order."""
+    found: dict[Node, None] = {}
+    for n in nodes:
+        if n.target is JOIN_SHARDS:
+            found |= dict.fromkeys((*n.args[:1], n))  # type: ignore[arg-type]
+        elif found.keys() & set(n.all_input_nodes):
+            found[n] = None
+    return list(found)
 
 
 def _gathered(graph: Graph, node: Node, shard: Node, num_experts: int, placement: Placement) -> Node:

@@ -1,6 +1,7 @@
 """`parallelize`: a model whose experts are split over the ranks of a mesh."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,9 +11,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moe_compile.errors import MoeCompileError
 from moe_compile.parallel import fsdp, gather, gradients, state_dicts, tensor_parallel
+from moe_compile.parallel.expert_shards import part
 from moe_compile.parallel.find import Experts, find_experts
-from moe_compile.parallel.mesh import check_mesh, dense_mesh, shard_of, shard_sizes, tp_mesh
-from moe_compile.parallel.shards import ATTRIBUTE, Family, Shards, as_shard
+from moe_compile.parallel.mesh import check_mesh, dense_mesh, place_of, shard_sizes, split_mesh, tp_mesh
+from moe_compile.parallel.shards import ATTRIBUTE, Family, Shards
 
 
 def parallelize(
@@ -21,6 +23,7 @@ def parallelize(
     *,
     mp_policy: MixedPrecisionPolicy | None = None,
     reshard_after_forward: bool | None = None,
+    experts: str = "replicated",
 ) -> nn.Module:
     """Split the experts of a model over the ranks of `mesh["ep"]`, in place; returns the model.
 
@@ -37,6 +40,12 @@ def parallelize(
 
         for layer in model.model.layers:
             layer.compile(backend="moe_ep", fullgraph=True)
+
+    With `dp_shard` above `ep` several ranks hold the same experts: "edp" of them, dp_shard / ep.
+    `experts="sharded"` splits their weights once more among these, along a dimension behind that of the experts:
+    parameters, gradients and optimizer states of a rank are those of E / (ep * edp) experts.  Weights are gathered for
+    use, in `param_dtype`, and again for the backward unless `reshard_after_forward=False`; their gradients are
+    reduce-scattered in `reduce_dtype`.  Collectives are a part of the graph: `fullgraph=True` holds as before.
 
     Tensor parallelism comes first, by torch's own plans, on a mesh of `build_mesh(tp=..)`:
 
@@ -64,16 +73,12 @@ def parallelize(
     settings = {"mp_policy": mp_policy, "reshard_after_forward": reshard_after_forward}
     settings = {name: value for name, value in settings.items() if value is not None}
     dense = dense_mesh(mesh)
-    if dense is not None and tp_mesh(mesh) is not None:
-        raise MoeCompileError(
-            f"dp_shard={dense.size(-1)} with tp={mesh['tp'].size()}: fully_shard of what a plan splits is not "
-            f"supported; the nearest that fits: build_mesh(ep={mesh['ep'].size()}, tp={mesh['tp'].size()}), or tp=1"
-        )
     if settings and dense is None:
         raise MoeCompileError(
             f"{' and '.join(settings)}: for fully_shard, which the mesh does not ask for; make it with "
             f"moe_compile.build_mesh(ep={mesh['ep'].size()}, dp_shard=..)"
         )
+    split = split_mesh(mesh, experts)
     is_split = tensor_parallel.check(model, mesh)
     found = find_experts(model)
     if not found:
@@ -81,15 +86,18 @@ def parallelize(
             f"no experts found in {type(model).__name__}: no function of its modules sums over stacked weights or lists"
         )
     tensor_parallel.check_experts(found)
-    for experts in found:  # before anything changes
-        for family in experts.families:
+    for one in found:  # before anything changes
+        for family in one.families:
             shard_sizes(family.num_experts, mesh["ep"].size())
-    averages = gradients.Averages(model, mesh)
+    averages = gradients.Averages(model, mesh, split is not None)
     vars(model)[gradients.ATTRIBUTE] = averages
     readers: dict[nn.Module, None] = {}
-    for experts in found:
-        _shard(experts, mesh, mp_policy).averages = averages
-        readers |= dict.fromkeys(experts.readers)
+    how: dict[str, Any] = {"regather": reshard_after_forward is not False}
+    if mp_policy is not None:
+        how |= {"compute_dtype": mp_policy.param_dtype, "reduce_dtype": mp_policy.reduce_dtype}
+    for one in found:
+        _shard(one, mesh, Shards(mesh["ep"], one.families, tp=tp_mesh(mesh), split=split, **how)).averages = averages
+        readers |= dict.fromkeys(one.readers)
     for reader in readers:
         gather.watch(reader)
     gradients.broadcast(model)
@@ -103,9 +111,8 @@ def parallelize(
     return model
 
 
-def _shard(experts: Experts, mesh: DeviceMesh, mp_policy: MixedPrecisionPolicy | None) -> Shards:
+def _shard(experts: Experts, mesh: DeviceMesh, shards: Shards) -> Shards:
     holder = experts.holder
-    shards = Shards(mesh["ep"], experts.families, mp_policy.param_dtype if mp_policy else None, tp_mesh(mesh))
     packed = {f.name: nn.Parameter(_split(holder, f, shards, mesh), _needs_grad(holder, f)) for f in experts.families}
     for family in experts.families:
         if family.members != (family.name,):
@@ -126,24 +133,31 @@ def _split(holder: nn.Module, family: Family, shards: Shards, mesh: DeviceMesh) 
     """The DTensor of a family: rank 0 sends each rank its experts, one shard at a time."""
     weights = [holder.get_parameter(member).detach() for member in family.members]
     sizes = shard_sizes(family.num_experts, shards.mesh.size())
+    whole = weights[0].shape if len(weights) == 1 else (family.num_experts, *weights[0].shape)
+    dim = shards.split_dim(whole)
 
-    def shard(i: int) -> Tensor:
+    def shard(rank: int) -> Tensor:
+        i = place_of(mesh, rank, "ep")
         start = sum(sizes[:i])
         mine = slice(start, start + sizes[i])
-        return weights[0][mine].clone() if len(weights) == 1 else torch.stack(weights[mine])
+        rows = weights[0][mine] if len(weights) == 1 else torch.stack(weights[mine])
+        if dim is not None:
+            own = part(whole[dim], shards.edp, place_of(mesh, rank, "edp"))
+            rows = rows.narrow(dim, own.start, own.stop - own.start)
+        return rows.clone(memory_format=torch.contiguous_format)
 
-    return as_shard(_from_first(shard, mesh), family, shards.mesh)
+    return shards.wrap(_from_first(shard), whole)
 
 
-def _from_first(shard: Callable[[int], Tensor], mesh: DeviceMesh) -> Tensor:
+def _from_first(shard: Callable[[int], Tensor]) -> Tensor:
     """This rank's shard, as rank 0 has it."""
     me = dist.get_rank()
-    mine = shard(shard_of(mesh, me)).contiguous()
+    mine = shard(me)
     if mine.device.type == "meta" or dist.get_world_size() == 1:
         return mine
     for rank in range(1, dist.get_world_size()):
         if me == 0:
-            dist.send(shard(shard_of(mesh, rank)).contiguous(), rank)
+            dist.send(shard(rank), rank)
         elif me == rank:
             dist.recv(mine, 0)
     return mine

@@ -117,7 +117,7 @@ def _own_names(packed: State, lists: Lists, full: bool) -> State:
         family, shards = lists[name]
         own = range(family.num_experts) if full else shards.own(family)
         for i, e in enumerate(own):
-            state[family.members[e]] = {k: _of_one(_whole(v) if full else v, i) for k, v in values.items()}
+            state[family.members[e]] = {k: _of_one(_whole(v) if full else v, i, shards) for k, v in values.items()}
     groups = []
     for group in packed["param_groups"]:
         names = [m for n in group["params"] for m in (lists[n][0].members if n in lists else (n,))]
@@ -129,10 +129,11 @@ def _whole(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _of_one(value: Any, i: int) -> Any:
+def _of_one(value: Any, i: int, shards: Shards) -> Any:
     """An expert's part of what the optimizer holds for all, which shares its memory."""
-    local = value.to_local() if isinstance(value, DTensor) else value
-    return local[i] if isinstance(local, Tensor) and local.dim() else local
+    if not isinstance(value, Tensor) or not value.dim():
+        return value.to_local() if isinstance(value, DTensor) else value
+    return shards.of_one(value, i)
 
 
 def _misfit(states: State, lists: Lists, path: str | os.PathLike[str]) -> str | None:

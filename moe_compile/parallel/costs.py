@@ -8,6 +8,7 @@ are those that one rank sends to others; a backward sends as many again.
     t  bytes of what experts read of a token        q  of a pair (t, k)     r  of a pair, below the routing weights
     y  bytes of one result, below routing weights    z  with them     w  of one expert's weights
     f  FLOPs of one row                             n, a, b, g  tensors of tokens, of pairs, of those below, of weights
+    s  ranks over which the same experts are split ("edp"), h  tensors that are gathered over these
 
 Experts that are an MLP with a gate, routed by one weight a pair, in numbers of s bytes:
 t = y = z = s*D, q = s, r = 0, w = 3*s*D*F, f = 6*D*F.
@@ -33,7 +34,8 @@ from moe_compile.rewrite import value
 aten = torch.ops.aten
 
 T, K, E, P, L, M = sympy.symbols("T K E P L M", positive=True)
-t, q, r, y, z, w, f, n, a, b, g = sympy.symbols("t q r y z w f n a b g", nonnegative=True)
+t, q, r, y, z, w, f, n, a, b, g, h = sympy.symbols("t q r y z w f n a b g h", nonnegative=True)
+s = sympy.symbols("s", positive=True)
 
 ID = 4  # bytes of an id that travels (exchange.on_the_wire)
 MESSAGE = 4 * (P - 1) * (M + 2)  # exchange.message
@@ -84,6 +86,8 @@ class Sizes:
     a: int
     b: int
     g: int
+    s: int = 1
+    h: int = 0
 
     def put(self, expression: sympy.Expr) -> float:
         """The value of an expression."""
@@ -141,6 +145,8 @@ TRAFFIC["alltoall", "fast"] = TRAFFIC["alltoall", "exact"]
 TRAFFIC["grouped", "exact"] = Traffic(sympy.Integer(0), sympy.Integer(0), 0, E * w + T * K * _rows)  # on one rank
 TRAFFIC["gather_weights", "fast"] = TRAFFIC["gather_weights", "exact"]
 
+WHOLE = Traffic(L * w * (s - 1) / s, h, 0, 2 * L * w)  # over "edp", by every strategy, if experts are split there
+
 FLOPS = {True: _arrive * f, False: T * K * f}  # of the experts that a rank has; of the tokens that it has
 
 
@@ -190,6 +196,12 @@ def forward_times(strategy: str, numerics: str, sizes: Sizes, machine: Machine, 
     flops = sizes.put(FLOPS[strategy != "gather_weights"])
     run = max(flops / machine.gflops, sizes.put(traffic.moved) / machine.memory)
     waits = sizes.put(traffic.collectives) * machine.latency_us + traffic.host_reads * machine.host_read_us
+    if sizes.s > 1:
+        gathered = sizes.put(WHOLE.sent)
+        sent += gathered
+        wire += gathered / (machine.within if sizes.s * sizes.P <= ranks_a_node else machine.between)
+        waits += sizes.put(WHOLE.collectives) * machine.latency_us
+        run += sizes.put(WHOLE.moved) / machine.memory
     return Times(sent, traffic.host_reads, waits, 1e-3 * wire, 1e-3 * run)
 
 
@@ -230,6 +242,7 @@ def sizes_of(node: Node, placement: Placement, families: Mapping[Family, torch.T
         y=_bytes(last, 1), z=_bytes(body.graph.output_node().args[0], 1),
         w=sum(_of_expert(f, x) for f, x in families.items()),
         f=sum(2 * value(x).numel() for x in weights), n=len(tokens), a=len(pairs), b=len(carried), g=len(families),
+        s=placement.edp, h=len(families) if placement.edp > 1 else 0,
     )  # fmt: skip
 
 
@@ -242,4 +255,4 @@ def _of_expert(family: Family, example: torch.Tensor) -> int:
     return int(numbers * example.element_size())
 
 
-assert {x.name for x in fields(Sizes)} == {str(s) for s in (T, K, E, P, L, M, t, q, r, y, z, w, f, n, a, b, g)}
+assert {x.name for x in fields(Sizes)} == {str(s) for s in (T, K, E, P, L, M, t, q, r, y, z, w, f, n, a, b, g, s, h)}

@@ -8,8 +8,9 @@ mean over all ranks is that over the batches.  What is split over "tp" is averag
 Of an expert's DTensor the compiled code sees the local tensor alone, which is a leaf of its own.  Its gradient has the
 tokens of all ranks of "ep" in it already: divided by their number it is added to the DTensor's, and averaged over
 "dp_replicate" with the others.  Ranks along "tp" ran a part of the tokens each, so it is multiplied by their number
-before the mean over them.  Where whole weights were gathered (gather.py), they are leaves, and their gradients are
-summed over "ep" first; each rank along "tp" ran all tokens then.
+before the mean over them.  If it is split over "edp" too, the graph has added it up over these ranks, and it is
+divided by their number instead of averaged.  Where whole weights were gathered (gather.py), they are leaves, and their
+gradients are summed over these ranks first; each rank along "tp" ran all tokens then.
 
 All ranks have to call backward equally often.  A parameter that got no gradient on some ranks counts as zero there.
 """
@@ -53,10 +54,12 @@ class Gathered:
 class Averages:
     """Averages the gradients of one model.  `attach` again, where parameters may have been replaced by others."""
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, splits_experts: bool = False) -> None:
         self.model = weakref.ref(model)
         self.ep = mesh["ep"].size()
-        self.copies = [mesh[d].get_group() for d in mesh.mesh_dim_names or () if d != "ep" and mesh[d].size() > 1]
+        self.edp = mesh["edp"].get_group() if splits_experts else None  # what experts are split over, beside "ep"
+        apart = ("ep", "edp") if splits_experts else ("ep",)
+        self.copies = [mesh[d].get_group() for d in mesh.mesh_dim_names or () if d not in apart and mesh[d].size() > 1]
         self.dense = dense_mesh(mesh)  # what FSDP has the dense parameters on, and averages their gradients over
         self.replicas = [] if self.dense is None or self.dense.ndim == 1 else [self.dense["dp_replicate"].get_group()]
         self.tp = None if (tp := tp_mesh(mesh)) is None else tp.get_group()
@@ -87,7 +90,8 @@ class Averages:
         def take(local: Tensor) -> None:
             assert local.grad is not None
             if packed.requires_grad:
-                add(packed, _like(packed, local.grad * (self.parts / self.ep)))
+                ranks = self.ep if self._copied_over_edp(packed) else self.ep * dist.get_world_size(self.edp)
+                add(packed, _like(packed, local.grad * (self.parts / ranks)))
             local.grad = None
             self._arrived(local)
 
@@ -99,16 +103,21 @@ class Averages:
         found: list[tuple[nn.Parameter, list[Any]]] = []
         for parameter, is_expert in self.parameters():
             if is_expert:
-                found.append((parameter, self.copies))
-            elif self.dense is not None:
-                if isinstance(parameter, DTensor):
-                    found.append((parameter, self.replicas))
+                also = [self.edp] if self.edp is not None and self._copied_over_edp(parameter) else []
+                found.append((parameter, [*self.copies, *also]))
             elif isinstance(parameter, DTensor):
-                alike = [self.tp] if parameter.placements[0].is_replicate() else []
-                found.append((parameter, [*self.others, *alike]))
+                names = parameter.device_mesh.mesh_dim_names or ()
+                alike = self.replicas if "dp_shard" in names else self.others
+                if self.tp is not None and not _split_over_tp(parameter):
+                    alike = [*alike, self.tp]
+                found.append((parameter, alike))
             else:
                 found.append((parameter, [None]))
         return found
+
+    def _copied_over_edp(self, packed: Any) -> bool:
+        """Whether all ranks with the same experts hold the whole of this weight of theirs."""
+        return self.edp is None or bool(packed.placements[0].is_replicate())
 
     def parameters(self) -> list[tuple[nn.Parameter, bool]]:
         model = self.model()
@@ -138,7 +147,10 @@ class Averages:
         if not self.checked:
             self.checked = True
             check_equal(self)
-            check_whole(self)
+            if self.dense is None:
+                check_whole(self)
+            else:  # behind FSDP, which adds up the last gradients at the end of a backward too
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: check_whole(self))
         self._sum_gathered()
         pairs = [(p, is_expert) for p, is_expert in self.parameters() if p.requires_grad]
         if self.dense is None:
@@ -148,6 +160,8 @@ class Averages:
             _all_reduce([p for p, is_expert in pairs if not is_expert and not isinstance(p, DTensor)], None)
         for group in self.copies:
             _all_reduce([p for p, is_expert in pairs if is_expert], group)
+        if self.edp is not None:
+            _all_reduce([p for p, is_expert in pairs if is_expert and self._copied_over_edp(p)], self.edp)
 
     def gather(self, packed: DTensor, whole: Tensor) -> None:
         """Note that a forward reads the whole of a parameter."""
@@ -164,17 +178,19 @@ class Averages:
         """Each rank gets, for its own experts, the sum over the ranks; those without a gradient take part."""
         if not self.gathered:
             return
-        group = self.gathered[0].packed.device_mesh.get_group()
+        mesh = self.gathered[0].packed.device_mesh
         state = [(g.gradient is not None, g.whole() is not None) for g in self.gathered]
         counts = torch.tensor(state, dtype=torch.int64, device=self.gathered[0].packed.device)
-        dist.all_reduce(counts, group=group)
+        for dim in range(mesh.ndim):
+            dist.all_reduce(counts, group=mesh.get_group(dim))
         for found, (some, _) in zip(self.gathered, counts.tolist(), strict=True):
             if some:
                 packed, mine = found.packed, found.gradient
                 if mine is None:
                     mine = torch.zeros(packed.shape, dtype=packed.dtype, device=packed.device)
-                summed = DTensor.from_local(mine.to(packed.dtype), packed.device_mesh, [Partial()], run_check=False)
-                add(packed, summed.redistribute(placements=packed.placements) / self.ep)
+                partial = [Partial()] * mesh.ndim
+                summed = DTensor.from_local(mine.to(packed.dtype), packed.device_mesh, partial, run_check=False)
+                add(packed, summed.redistribute(placements=packed.placements) / mesh.size())
                 found.gradient = None
         self.gathered = [g for g, (_, alive) in zip(self.gathered, counts.tolist(), strict=True) if alive]
 
@@ -208,6 +224,13 @@ def _all_reduce(parameters: list[nn.Parameter], group: Any) -> None:
                 g.copy_(mean.view(g.shape) / ranks)
             elif count:
                 p.grad = _like(p, mean.view(_local(p).shape) / ranks)
+
+
+def _split_over_tp(parameter: Tensor) -> bool:
+    """Whether ranks that share their tokens have parts of it."""
+    if not isinstance(parameter, DTensor) or "tp" not in (names := parameter.device_mesh.mesh_dim_names or ()):
+        return False
+    return not parameter.placements[names.index("tp")].is_replicate()
 
 
 def _settled(parameter: nn.Parameter) -> nn.Parameter:
@@ -284,11 +307,15 @@ def check_whole(averages: Averages) -> None:
     if averages.tp is None or model is None:
         return
     names = {id(p): n for n, p in model.named_parameters()}
-    mine = [p for p, is_expert in averages.parameters() if not is_expert and not isinstance(p, DTensor)]
-    mine = [p for p in mine if p.requires_grad]
+    mine = [p for p, is_expert in averages.parameters() if not is_expert and not _split_over_tp(p)]
+    mine = [
+        p for p in mine if p.requires_grad and _local(p).numel() and (averages.dense is None) != isinstance(p, DTensor)
+    ]
     if not mine:
         return
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
+    if mine[0].is_cuda:
+        torch.cuda.synchronize()  # FSDP adds up gradients in streams of its own
+    grads = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in mine]
     told = torch.stack([token_message([g.reshape(1, -1)])[1:] for g in grads])
     low, high = told.clone(), told.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN, group=averages.tp)

@@ -150,7 +150,15 @@ def _plain(tensors: dict[str, Tensor], slot: Slot, owners: list[int]) -> _Step:
     if slot.row is not None and _in_rows(slot.tensor):
         sizes = shard_sizes(slot.tensor.shape[0], len(owners))
         writer = owners[next(i for i in range(len(sizes)) if slot.row < sum(sizes[: i + 1]))]
-        return _Step(writer, tensors, lambda write: write(slot.local()) if _me() == writer else None)
+        shard = owners.index(writer)
+
+        def one(write: Write) -> None:
+            if slot.shard() == shard:
+                weight = slot.rows()  # with all that have a part of it
+                if _me() == writer:
+                    write(weight)
+
+        return _Step(writer, tensors, one)
     if not isinstance(slot.tensor, DTensor):
         return _Step(0, tensors, lambda write: write(slot.tensor) if _me() == 0 else None)
     if not _in_rows(slot.tensor):
@@ -164,9 +172,10 @@ def _plain(tensors: dict[str, Tensor], slot: Slot, owners: list[int]) -> _Step:
     ranks = owners if slot.is_expert else _first_copy(slot.tensor)
 
     def rows(write: Write) -> None:
+        mine = slot.rows() if slot.is_expert else slot.local()
         for rank, piece in zip(ranks, _pieces(slot.tensor, len(ranks)), strict=True):
             if piece.shape[0]:
-                _hand(slot.local(), piece, rank, ranks[0], write)
+                _hand(mine, piece, rank, ranks[0], write)
 
     return _Step(ranks[0], tensors, rows)
 
@@ -199,26 +208,35 @@ def _by_expert(
     if any(s.tensor.shape[0] != number for s in own.values()) or len(tensors) % number:
         return None
     names = [list(tensors)[i : i + number] for i in range(0, len(tensors), number)]
-    steps, start = [], 0
+    steps: list[_Step] = []
+    start = 0
     for writer, size in zip(owners, shard_sizes(number, len(owners)), strict=True):
         local = {name: s.meta()[:size] for name, s in own.items()}
         first = list(hf_names.written(model, local))
         if first != [name for group in names for name in group[:size]]:
             return None
         mine = [name for group in names for name in group[start : start + size]]
-        steps.append(_own(model, own, dict(zip(first, mine, strict=True)), tensors, writer))
+        steps.append(_own(model, own, dict(zip(first, mine, strict=True)), tensors, writer, len(steps)))
         start += size
     return steps
 
 
 def _own(
-    model: nn.Module, own: dict[str, Slot], names: dict[str, str], tensors: dict[str, Tensor], writer: int
+    model: nn.Module,
+    own: dict[str, Slot],
+    names: dict[str, str],
+    tensors: dict[str, Tensor],
+    writer: int,
+    shard: int,
 ) -> _Step:
     """names: what transformers calls them, if there were no other experts, and what they are called."""
 
     def run(write: Write) -> None:
+        if next(iter(own.values())).shard() != shard:
+            return
+        rows = {name: slot.rows() for name, slot in own.items()}
         if _me() == writer:
-            found = hf_names.written(model, {name: slot.local().cpu() for name, slot in own.items()})
+            found = hf_names.written(model, {name: weight.cpu() for name, weight in rows.items()})
             for name in names:
                 write(found[name])
 
@@ -226,17 +244,22 @@ def _own(
 
 
 def _in_rows(tensor: Tensor) -> bool:
-    """Whether ranks hold rows of it, in their order, and copies of these."""
+    """Whether ranks hold rows of it, in their order, and copies of these, or over "edp" parts."""
     if not isinstance(tensor, DTensor):
         return False
-    shards = [p for p in tensor.placements if not p.is_replicate()]
+    names = tensor.device_mesh.mesh_dim_names or ()
+    shards = [p for p, n in zip(tensor.placements, names, strict=True) if not p.is_replicate() and n != "edp"]
     return len(shards) == 1 and type(shards[0]) is Shard and shards[0].dim == 0
 
 
 def _first_copy(tensor: DTensor) -> list[int]:
-    """The ranks that hold the first copy, in the order of the rows."""
+    """The ranks that hold the first copy, in the order of the rows.
+
+    A mesh names the ranks of its own copy alone, if it is a part of another: with "tp" others lie beside it.
+    """
     index = [slice(None) if p.is_shard() else 0 for p in tensor.placements]
-    ranks: list[int] = tensor.device_mesh.mesh[tuple(index)].tolist()
+    mine = tensor.device_mesh.mesh[tuple(index)]
+    ranks: list[int] = (mine - mine.min()).tolist()
     return ranks
 
 

@@ -2,7 +2,8 @@
 
 Ranks are laid out as (dp_replicate, edp, ep, tp).  The same ranks in two views:
 
-    experts            split over "ep"; dp_replicate * edp * tp copies of each
+    experts            split over "ep"; dp_replicate * edp * tp copies of each, or with `parallelize(experts="sharded")`
+                       split over "edp" besides, in dp_replicate * tp copies
     dense parameters   replicated; with "edp" in the mesh split over dp_shard = edp * ep ranks, in dp_replicate copies;
                        with "tp" those that the user's plan names are split over its ranks besides
 
@@ -17,6 +18,7 @@ from moe_compile.errors import MoeCompileError
 
 DIMS = ("dp_replicate", "edp", "ep", "tp")
 DENSE = "_moe_ep_dense"
+EXPERTS = ("replicated", "sharded")
 
 
 def build_mesh(
@@ -108,7 +110,11 @@ def dense_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
     if (known := vars(mesh).get(DENSE)) is None:
         shard = mesh["edp"].size() * mesh["ep"].size()
         ranks = mesh.mesh.reshape(-1, shard)
-        if len(ranks) == 1:
+        if tp_mesh(mesh) is not None:  # fully_shard joins its mesh with "tp", so both have to come from one
+            known = mesh["edp", "ep"]._flatten("dp_shard")
+            if mesh["dp_replicate"].size() > 1:
+                known = DeviceMesh._concatenate([mesh["dp_replicate"], known])
+        elif len(ranks) == 1:
             known = DeviceMesh(mesh.device_type, ranks[0], mesh_dim_names=("dp_shard",))
         else:
             known = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("dp_replicate", "dp_shard"))
@@ -153,10 +159,32 @@ def tp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
     return mesh["tp"] if "tp" in names and mesh["tp"].size() > 1 else None
 
 
-def shard_of(mesh: DeviceMesh, rank: int) -> int:
-    """Which shard of the experts a rank of the whole mesh holds."""
+def place_of(mesh: DeviceMesh, rank: int, dim: str) -> int:
+    """Where a rank of the whole mesh is along a dimension: along "ep", which shard of the experts it holds."""
     place = (mesh.mesh == rank).nonzero()[0].tolist()
-    return int(place[(mesh.mesh_dim_names or ()).index("ep")])
+    return int(place[(mesh.mesh_dim_names or ()).index(dim)])
+
+
+def split_mesh(mesh: DeviceMesh, experts: str) -> DeviceMesh | None:
+    """What experts' weights are split over beside "ep": ("edp", "ep"), if they are to be "sharded" over copies.
+
+    Raises `MoeCompileError`, with what fits, if the mesh has no "edp".
+    """
+    if experts not in EXPERTS:
+        raise MoeCompileError(f"experts={experts!r}: known are {' and '.join(map(repr, EXPERTS))}")
+    if experts == "replicated":
+        return None
+    if "edp" not in (mesh.mesh_dim_names or ()):
+        ep, tp = mesh["ep"].size(), 1 if (shared := tp_mesh(mesh)) is None else shared.size()
+        copies = mesh.size() // ep // tp
+        fits = f"moe_compile.build_mesh(ep={ep}, dp_shard={ep * copies}{f', tp={tp}' if tp > 1 else ''})"
+        if copies == 1:
+            fits += ", which has one copy of each expert: there is nothing to split until ep is smaller"
+        raise MoeCompileError(
+            f'experts="sharded": over the ranks of "edp", which are those of dp_shard that hold the same experts, and '
+            f"the mesh has dimensions {mesh.mesh_dim_names}; make it with {fits}"
+        )
+    return mesh["edp", "ep"] if mesh["edp"].size() > 1 else None
 
 
 def shard_sizes(num_experts: int, ranks: int) -> list[int]:

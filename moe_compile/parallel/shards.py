@@ -1,8 +1,9 @@
 """Experts' weights, split over the ranks of a mesh, and what they mean.
 
 A family is one weight of all experts.  It is a DTensor parameter with `Shard(0)` over the mesh dimension "ep", whose
-global value is the stack [E, ...].  In the model's own terms it is one stacked parameter, or one parameter of each
-module of a list; then the DTensor is a parameter of the list, and the modules' own are None.
+global value is the stack [E, ...]; on a mesh ("edp", "ep") it may be split further (expert_shards.py).  In the model's
+own terms it is one stacked parameter, or one parameter of each module of a list; then the DTensor is a parameter of the
+list, and the modules' own are None.
 
 A module that holds families is in one of three states:
 
@@ -12,7 +13,7 @@ A module that holds families is in one of three states:
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from moe_compile.parallel.expert_shards import part, split_dim
 from moe_compile.parallel.mesh import shard_sizes
 from moe_compile.parts import parts
 
@@ -55,6 +57,11 @@ class Placement:
     tp: int = 1  # how many ranks share the tokens of this one
     tp_rank: int = 0
     tp_group: str = ""
+    edp: int = 1  # over how many ranks the same experts are split
+    edp_rank: int = 0
+    edp_group: str = ""
+    reduce_dtype: torch.dtype | None = None  # of gradients that travel over "edp", if not that of the forward
+    regather: bool = True  # for the backward; else what is gathered over "edp" is kept
 
 
 class Shards:
@@ -66,9 +73,14 @@ class Shards:
         families: tuple[Family, ...],
         compute_dtype: torch.dtype | None = None,
         tp: DeviceMesh | None = None,
+        split: DeviceMesh | None = None,
+        reduce_dtype: torch.dtype | None = None,
+        regather: bool = True,
     ) -> None:
         self.mesh = mesh  # one dimension, "ep"
         self.tp = tp  # the ranks that share their tokens, if there are any
+        self.split = split  # ("edp", "ep"), if the ranks that hold the same experts have a part of each
+        self.reduce_dtype, self.regather = reduce_dtype, regather
         self.families = families
         self.compute_dtype = compute_dtype  # what forwards read the weights in, if not in their own
         self.state = "sharded"
@@ -85,6 +97,46 @@ class Shards:
         sizes = shard_sizes(family.num_experts, self.mesh.size())
         start = sum(sizes[: self.rank])
         return range(start, start + sizes[self.rank])
+
+    @property
+    def edp(self) -> int:
+        """Over how many ranks the same experts are split."""
+        return 1 if self.split is None else self.split.size(0)
+
+    def split_dim(self, whole: Sequence[int]) -> int | None:
+        """The dimension of a stack [E, ...] along which they are; None if each has all."""
+        return None if self.split is None else split_dim(whole, self.edp)
+
+    def place(self, rows: Tensor, family: Family) -> DTensor:
+        """The DTensor of a family, of whole weights [L, ...] of this rank's experts."""
+        shape = (family.num_experts, *rows.shape[1:])
+        if self.split is not None and (dim := self.split_dim(shape)) is not None:
+            mine = part(shape[dim], self.edp, self.split.get_local_rank(0))
+            rows = rows.narrow(dim, mine.start, mine.stop - mine.start)
+        return self.wrap(rows, shape)
+
+    def wrap(self, local: Tensor, shape: Sequence[int]) -> DTensor:
+        """The DTensor of a stack of this shape, of what this rank holds of it."""
+        stride = torch.empty(tuple(shape), device="meta").stride()
+        mesh, placements = self.mesh, [Shard(0)]
+        if self.split is not None:
+            dim = self.split_dim(shape)
+            mesh, placements = self.split, [Replicate() if dim is None else Shard(dim), Shard(0)]  # type: ignore[list-item]
+        return DTensor.from_local(
+            local.contiguous(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+    def of_one(self, packed: Tensor, i: int) -> Tensor:
+        """The weight of the i-th expert of this rank, in the memory of all: a DTensor if it is split over "edp"."""
+        local = packed.to_local() if isinstance(packed, DTensor) else packed
+        mine = local[i]
+        if self.split is None or not isinstance(packed, DTensor) or (dim := self.split_dim(packed.shape)) is None:
+            return mine
+        shape = packed.shape[1:]
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            mine, self.split["edp"], [Shard(dim - 1)], run_check=False, shape=shape, stride=stride
+        )
 
     def dtype(self, weight: Tensor) -> torch.dtype:
         """What a forward reads a weight in: as FSDP's `param_dtype`, for numbers that are not integers."""
@@ -158,6 +210,12 @@ def placement(module: nn.Module) -> Placement | None:
     mesh, tp = found[0][1].mesh, found[0][1].tp
     families = tuple(f.below(name) for name, shards in found for f in shards.families)
     here = Placement(mesh.size(), mesh.get_local_rank(), mesh.get_group().group_name, families)
+    if (split := found[0][1].split) is not None:
+        edp, shards = split["edp"], found[0][1]
+        here = replace(
+            here, edp=edp.size(), edp_rank=edp.get_local_rank(), edp_group=edp.get_group().group_name,
+            reduce_dtype=shards.reduce_dtype, regather=shards.regather,
+        )  # fmt: skip
     if tp is None:
         return here
     return replace(here, tp=tp.size(), tp_rank=tp.get_local_rank(), tp_group=tp.get_group().group_name)
@@ -171,10 +229,3 @@ def dense(module: nn.Module) -> Iterator[None]:
             if shards.state == "sharded":
                 stack.callback(shards.put(holder, "dense", shards.fakes(holder)))
         yield
-
-
-def as_shard(local: Tensor, family: Family, mesh: DeviceMesh) -> DTensor:
-    """This rank's experts [L, ...] as the DTensor of all."""
-    shape = torch.Size((family.num_experts, *local.shape[1:]))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local.contiguous(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moe_compile.errors import MoeCompileError
@@ -62,10 +62,40 @@ class Slot:
         if not isinstance(tensor, DTensor):
             return tensor.detach()
         local = tensor.to_local().detach()
-        if self.row is None:
-            return local
+        return local if self.row is None else self._row()
+
+    def _row(self) -> Tensor:
+        tensor: Any = self.tensor
+        assert self.row is not None
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return local[self.row - offset[0]]
+        mine: Tensor = tensor.to_local().detach()[self.row - offset[0]]
+        return mine
+
+    def rows(self) -> Tensor:
+        """The whole weights of this rank's experts, or of the one that is named, if it has it.
+
+        Of what is split over "edp" all ranks with the same experts have to ask, and get the same.
+        """
+        tensor: Any = self.tensor
+        if not isinstance(tensor, DTensor) or tensor.device_mesh.ndim == 1 or tensor.placements[0].is_replicate():
+            return self.local()
+        split: Any = tensor.placements[0]
+        if self.row is None:
+            whole: Any = tensor.detach()
+            local: Tensor = whole.redistribute(placements=[Replicate(), tensor.placements[1]]).to_local()
+            return local
+        shape = tensor.shape[1:]
+        stride = torch.empty(shape, device="meta").stride()
+        mesh = tensor.device_mesh["edp"]
+        part = DTensor.from_local(
+            self._row(), mesh, [Shard(split.dim - 1)], run_check=False, shape=shape, stride=stride
+        )
+        return part.full_tensor()
+
+    def shard(self) -> int:
+        """Which shard of the experts this rank has."""
+        assert self.is_expert and isinstance(self.tensor, DTensor)
+        return int(self.tensor.device_mesh["ep"].get_local_rank())
 
     def cut(self, whole: Tensor) -> Tensor | None:
         """This rank's part of the whole tensor."""

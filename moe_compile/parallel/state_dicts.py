@@ -1,8 +1,8 @@
 """State dicts of sharded experts, by the model's own names.
 
 Dense weights that FSDP splits are DTensors under their names.  A stacked weight keeps its name and is a DTensor.  The
-weights of a list of modules appear one by one, those of this rank's experts only: together the ranks' state dicts are
-the model's.  Loading takes the weights of one process too.
+weights of a list of modules appear one by one, those of this rank's experts only, as DTensors if they are split over
+"edp": together the ranks' state dicts are the model's.  Loading takes the weights of one process too.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moe_compile.parallel.shards import Family, Shards, as_shard
+from moe_compile.parallel.shards import Family, Shards
 
 
 def install(holder: nn.Module, shards: Shards) -> None:
@@ -21,9 +21,8 @@ def install(holder: nn.Module, shards: Shards) -> None:
     def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for family in shards.families:
             if family.members != (family.name,) and (packed := state.pop(prefix + family.name, None)) is not None:
-                local = packed.to_local() if isinstance(packed, DTensor) else packed
-                for weight, e in zip(local.unbind(0), shards.own(family), strict=True):
-                    state[prefix + family.members[e]] = weight
+                for i, e in enumerate(shards.own(family)):
+                    state[prefix + family.members[e]] = shards.of_one(packed, i)
 
     def load(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
         for family in shards.families:
@@ -57,9 +56,13 @@ def _load(state: dict[str, Any], prefix: str, family: Family, shards: Shards) ->
     if family.members == (family.name,):
         whole = state.get(prefix + family.name)
         if isinstance(whole, Tensor) and not isinstance(whole, DTensor) and whole.shape[:1] == (family.num_experts,):
-            state[prefix + family.name] = as_shard(whole[own.start : own.stop], family, shards.mesh)
+            state[prefix + family.name] = shards.place(whole[own.start : own.stop], family)
         return
     found = [state.pop(prefix + member, None) for member in family.members]
     mine = [weight for weight in found[own.start : own.stop] if weight is not None]
     if len(mine) == len(own):
-        state[prefix + family.name] = as_shard(torch.stack(mine), family, shards.mesh)
+        if not any(isinstance(weight, DTensor) for weight in mine):
+            state[prefix + family.name] = shards.place(torch.stack(mine), family)
+        elif shards.split is not None and all(w.device_mesh == shards.split["edp"] for w in mine):
+            shape = (family.num_experts, *mine[0].shape)  # what `save` gave
+            state[prefix + family.name] = shards.wrap(torch.stack([w.to_local() for w in mine]), shape)

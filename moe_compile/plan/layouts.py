@@ -11,7 +11,8 @@ from moe_compile.parallel.mesh import shard_sizes
 class Layout:
     """Ranks as (dp_replicate, edp, ep, tp), neighbours last; dp_shard = edp * ep.
 
-    Dense parameters are split over dp_shard and tp, experts over ep alone.  The ranks of tp share their tokens, and the
+    Dense parameters are split over dp_shard and tp, experts over ep, and over edp if `splits_experts`: that is
+    `parallelize(.., experts="sharded")`, and with ep=1 it is FSDP alone.  The ranks of tp share their tokens, and the
     dense work on them.
     """
 
@@ -19,6 +20,12 @@ class Layout:
     tp: int = 1
     dp_shard: int = 1
     dp_replicate: int = 1
+    splits_experts: bool = False
+
+    @property
+    def edp(self) -> int:
+        """Over how many ranks the same experts are split."""
+        return self.dp_shard // self.ep if self.splits_experts else 1
 
     @property
     def dp(self) -> int:
@@ -30,12 +37,13 @@ class Layout:
 
     @property
     def expert_copies(self) -> int:
-        return self.ranks // self.ep
+        return self.ranks // self.ep // self.edp
 
     def __str__(self) -> str:
         parts = [f"ep={self.ep}", f"dp_shard={self.dp_shard}"]
         parts += [f"dp_replicate={self.dp_replicate}"] if self.dp_replicate > 1 else []
-        return ", ".join(parts + ([f"tp={self.tp}"] if self.tp > 1 else []))
+        parts += [f"tp={self.tp}"] if self.tp > 1 else []
+        return ", ".join(parts + (['experts="sharded"'] if self.splits_experts else []))
 
 
 def layouts(ranks: int, ranks_a_node: int, num_experts: int, heads: int, most_tp: int = 1) -> Iterator[Layout]:
@@ -53,6 +61,8 @@ def layouts(ranks: int, ranks_a_node: int, num_experts: int, heads: int, most_tp
                 for dp_shard in _divisors(dp):
                     if dp_shard % ep == 0:
                         yield Layout(ep, tp, dp_shard, dp // dp_shard)
+                        if dp_shard > ep:
+                            yield Layout(ep, tp, dp_shard, dp // dp_shard, splits_experts=True)
 
 
 def _fits(num_experts: int, ep: int) -> bool:

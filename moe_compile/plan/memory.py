@@ -43,35 +43,40 @@ class Memory:
         return self.parameters + self.gradients + self.states + self.gathered + self.activations
 
 
-def held(shape: Shape, layout: Layout, expert_fsdp: bool = False) -> tuple[int, int]:
+def held(shape: Shape, layout: Layout) -> tuple[int, int]:
     """(dense, experts') parameters that a rank holds."""
     dense = -(-shape.dense_parameters // (layout.dp_shard * layout.tp))
-    if expert_fsdp:
-        return dense, -(-shape.experts // layout.dp_shard)
-    return dense, shard_sizes(shape.E, layout.ep)[0] * shape.expert * shape.moe_layers
+    return dense, -(-of_a_rank(shape, layout) * shape.moe_layers // layout.edp)
 
 
-def memory(shape: Shape, layout: Layout, setup: Setup, expert_fsdp: bool = False) -> Memory:
-    """What a rank holds.  expert_fsdp: as in `step.Ways`."""
-    mine = sum(held(shape, layout, expert_fsdp))
+def of_a_rank(shape: Shape, layout: Layout) -> int:
+    """Parameters of the experts of one layer that a rank runs: what is gathered over edp."""
+    return shard_sizes(shape.E, layout.ep)[0] * shape.expert
+
+
+def memory(shape: Shape, layout: Layout, setup: Setup) -> Memory:
+    """What a rank holds."""
+    mine = sum(held(shape, layout))
     return Memory(
         parameters=setup.kept * mine,
         gradients=setup.kept * mine,
         states=setup.states * mine,
-        gathered=_gathered(shape, layout, setup, expert_fsdp),
+        gathered=_gathered(shape, layout, setup),
         activations=_activations(shape, layout, setup),
     )
 
 
-def _gathered(shape: Shape, layout: Layout, setup: Setup, expert_fsdp: bool) -> int:
-    """Two layers and the embeddings, in 16 bits; and the experts of one layer, if they are kept in another type."""
+def _gathered(shape: Shape, layout: Layout, setup: Setup) -> int:
+    """Two layers and the embeddings, in 16 bits; of experts that are split those of a rank twice, as they come and as
+    they are joined; else those of one layer, if they are kept in another type."""
     whole = 0
     if layout.dp_shard > 1 or setup.kept != 2:
         largest = max(shape.unit(True), shape.unit(False) if shape.moe_layers < shape.num_layers else 0)
-        largest += shape.E * shape.expert if expert_fsdp else 0
         whole += 2 * (2 * largest + shape.embeddings) // layout.tp
-    if setup.kept != 2 and not expert_fsdp:
-        whole += 2 * shard_sizes(shape.E, layout.ep)[0] * shape.expert
+    if layout.edp > 1:
+        whole += 2 * 2 * of_a_rank(shape, layout)
+    elif setup.kept != 2:
+        whole += 2 * of_a_rank(shape, layout)
     return whole
 
 

@@ -3,7 +3,8 @@
     layer     dense products, then experts as `parallel.costs` has them; forward, backward (twice the products, as many
               bytes), and once more the products if layers are checkpointed: their collectives are not repeated
     FSDP      gathers a layer for the forward and for the backward and scatters its gradients, beside the compute of
-              another layer: a layer takes the longer of the two
+              another layer: a layer takes the longer of the two.  Experts that are split over edp are gathered as
+              often, and nothing runs beside it
     tp        two all-reduces of the tokens a pass, nothing beside them; its ranks dispatch a share each, gathered after
     end       gradients of what has copies are averaged; AdamW moves its numbers once
 
@@ -17,7 +18,7 @@ from moe_compile.parallel.mesh import shard_sizes
 from moe_compile.plan import hardware
 from moe_compile.plan.hardware import Gpu
 from moe_compile.plan.layouts import Layout
-from moe_compile.plan.memory import Setup, held
+from moe_compile.plan.memory import Setup, held, of_a_rank
 from moe_compile.plan.shapes import Shape
 
 
@@ -38,14 +39,14 @@ class Ways:
     """What a system does: by default what this one does.
 
     strategy: how experts meet tokens.  drop_duplicates: tensor-parallel ranks dispatch each their share of the tokens,
-    not all of them.  repeat_collectives: checkpointed layers send again what they had sent.  expert_fsdp: FSDP splits
-    experts too, and gathers them: no expert parallelism.
+    not all of them.  repeat_collectives: checkpointed layers send again what they had sent.  fsdp_alone: with ep=1,
+    experts that are split over edp are gathered with the dense weights, beside the compute of another layer.
     """
 
     strategy: str = "alltoall"
     drop_duplicates: bool = True
     repeat_collectives: bool = False
-    expert_fsdp: bool = False
+    fsdp_alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def groups(layout: Layout, cluster: Cluster) -> dict[str, Group]:
         "ep": along(layout.ep, layout.tp),
         "dp_shard": along(layout.dp_shard, layout.tp),
         "dp_replicate": along(layout.dp_replicate, layout.tp * layout.dp_shard),
-        "copies": along(layout.expert_copies // layout.tp, layout.tp * layout.ep),
+        "edp": along(layout.edp, layout.tp * layout.ep),
+        "copies": along(layout.expert_copies // layout.tp, layout.tp * layout.ep * layout.edp),
     }
 
 
@@ -125,10 +127,16 @@ def step(shape: Shape, layout: Layout, cluster: Cluster, setup: Setup, ways: Way
     T = setup.tokens * layout.tp
     times = _experts(shape, layout, group, setup, machine, ways)
     compute = fsdp = fsdp_sent = 0.0
-    for number, unit in _units(shape, ways):
+    mine = 2 * of_a_rank(shape, layout) if layout.edp > 1 else 0
+    for number, unit in _units(shape):
         flops = 2 * T * unit.products / layout.tp + _scores(shape, T, setup.length, layout.tp) * unit.attends
         forward = flops / machine.gflops * 1e-3
         whole = 2 * unit.parameters / layout.tp
+        if unit.experts and mine and ways.fsdp_alone:
+            whole += mine
+        elif unit.experts and mine:
+            fsdp += number * 3 * group["edp"].ring_us(mine, machine)
+            fsdp_sent += number * 3 * group["edp"].sent(mine)
         wire = group["dp_shard"].ring_us(whole, machine)
         busy = (forward + (times.run_us if unit.experts else 0.0)) if unit.overlaps else 0.0
         compute += number * passes * forward
@@ -136,7 +144,7 @@ def step(shape: Shape, layout: Layout, cluster: Cluster, setup: Setup, ways: Way
         fsdp_sent += number * 3 * group["dp_shard"].sent(whole)
     trips = 3 if ways.repeat_collectives and setup.checkpoint else 2
     tp_layer, tp_sent = _tensor_parallel(shape, layout, T, group["tp"], machine, ways)
-    end, end_sent = _end(shape, layout, group, setup, machine, ways)
+    end, end_sent = _end(shape, layout, group, setup, machine)
     return Step(
         compute_us=compute,
         experts_us=shape.moe_layers * passes * times.run_us,
@@ -161,13 +169,12 @@ class _Unit:
     overlaps: bool = True
 
 
-def _units(shape: Shape, ways: Ways) -> list[tuple[int, _Unit]]:
+def _units(shape: Shape) -> list[tuple[int, _Unit]]:
     """What FSDP gathers at once, and how often a step has such a unit."""
-    gathered = shape.E * shape.expert if ways.expert_fsdp else 0
     moe, dense = shape.unit(True), shape.unit(False)
     head = shape.vocab * shape.D
     return [
-        (shape.moe_layers, _Unit(moe, moe + gathered, experts=True)),
+        (shape.moe_layers, _Unit(moe, moe, experts=True)),
         (shape.num_layers - shape.moe_layers, _Unit(dense, dense)),
         (1, _Unit(head, shape.embeddings, attends=False, overlaps=False)),
     ]
@@ -201,13 +208,9 @@ def _tensor_parallel(
     return halves * group.ring_us(whole, machine), halves * group.sent(whole)
 
 
-def _end(
-    shape: Shape, layout: Layout, group: dict[str, Group], setup: Setup, machine: Machine, ways: Ways
-) -> tuple[float, float]:
+def _end(shape: Shape, layout: Layout, group: dict[str, Group], setup: Setup, machine: Machine) -> tuple[float, float]:
     """(microseconds, bytes) of averaging what has copies, and of the optimizer."""
-    dense, mine = held(shape, layout, ways.expert_fsdp)
-    if ways.expert_fsdp:
-        dense, mine = dense + mine, 0
+    dense, mine = held(shape, layout)
     us = sent = 0.0
     for number, ranks in ((dense, group["dp_replicate"]), (mine, group["copies"]), (mine, group["tp"])):
         us += 2 * ranks.ring_us(setup.kept * number, machine)

@@ -7,7 +7,7 @@ from moe_compile.plan import hardware
 from moe_compile.plan.search import Option, Plan
 
 COLUMNS = (
-    "ep", "tp", "dp", "GB", "state", "activations", "step ms", "experts", "exchange", "FSDP", "tp", "end",
+    "ep", "edp", "tp", "dp", "GB", "state", "activations", "step ms", "experts", "exchange", "FSDP", "tp", "end",
     "sent GB", "tokens/s/GPU", "",
 )  # fmt: skip
 
@@ -54,7 +54,7 @@ def row(option: Option, plan: Plan) -> tuple[str, ...]:
         mark = f"does not fit in {usable / 1e9:.0f}"
     times = (step.total_us, step.experts_us, step.exchange_us, step.fsdp_us, step.tp_us, step.end_us)
     return (
-        str(layout.ep), str(layout.tp), dp, f"{memory.total / 1e9:.1f}", f"{state / 1e9:.1f}",
+        str(layout.ep), str(layout.edp), str(layout.tp), dp, f"{memory.total / 1e9:.1f}", f"{state / 1e9:.1f}",
         f"{memory.activations / 1e9:.1f}", *(f"{us / 1e3:.0f}" for us in times), f"{step.sent / 1e9:.1f}",
         f"{option.tokens_s:.0f}", mark,
     )  # fmt: skip
@@ -67,4 +67,8 @@ def _advice(plan: Plan) -> list[str]:
     arguments = [f"ep={layout.ep}", f"dp_shard={layout.dp_shard}"]
     arguments += [f"dp_replicate={layout.dp_replicate}"] if layout.dp_replicate > 1 else []
     arguments += [f"tp={layout.tp}"] if layout.tp > 1 else []
-    return [f"mesh = moe_compile.build_mesh({', '.join(arguments)})"]
+    split = ', experts="sharded"' if layout.splits_experts else ""
+    return [
+        f"mesh = moe_compile.build_mesh({', '.join(arguments)})",
+        f"model = moe_compile.parallelize(model, mesh{split})",
+    ]

@@ -133,19 +133,20 @@ def parity(
     run: Callable[[nn.Module], Any] | None = None,
     expect: str = "alltoall",
     optimizer: Callable[[Any], torch.optim.Optimizer] = SGD,
+    experts: str = "replicated",
     **options: Any,
 ) -> nn.Module:
     """Losses, gradients and weights after `steps` steps are those of one process.  Returns the sharded model.
 
     parts: over how many backwards the gradients of a step are accumulated.  run: what is called instead of the model,
-    compiled with fullgraph=True.  expect: the strategy that the reports name, "" if nothing is to be rewritten; asked
+    compiled with fullgraph=True.  experts: as `parallelize` takes it.  expect: the strategy that the reports name, "" if nothing is to be rewritten; asked
     for by name, unless the options do.  tp: so many ranks share a batch, and what `plan`, torch's own, names.
     """
     reference = copy.deepcopy(model)
     mesh = moe_compile.build_mesh(ep=ep, dp_shard=dp_shard, tp=tp)
     if plan:
         parallelize_module(model, mesh["tp"], plan)
-    moe_compile.parallelize(model, mesh)
+    moe_compile.parallelize(model, mesh, experts=experts)
     batches = batches[: ranks.size // tp]
     options = {"strategy": expect or "auto", **options}
     call = run(model) if run else compiled(model, inner, fullgraph=True, **options)

@@ -43,7 +43,7 @@ from tests.parallel.checks import (
     stacked,
     tokens,
 )  # fmt: skip
-from tests.parallel.checks_fsdp import equal, shared_directory
+from tests.parallel.checks_fsdp import equal, layers, shared_directory
 from tests.parallel.ranks import Ranks
 from tests.parallel.strategies import ALL, way
 from tests.tiny import Block, D, Experts, Net, close, compiled
@@ -90,8 +90,8 @@ def split(ranks: Ranks, *args: Any, **kwargs: Any) -> Any:
     return parity(ranks, *args, **{"ep": min(2, ranks.size // 2), "tp": 2, "plan": PLAN, **kwargs})
 
 
-def placed(ranks: Ranks, net: nn.Module, plan: dict[str, Any] | None = None) -> nn.Module:
-    mesh = mesh_of(ranks)
+def placed(ranks: Ranks, net: nn.Module, plan: dict[str, Any] | None = None, **degrees: int) -> nn.Module:
+    mesh = moe_compile.build_mesh(tp=2, **degrees) if degrees else mesh_of(ranks)
     if plan:
         parallelize_module(net, mesh["tp"], plan)
     return moe_compile.parallelize(net, mesh)
@@ -192,6 +192,45 @@ def bitwise(ranks: Ranks) -> None:
             assert torch.equal(compiled(net, fullgraph=True)(x), expected)
 
 
+# -- with FSDP ------------------------------------------------------------------------------
+
+
+def with_fsdp(ranks: Ranks) -> None:
+    """Dense weights over "tp" by the plan and over "dp_shard" by fully_shard."""
+    held = split(ranks, model(2), tokens(ranks, [5, 8]), run=layers, ep=2, dp_shard=2)
+    weight = held.layers[0].attention.q.weight
+    assert weight.to_local().numel() == weight.numel() // 4
+    assert held.layers[0].norm.weight.to_local().numel() == D // 2
+    torch._dynamo.reset()
+    split(
+        ranks,
+        model(1, Listed),
+        tokens(ranks, [5, 0]),
+        ep=1,
+        dp_shard=2,
+        experts="sharded",
+        steps=1,
+        expect="grouped",
+        run=compiled,
+    )
+    torch._dynamo.reset()
+    text = refusal(
+        lambda: split(ranks, model(1, norm=True), tokens(ranks, [5, 4]), run=lambda m: m, expect="", dp_shard=2)
+    )
+    assert "the gradient of layers.0.attention.norm.weight differs between ranks that share" in text, text
+
+
+def three_ways(ranks: Ranks) -> None:
+    """Experts over "ep" and "edp" beside "tp", 2 x 2 x 2; then two copies of all (HSDP)."""
+    batches = tokens(ranks, [5, 8, 3, 4])
+    held = split(ranks, model(), batches, run=layers, ep=2, dp_shard=4, experts="sharded", steps=1)
+    weight, experts = held.layers[0].attention.q.weight, held.layers[0].moe.experts.w2
+    assert weight.to_local().numel() == weight.numel() // 8
+    assert experts.to_local().shape == (checks.E // 2 + (ranks.rank // 2 % 2 == 0), D // 2, 16), experts.shape
+    torch._dynamo.reset()
+    split(ranks, model(), batches, run=layers, ep=2, dp_shard=2, steps=1)
+
+
 # -- what travels ---------------------------------------------------------------------------
 
 
@@ -274,19 +313,16 @@ def misfits(ranks: Ranks) -> None:
     experts = net.layers[0].experts
     experts.w2 = nn.Parameter(DTensor.from_local(experts.w2.detach(), mesh["tp"], [Shard(2)]))
     assert "w2 of Experts is split by a plan already" in refusal(lambda: moe_compile.parallelize(net, mesh))
-    both = moe_compile.build_mesh(dp_shard=2, tp=2)
-    text = "dp_shard=2 with tp=2: fully_shard of what a plan splits is not supported; the nearest that fits"
-    assert text in refusal(lambda: moe_compile.parallelize(stacked(), both))
 
 
 # -- norms, states --------------------------------------------------------------------------
 
 
-def clip_and_states(ranks: Ranks) -> None:
+def clip_and_states(ranks: Ranks, **degrees: int) -> None:
     """The norm of one process; whole weights are loaded into parts; checkpoints come back on another mesh."""
     reference = model()
     whole = copy.deepcopy(reference.state_dict())
-    net = placed(ranks, model(), PLAN)
+    net = placed(ranks, model(), PLAN, **degrees)
     net.load_state_dict(whole)
     same(own_names(net, lambda p: p.data), whole, "loaded")
     batches = tokens(ranks, [5, 4])
@@ -300,6 +336,17 @@ def clip_and_states(ranks: Ranks) -> None:
     other = moe_compile.parallelize(model(), moe_compile.build_mesh())
     moe_compile.load_checkpoint(other, None, path)
     equal(model_state(other, full=True), {n: p.detach() for n, p in whole.items()})
+
+
+def clip_and_states_with_fsdp(ranks: Ranks) -> None:
+    clip_and_states(ranks, dp_shard=2)
+    net, path = placed(ranks, model(), PLAN, dp_shard=2), shared_directory(ranks)
+    want = model_state(net, full=True)
+    moe_compile.save_safetensors(net, path)
+    with torch.device("meta"):
+        other = model()
+    moe_compile.load_safetensors(placed(ranks, other, PLAN, dp_shard=2), path)
+    equal(model_state(other, full=True), want)
 
 
 def weights_of_ones_own(ranks: Ranks) -> None:
@@ -397,6 +444,7 @@ CHECKS = {
     ],
     4: [
         two_layers, each_way, what_all_experts_read, transformers, rows_that_travel, misfits, clip_and_states, sabotage,
+        with_fsdp, clip_and_states_with_fsdp,
     ],
-    8: [one_layer],
+    8: [one_layer, three_ways],
 }  # fmt: skip

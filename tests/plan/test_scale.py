@@ -41,12 +41,13 @@ def test_the_compiled_graphs_send_what_the_plan_says(monkeypatch: pytest.MonkeyP
             count(graphs, shape, layout, TOKENS, 0.0)
 
 
+@pytest.mark.parametrize("splits", [False, True])
 @pytest.mark.parametrize(("ep", "dp_shard", "replicas"), [(8, 16, 192), (4, 64, 1), (2, 8, 1), (3, 6, 2)])
-def test_every_rank_holds_what_the_plan_says(ep: int, dp_shard: int, replicas: int) -> None:
-    shape, layout = from_config(MIXTRAL), Layout(ep, 1, dp_shard, replicas)
+def test_every_rank_holds_what_the_plan_says(ep: int, dp_shard: int, replicas: int, splits: bool) -> None:
+    shape, layout = from_config(MIXTRAL), Layout(ep, 1, dp_shard, replicas, splits)
     with scale.ranks(layout.ranks):
         mesh = scale.mesh_of(layout, True)
-        model = scale.moe_compile.parallelize(scale.build(MIXTRAL, torch.float32), mesh)
+        model = scale.split(scale.build(MIXTRAL, torch.float32), layout, mesh)
         every = scale.held_by_ranks(model, mesh)
     assert len(every) == dp_shard
     dense, mine = held(shape, layout)
