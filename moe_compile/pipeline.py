@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch.fx import GraphModule, Node
 
 from moe_compile.detect.interpreter import Facts
@@ -11,7 +12,9 @@ from moe_compile.errors import MoeCompileError, Refusal
 from moe_compile.options import MOVES
 from moe_compile.parallel.costs import MACHINES, Estimate, choose, estimate, sizes_of
 from moe_compile.parallel.shards import Placement
+from moe_compile.parallel.writer import sources
 from moe_compile.passes.choose_kernels import ChooseKernels
+from moe_compile.passes.chunk_tokens import ChunkTokens
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
@@ -23,6 +26,7 @@ from moe_compile.rewrite import PassReport, RewritePass
 
 PLACE: tuple[type[RewritePass], ...] = (
     SplitTokens,  # first: what is placed is the part of the tokens that a rank runs
+    ChunkTokens,  # then: of that part
     PlaceExperts,  # before the others: what runs on a rank is an `experts` node again, for them to work on
 )
 
@@ -60,12 +64,14 @@ class Placed:
     """What became of experts that are sharded.  strategy: "" if they are left as they were.
 
     local: inputs for the shards, by family.  estimates: of all strategies, for this rank's batch; none on one rank.
+    chunks: of the tokens that travel.
     """
 
     report: PassReport
     strategy: str
     local: dict[str, Node]
     estimates: tuple[Estimate, ...] = ()
+    chunks: int = 1
 
 
 def place(
@@ -75,11 +81,12 @@ def place(
     strategy: str,
     numerics: str = "exact",
     agree: Callable[[str, str], str] = lambda topic, mine: mine,
+    chunks: int = 1,
 ) -> Placed:
     """Give experts that are sharded their collectives.
 
     `state`: the inputs that are parameters, by name.  Strategy "auto" is the fastest of those that are possible here,
-    by the cost model; `agree(topic, mine)` makes it the same on all ranks.
+    by the cost model; `agree(topic, mine)` makes it the same on all ranks.  `chunks`: of the tokens, if they travel.
     """
     passes = {s: PlaceExperts(placement, state, s, numerics) for s in MOVES}
     if placement.tp > 1:
@@ -90,7 +97,7 @@ def place(
     families = passes["alltoall"].read_by(sites[0])
     sizes = sizes_of(sites[0], placement, families)
     machine = MACHINES["cuda" if sites[0].meta["val"].device.type == "cuda" else "cpu"]
-    reasons = {s: next(filter(None, map(pass_.refuse, sites)), None) for s, pass_ in passes.items()}
+    reasons = {s: next(filter(None, (pass_.refuse((n,)) for n in sites)), None) for s, pass_ in passes.items()}
     near = int(os.environ.get("LOCAL_WORLD_SIZE", placement.ranks))
     estimates = [
         replace(estimate(s, numerics, sizes, machine, near), why_not=reason or "") for s, reason in reasons.items()
@@ -106,7 +113,22 @@ def place(
                 f"{reasons[strategy]}"
             )
     chosen = passes[strategy or "gather_weights"]
-    return Placed(chosen(gm), strategy, chosen.local, tuple(estimates))
+    if chunks == 1 or not chosen.travels or reasons[chosen.strategy]:
+        return Placed(chosen(gm), strategy, chosen.local, tuple(estimates))
+    if numerics == "exact" and any(map(_gradients_add_up, sites)):
+        raise MoeCompileError(
+            f"option chunks is {chunks}: the gradient of an expert's weights is then a sum over chunks, so that their "
+            f"number shows in the last bits: it needs numerics 'fast'"
+        )
+    ChunkTokens(chunks, set(chosen.families))(gm)
+    return Placed(chosen(gm), strategy, chosen.local, tuple(estimates), chunks)
+
+
+def _gradients_add_up(node: Node) -> bool:
+    """Whether what is not a token's gets a gradient from the tokens of an `experts` node."""
+    read = {n for p in (*node.args[3], *node.args[4]) for n in sources(p)}  # type: ignore[misc]
+    vals = [n.meta["val"] for n in read]
+    return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in vals)
 
 
 def canonicalise(gm: GraphModule, skip: frozenset[str] = frozenset()) -> list[PassReport]:

@@ -56,6 +56,38 @@ def host_read(sent: Tensor, received: Tensor, rows_RD: Tensor | None, ranks: int
     return send, numbers[ranks:]
 
 
+def host_reads(sent: Tensor, received: Tensor, rows: list[Tensor | None], ranks: int) -> list[list[int]]:
+    """What `host_read` says for each of several chunks, one after the other, with one read: to each rank, from each."""
+    chunks = len(rows)
+    lines = torch.cat([sent, received]).to("cpu").view(2, ranks, chunks, -1).transpose(1, 2)
+    numbers: list[int] = torch.ops.moe_ep.check_messages(lines.reshape(-1), chunks * ranks).tolist()
+    for n in numbers:
+        torch._check(n >= 0)
+    found = []
+    for i, x in enumerate(rows):
+        send, receive = (numbers[j * ranks : (j + 1) * ranks] for j in (i, chunks + i))
+        if x is not None:
+            send = [*send[: ranks - 1], x.shape[0] - sum(send[: ranks - 1])]  # that all rows travel is known
+        found += [send, receive]
+    return found
+
+
+def joined_messages(messages: list[Tensor], ranks: int) -> Tensor:
+    """The messages of several chunks as one: [P, chunks, M + 2], flat."""
+    return torch.stack([m.view(ranks, -1) for m in messages], 1).reshape(-1)
+
+
+def message_of(joined: Tensor, index: int, chunks: int, ranks: int) -> Tensor:
+    """The message of one chunk again."""
+    return joined.view(ranks, chunks, -1)[:, index].reshape(-1)
+
+
+def token_chunks(rows: Tensor, chunks: int) -> list[Tensor]:
+    """Rows [T, ...] in parts whose sizes differ by one at most; some are empty where there are fewer rows."""
+    ends = [i * rows.shape[0] // chunks for i in range(chunks + 1)]
+    return list(torch.split(rows, [end - start for start, end in zip(ends, ends[1:])]))
+
+
 @custom_op("moe_ep::check_messages", mutates_args=())
 def check_messages(messages: Tensor, ranks: int) -> Tensor:
     """[2P]: rows to each rank, then from each; a line of a rank whose experts compute something else is an error."""
