@@ -218,7 +218,11 @@ def _place(found: Analysis, module: nn.Module, how: _How) -> Placed:
     parameters = {name: state[name] for name, _ in parts(module).parameters if name in state}
     decide = functools.partial(agree, how.placement.group)
     chunks = 1 if "chunk_tokens" in how.skip else how.chunks
-    placed = place(found.gm, how.placement, parameters, how.strategy, how.numerics, decide, chunks)
+    trained = {state[n] for n, p in parts(module).parameters if n in state and p.requires_grad}
+    placed = place(
+        found.gm, how.placement, parameters, how.strategy, how.numerics, decide, chunks,
+        frozenset(trained if torch.is_grad_enabled() else ()),
+    )  # fmt: skip
     if placed.report.refused:
         raise Refusal(placed.report.refused[0][1])
     for name in (m for f in how.placement.families for m in f.members):

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch.fx import GraphModule, Node
 
 from moe_compile.detect.interpreter import Facts
@@ -82,11 +81,13 @@ def place(
     numerics: str = "exact",
     agree: Callable[[str, str], str] = lambda topic, mine: mine,
     chunks: int = 1,
+    trained: frozenset[Node] = frozenset(),
 ) -> Placed:
     """Give experts that are sharded their collectives.
 
     `state`: the inputs that are parameters, by name.  Strategy "auto" is the fastest of those that are possible here,
     by the cost model; `agree(topic, mine)` makes it the same on all ranks.  `chunks`: of the tokens, if they travel.
+    `trained`: the inputs for which gradients are recorded.
     """
     passes = {s: PlaceExperts(placement, state, s, numerics) for s in MOVES}
     if placement.tp > 1:
@@ -115,7 +116,7 @@ def place(
     chosen = passes[strategy or "gather_weights"]
     if chunks == 1 or not chosen.travels or reasons[chosen.strategy]:
         return Placed(chosen(gm), strategy, chosen.local, tuple(estimates))
-    if numerics == "exact" and any(map(_gradients_add_up, sites)):
+    if numerics == "exact" and any(trained & _weights(n) for n in sites):
         raise MoeCompileError(
             f"option chunks is {chunks}: the gradient of an expert's weights is then a sum over chunks, so that their "
             f"number shows in the last bits: it needs numerics 'fast'"
@@ -124,11 +125,9 @@ def place(
     return Placed(chosen(gm), strategy, chosen.local, tuple(estimates), chunks)
 
 
-def _gradients_add_up(node: Node) -> bool:
-    """Whether what is not a token's gets a gradient from the tokens of an `experts` node."""
-    read = {n for p in (*node.args[3], *node.args[4]) for n in sources(p)}  # type: ignore[misc]
-    vals = [n.meta["val"] for n in read]
-    return torch.is_grad_enabled() and any(isinstance(v, torch.Tensor) and v.requires_grad for v in vals)
+def _weights(node: Node) -> set[Node]:
+    """The inputs that an `experts` node reads for all tokens alike."""
+    return {n for p in (*node.args[3], *node.args[4]) for n in sources(p)}  # type: ignore[misc]
 
 
 def canonicalise(gm: GraphModule, skip: frozenset[str] = frozenset()) -> list[PassReport]:

@@ -37,7 +37,9 @@ def rank_message(offsets_P: Tensor, most: int, mark: int) -> Tensor:
 
 def equal_message(ids_TK: Tensor, ranks: int, most: int, mark: int) -> Tensor:
     """The same, with the number of tokens of this rank in the place of the first count."""
-    return _lines(torch.full((ranks,), ids_TK.shape[0], dtype=torch.int32, device=ids_TK.device), most, mark)
+    # counted, not filled in: a size that becomes a value of a tensor would be a constant of the graph
+    number = ids_TK.new_ones(ids_TK.shape[0], dtype=torch.int32).sum(dtype=torch.int32)
+    return _lines(number.expand(ranks), most, mark)
 
 
 def _lines(first_P: Tensor, most: int, mark: int) -> Tensor:
