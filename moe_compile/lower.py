@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule
 
 from moe_compile.kernels.settings import table_texts
 from moe_compile.passes.choose_kernels import ChooseKernels
+from moe_compile.passes.overlap_collectives import OverlapCollectives
 from moe_compile.passes.save_collectives import SaveCollectives
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ HERE = Path(__file__).parent
 SOURCES = (
     HERE / "lower.py", HERE / "cost.py", HERE / "cuda.py", HERE / "ops.py", HERE / "expert_mlp.py", HERE / "rewrite.py",
     HERE / "passes" / "choose_kernels.py", HERE / "passes" / "save_collectives.py",
+    HERE / "passes" / "overlap_collectives.py", HERE / "parallel" / "costs.py",
     *sorted((HERE / "kernels").glob("*.py")),
 )  # fmt: skip
 
@@ -57,6 +59,12 @@ class Schedule(_Stage):
         log.debug("%s", SaveCollectives()(graph.owning_module))
 
 
+class Overlap(_Stage):
+    def run(self, graph: Graph) -> None:
+        assert graph.owning_module is not None
+        log.debug("%s", OverlapCollectives()(graph.owning_module))
+
+
 class Lower(_Stage):
     def run(self, graph: Graph) -> None:
         choose = ChooseKernels()
@@ -78,6 +86,8 @@ def inductor_settings(skip: frozenset[str]) -> dict[str, Any]:
         settings["joint_custom_pre_pass"] = Schedule(inductor_config.joint_custom_pre_pass)
     if "choose_kernels" not in skip:
         settings["post_grad_custom_pre_pass"] = Lower(inductor_config.post_grad_custom_pre_pass)
+    if "overlap_collectives" not in skip:
+        settings["post_grad_custom_post_pass"] = Overlap(inductor_config.post_grad_custom_post_pass)
     return settings
 
 
@@ -89,7 +99,12 @@ def aot_eager(gm: GraphModule, inputs: Sequence[Any], skip: frozenset[str]) -> C
             Schedule()(joint.graph)
         return min_cut_rematerialization_partition(joint, *args, **kwargs)
 
+    def run(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if "overlap_collectives" not in skip:
+            Overlap()(gm.graph)
+        return boxed_nop(gm, inputs)  # type: ignore[no-any-return]
+
     compile_aot = aot_autograd(
-        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
+        fw_compiler=run, bw_compiler=run, partition_fn=partition, keep_inference_input_mutations=True
     )
     return compile_aot(gm, list(inputs))  # type: ignore[no-any-return]

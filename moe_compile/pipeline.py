@@ -18,6 +18,7 @@ from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
 from moe_compile.passes.fuse_experts import FuseExperts
+from moe_compile.passes.overlap_collectives import OverlapCollectives
 from moe_compile.passes.place_experts import PlaceExperts
 from moe_compile.passes.save_collectives import SaveCollectives
 from moe_compile.passes.split_tokens import SplitTokens
@@ -37,6 +38,7 @@ CANONICALISE: tuple[type[RewritePass], ...] = (
 
 SCHEDULE: tuple[type[RewritePass], ...] = (
     SaveCollectives,  # on the joint graph: before the partitioner decides what is computed again
+    OverlapCollectives,  # on its forward and backward: last, as nothing may change the order behind it
 )
 
 LOWER: tuple[type[RewritePass], ...] = (
