@@ -88,6 +88,7 @@ def inductor_settings(skip: frozenset[str]) -> dict[str, Any]:
         settings["post_grad_custom_pre_pass"] = Lower(inductor_config.post_grad_custom_pre_pass)
     if "overlap_collectives" not in skip:
         settings["post_grad_custom_post_pass"] = Overlap(inductor_config.post_grad_custom_post_pass)
+        settings["reorder_for_peak_memory"] = False
     return settings
 
 

@@ -56,6 +56,8 @@ class OverlapCollectives(RewritePass[Graph]):
         last = graph.output_node()
         for node in order:
             last.prepend(node)
+            if is_launch(node):  # behind autograd: the ops of which Inductor knows that their order counts
+                node.target = getattr(torch.ops._c10d_functional, _name(node)).default
 
 
 class _Order:
