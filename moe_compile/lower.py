@@ -14,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 
@@ -79,15 +80,41 @@ class Lower(_Stage):
         )
 
 
-def inductor_settings(skip: frozenset[str]) -> dict[str, Any]:
-    """Settings for `compile_fx` that put the stages into Inductor, beside what the user has set."""
+# torch 2.11 has no class for it, and no such pass in the key of its caches: the uuids of the stages stand for it
+_SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
+
+
+class _Late(_SchedulerPass):  # type: ignore[misc]
+    """Inductor's kernels in their order, each fused one where its last part stood: a wait is no earlier than it was."""
+
+    def __init__(self, before: Any) -> None:
+        self.before = before
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        nodes = self.before(nodes) if self.before is not None else nodes
+        if not nodes:
+            return nodes
+        return list(nodes[0].scheduler.topological_sort_schedule(sorted(nodes, key=lambda n: n.max_order)))
+
+    def uuid(self) -> Any:
+        theirs = self.before.uuid() if hasattr(self.before, "uuid") else None
+        return None if self.before is not None and theirs is None else ("moe_ep late", theirs)
+
+
+def inductor_settings(skip: frozenset[str], collectives: bool = False) -> dict[str, Any]:
+    """Settings for `compile_fx` that put the stages into Inductor, beside what the user has set.
+
+    collectives: whether there are some whose order was chosen, which Inductor then keeps.  It would otherwise order
+    kernels for the least memory, rank by rank.
+    """
     settings: dict[str, Any] = {}
     if "save_collectives" not in skip:
         settings["joint_custom_pre_pass"] = Schedule(inductor_config.joint_custom_pre_pass)
     if "choose_kernels" not in skip:
         settings["post_grad_custom_pre_pass"] = Lower(inductor_config.post_grad_custom_pre_pass)
-    if "overlap_collectives" not in skip:
+    if collectives and "overlap_collectives" not in skip:
         settings["post_grad_custom_post_pass"] = Overlap(inductor_config.post_grad_custom_post_pass)
+        settings["_post_fusion_custom_pass"] = _Late(inductor_config._post_fusion_custom_pass)
         settings["reorder_for_peak_memory"] = False
     return settings
 
