@@ -229,7 +229,9 @@ def _flops(node: Node) -> float:
     val = next((v for v in val if isinstance(v, Tensor)), None) if isinstance(val, (tuple, list)) else val
     if not isinstance(val, Tensor) or val.dim() < 2 or not _multiplies(node):
         return 0.0
-    sizes = [_number(v.shape) for n in node.all_input_nodes if isinstance(v := n.meta.get("val"), Tensor) and v.dim() > 1]
+    sizes = [
+        _number(v.shape) for n in node.all_input_nodes if isinstance(v := n.meta.get("val"), Tensor) and v.dim() > 1
+    ]
     if not sizes:
         return 0.0
     inner = [cost.hint(n.meta["val"].shape[-1]) for n in node.all_input_nodes if _is_rows(n.meta.get("val"))]

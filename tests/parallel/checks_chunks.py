@@ -111,9 +111,7 @@ def sent(ranks: Ranks) -> None:
         found = []
         for chunks in (1, 2, 3):
             model = moe_compile.parallelize(copy.deepcopy(Fixed()), moe_compile.build_mesh())
-            call = compiled(
-                model, "aot_eager", fullgraph=True, strategy=strategy, numerics=numerics, chunks=chunks
-            )
+            call = compiled(model, "aot_eager", fullgraph=True, strategy=strategy, numerics=numerics, chunks=chunks)
             with torch.no_grad():
                 call(x, ids)
                 found.append(traffic(ranks, functools.partial(call, x, ids)))

@@ -62,7 +62,9 @@ class TestOrder(TestCase):
 
     def test_one_chunk(self):
         """The shared expert, and in the backward the gradients of all dense weights, under the collectives."""
-        self.assertExpectedInline(self.orders(), """\
+        self.assertExpectedInline(
+            self.orders(),
+            """\
 addmm
 launch 0
 wait 0
@@ -86,11 +88,14 @@ wait 0
 expert_mlp_backward
 launch 1
 wait 1
-combine""")
+combine""",
+        )
 
     def test_two_chunks(self):
         """The rows of the second chunk travel while the first is computed, there and back, forwards and backwards."""
-        self.assertExpectedInline(self.orders(chunks=2), """\
+        self.assertExpectedInline(
+            self.orders(chunks=2),
+            """\
 addmm
 launch 0
 wait 0
@@ -126,10 +131,13 @@ launch 3
 wait 2
 combine
 wait 3
-combine""")
+combine""",
+        )
 
     def test_without_the_pass(self):
-        self.assertExpectedInline(self.orders(skip=["overlap_collectives"]), """\
+        self.assertExpectedInline(
+            self.orders(skip=["overlap_collectives"]),
+            """\
 addmm
 launch 0
 wait 0
@@ -153,7 +161,8 @@ launch 1
 wait 1
 combine
 mm
-mm""")
+mm""",
+        )
 
     def test_inductor_keeps_the_order(self):
         """What Inductor's wrappers call, in their order."""
@@ -171,7 +180,9 @@ mm""")
             patch.setattr(GraphLowering, "codegen", seen)
             patch.setattr(torch._inductor.config, "force_disable_caches", True)
             self.step("inductor", chunks=2)
-        self.assertExpectedInline("\n--\n".join("\n".join(_of_wrapper(c)) for c in code), """\
+        self.assertExpectedInline(
+            "\n--\n".join("\n".join(_of_wrapper(c)) for c in code),
+            """\
 addmm
 launch 0
 wait 0
@@ -207,7 +218,8 @@ wait 2
 combine
 wait 3
 combine
-addmm""")
+addmm""",
+        )
 
 
 def _calls(gm):
@@ -232,7 +244,9 @@ def _of_wrapper(code):
             yield f"launch {launches[found[1]]}"
         elif found := re.search(r"wait_tensor.default\((buf\d+)\)", line):
             yield f"wait {launches[found[1]]}"
-        elif found := re.search(r"= torch.ops.moe_ep.(expert_mlp\w*|combine).default\(|extern_kernels.(mm|addmm)\(", line):
+        elif found := re.search(
+            r"= torch.ops.moe_ep.(expert_mlp\w*|combine).default\(|extern_kernels.(mm|addmm)\(", line
+        ):
             yield found[1] or found[2]
 
 
