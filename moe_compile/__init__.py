@@ -3,8 +3,9 @@
     model = torch.compile(model, backend="moe_ep")
     print(moe_compile.explain(model, **batch))
 
-Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `clip_grad_norm_`, `save_checkpoint`, `load_checkpoint`,
-`save_safetensors`, `load_safetensors`, `tile_optimizer`, `Report`, `RegionReport`, `MoeCompileError`; the backend "moe_ep".
+Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `clip_grad_norm_`, `tile_optimizer`, `save_checkpoint`,
+`load_checkpoint`, `save_safetensors`, `load_safetensors`, `Report`, `RegionReport`, `MoeCompileError`; the backend
+"moe_ep".
 """
 
 from moe_compile import hf_experts

@@ -87,7 +87,7 @@ def message_of(joined: Tensor, index: int, chunks: int, ranks: int) -> Tensor:
 def token_chunks(rows: Tensor, chunks: int) -> list[Tensor]:
     """Rows [T, ...] in parts whose sizes differ by one at most; some are empty where there are fewer rows."""
     ends = [i * rows.shape[0] // chunks for i in range(chunks + 1)]
-    return list(torch.split(rows, [end - start for start, end in zip(ends, ends[1:])]))
+    return list(torch.split(rows, [ends[i + 1] - ends[i] for i in range(chunks)]))
 
 
 @custom_op("moe_ep::check_messages", mutates_args=())

@@ -1,8 +1,8 @@
 """An optimizer's step in tiles: `tile_optimizer`.
 
-A step has temporaries as large as what it works on: whole parameters, with `foreach` whole lists of them.  The experts of
-a rank are most of its parameters, so those temporaries are a peak of memory.  DeepSpeed-TED's tiled optimizer works on
-a tile at a time.
+A step has temporaries as large as what it works on: whole parameters, with `foreach` whole lists of them.  The experts
+of a rank are most of its parameters, so those temporaries are a peak of memory.  DeepSpeed-TED's tiled optimizer works
+on a tile at a time.
 """
 
 import types
@@ -28,13 +28,14 @@ ALIGN = 64  # tiles begin at multiples, so that vectors of numbers are the same 
 def tile_optimizer(optimizer: optim.Optimizer, tile: int = 2**24) -> optim.Optimizer:
     """The optimizer, whose `step` now works on at most `tile` numbers at a time, and so has temporaries of no more.
 
-    The same results bit by bit, the same state and state dict; hooks run once a step.  A parameter that is no multiple
-    of 64 numbers long ends in a shorter tile; small parameters share one.  Of a DTensor each rank's own part is tiled.
-    A parameter that is not contiguous, or whose gradient or state is not laid out as it is, is stepped whole, and one of
-    16 bits by a fused step on a CPU; so is all of a group in a step in which some of its parameters have a gradient for the first time, and others had one before.
+    The same results bit by bit, the same state and state dict; hooks run once a step.  Small parameters share a tile.
+    Of a DTensor each rank's own part is tiled.  Stepped whole are parameters that are not contiguous, or whose gradient
+    or state is not laid out as they are; those of 16 bits by a fused step on a CPU; and all of a group in a step in
+    which some have a gradient for the first time and others had one before.
 
     tile: numbers, a multiple of 64.
-    Raises `MoeCompileError` for an optimizer that is not elementwise, a differentiable one, and a tile that does not fit.
+    Raises `MoeCompileError` for an optimizer that is not elementwise, a differentiable one, and a tile that does not
+    fit.
     """
     if type(optimizer) not in ELEMENTWISE:
         known = ", ".join(cls.__name__ for cls in ELEMENTWISE)

@@ -5,12 +5,8 @@ import functools
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import moe_compile
-from moe_compile.errors import MoeCompileError
 from tests.parallel import checks
 from tests.parallel.checks import Batches, Biased, Fixed, agree, listed, parity, stacked, tokens
 from tests.parallel.ranks import Ranks

@@ -179,8 +179,8 @@ def test_hooks_closures_and_schedulers() -> None:
         if not first:
             moe_compile.tile_optimizer(optimizer, tile=64)
         seen: list[str] = []
-        optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
-        optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+        optimizer.register_step_pre_hook(lambda *_, seen=seen: seen.append("before"))
+        optimizer.register_step_post_hook(lambda *_, seen=seen: seen.append("after"))
 
         def closure(weight: nn.Parameter = weight, optimizer: Any = optimizer, seen: list[str] = seen) -> Tensor:
             optimizer.zero_grad()
