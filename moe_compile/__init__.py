@@ -3,8 +3,9 @@
     model = torch.compile(model, backend="moe_ep")
     print(moe_compile.explain(model, **batch))
 
-Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `clip_grad_norm_`, `save_checkpoint`, `load_checkpoint`,
-`save_safetensors`, `load_safetensors`, `Report`, `RegionReport`, `MoeCompileError`; the backend "moe_ep".
+Public: `explain`, `rewrite`, `build_mesh`, `parallelize`, `clip_grad_norm_`, `tile_optimizer`, `save_checkpoint`,
+`load_checkpoint`, `save_safetensors`, `load_safetensors`, `Report`, `RegionReport`, `MoeCompileError`; the backend
+"moe_ep".
 """
 
 from moe_compile import hf_experts
@@ -16,6 +17,7 @@ from moe_compile.parallel.clip import clip_grad_norm_
 from moe_compile.parallel.hf_save import save_safetensors
 from moe_compile.parallel.hf_weights import load_safetensors
 from moe_compile.parallel.mesh import build_mesh
+from moe_compile.parallel.tiled import tile_optimizer
 from moe_compile.report import RegionReport, Report
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "rewrite",
     "save_checkpoint",
     "save_safetensors",
+    "tile_optimizer",
 ]
 __version__ = "0.1.0"
 

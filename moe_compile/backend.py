@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from moe_compile import cpu, cuda, dynamo_hook
 from moe_compile.errors import MoeCompileError
 from moe_compile.lower import aot_eager, inductor_settings
-from moe_compile.options import Options
+from moe_compile.options import MOVES, Options
 from moe_compile.pipeline import PASS_NAMES
 
 log = logging.getLogger(__name__)
@@ -31,16 +31,18 @@ def moe_ep(
         log.info("no expert region found in this graph; it is compiled by %s as it is", parsed.inner)
     else:
         log.info("%d of %d expert regions rewritten", sum(r.matched for r in regions), len(regions))
-    return _compile_inner(gm, example_inputs, parsed, mode)
+    return _compile_inner(gm, example_inputs, parsed, mode, any(r.strategy in MOVES for r in regions))
 
 
-def _compile_inner(gm: GraphModule, inputs: Sequence[Tensor], options: Options, mode: str | None) -> Callable[..., Any]:
+def _compile_inner(
+    gm: GraphModule, inputs: Sequence[Tensor], options: Options, mode: str | None, collectives: bool
+) -> Callable[..., Any]:
     if options.inner == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx
 
         settings = dict(list_mode_options(mode)) if mode and mode != "default" else {}
-        settings |= inductor_settings(options.skip)
+        settings |= inductor_settings(options.skip, collectives)
         return cast(Callable[..., Any], compile_fx(gm, list(inputs), config_patches=settings))
     if options.inner == "aot_eager":
         return aot_eager(gm, inputs, options.skip)

@@ -174,7 +174,7 @@ def _rewritten(var: Any, tx: Any, args: list[Any], kwargs: dict[str, Any], optio
     with _outside_dynamo():
         kind: Kind | Declined = kind_of(
             fn, owner.value, values, named, known, options.skip, functools.partial(_holds, tx), options.strategy,
-            options.numerics,
+            options.numerics, options.chunks,
         )  # fmt: skip
     if (owner.source is None and owner is not _NOBODY) or (
         var.source is None and any(r.path[0][0] == "fn" and len(r.path) > 1 for r in kind.reads)

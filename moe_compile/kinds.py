@@ -77,6 +77,7 @@ def kind_of(
     holds: Callable[[Any], bool] = lambda guard: True,
     strategy: str = "auto",
     numerics: str = "exact",
+    chunks: int = 1,
 ) -> Kind | Declined:
     """The kind of a call: proven and rewritten once, remembered after.
 
@@ -85,7 +86,7 @@ def kind_of(
     """
     where = placement(module)
     with dense(module), listed(module):
-        return _kind_of(fn, module, args, kwargs, known, _How(skip, where, strategy, numerics), holds)
+        return _kind_of(fn, module, args, kwargs, known, _How(skip, where, strategy, numerics, chunks), holds)
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class _How:
     placement: Placement | None
     strategy: str
     numerics: str
+    chunks: int
 
 
 def _kind_of(
@@ -192,6 +194,7 @@ def _prove(
         True, "", "", found.form, int(num_experts), top_k if isinstance(top_k, int) else None,  # type: ignore[arg-type, call-overload]
         None, found.before, f"{detected}\n\n{after}", tuple(map(str, reports)),
         body=tuple(computing(body.graph)), strategy=placed.strategy, gain=gain, estimates=placed.estimates,
+        chunks=placed.chunks,
     )  # fmt: skip
     run = _function(
         found.gm, fn.__name__ if fn.__name__.isidentifier() else "function", spec.is_leaf() and not found.capture.kept
@@ -214,7 +217,12 @@ def _place(found: Analysis, module: nn.Module, how: _How) -> Placed:
     state = dict(zip(single, inputs[-len(single) :], strict=True))
     parameters = {name: state[name] for name, _ in parts(module).parameters if name in state}
     decide = functools.partial(agree, how.placement.group)
-    placed = place(found.gm, how.placement, parameters, how.strategy, how.numerics, decide)
+    chunks = 1 if "chunk_tokens" in how.skip else how.chunks
+    trained = {state[n] for n, p in parts(module).parameters if n in state and p.requires_grad}
+    placed = place(
+        found.gm, how.placement, parameters, how.strategy, how.numerics, decide, chunks,
+        frozenset(trained if torch.is_grad_enabled() else ()),
+    )  # fmt: skip
     if placed.report.refused:
         raise Refusal(placed.report.refused[0][1])
     for name in (m for f in how.placement.families for m in f.members):

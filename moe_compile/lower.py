@@ -14,23 +14,25 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, GraphModule
 
 from moe_compile import pipeline
 from moe_compile.kernels.settings import table_texts
 from moe_compile.passes.choose_kernels import ChooseKernels
+from moe_compile.passes.overlap_collectives import OverlapCollectives
 from moe_compile.pipeline import name_of
 
 log = logging.getLogger(__name__)
 
-SCHEDULE = {name_of(cls): cls for cls in pipeline.SCHEDULE}
+JOINT = {name_of(cls): cls for cls in pipeline.JOINT}
 
 HERE = Path(__file__).parent
 SOURCES = (
     HERE / "lower.py", HERE / "cost.py", HERE / "cuda.py", HERE / "ops.py", HERE / "expert_mlp.py", HERE / "rewrite.py",
     HERE / "passes" / "choose_kernels.py", HERE / "passes" / "save_collectives.py",
-    HERE / "passes" / "regather_weights.py",
+    HERE / "passes" / "regather_weights.py", HERE / "passes" / "overlap_collectives.py", HERE / "parallel" / "costs.py",
     *sorted((HERE / "kernels").glob("*.py")),
 )  # fmt: skip
 
@@ -58,7 +60,7 @@ class _Stage(CustomGraphPass):
 class Schedule(_Stage):
     def __init__(self, before: Any = None, skip: frozenset[str] = frozenset()) -> None:
         super().__init__(before)
-        self.skip = skip & SCHEDULE.keys()
+        self.skip = skip & JOINT.keys()
 
     def uuid(self) -> Any:
         known = super().uuid()
@@ -66,9 +68,15 @@ class Schedule(_Stage):
 
     def run(self, graph: Graph) -> None:
         assert graph.owning_module is not None
-        for name, cls in SCHEDULE.items():
+        for name, cls in JOINT.items():
             if name not in self.skip:
                 log.debug("%s", cls()(graph.owning_module))
+
+
+class Overlap(_Stage):
+    def run(self, graph: Graph) -> None:
+        assert graph.owning_module is not None
+        log.debug("%s", OverlapCollectives()(graph.owning_module))
 
 
 class Lower(_Stage):
@@ -85,13 +93,42 @@ class Lower(_Stage):
         )
 
 
-def inductor_settings(skip: frozenset[str]) -> dict[str, Any]:
-    """Settings for `compile_fx` that put the stages into Inductor, beside what the user has set."""
+# torch 2.11 has no class for it, and no such pass in the key of its caches: the uuids of the stages stand for it
+_SchedulerPass: Any = getattr(custom_graph_pass, "CustomSchedulerPass", object)
+
+
+class _Late(_SchedulerPass):  # type: ignore[misc]
+    """Inductor's kernels in their order, each fused one where its last part stood: a wait is no earlier than it was."""
+
+    def __init__(self, before: Any) -> None:
+        self.before = before
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        nodes = self.before(nodes) if self.before is not None else nodes
+        if not nodes:
+            return nodes
+        return list(nodes[0].scheduler.topological_sort_schedule(sorted(nodes, key=lambda n: n.max_order)))
+
+    def uuid(self) -> Any:
+        theirs = self.before.uuid() if hasattr(self.before, "uuid") else None
+        return None if self.before is not None and theirs is None else ("moe_ep late", theirs)
+
+
+def inductor_settings(skip: frozenset[str], collectives: bool = False) -> dict[str, Any]:
+    """Settings for `compile_fx` that put the stages into Inductor, beside what the user has set.
+
+    collectives: whether there are some whose order was chosen, which Inductor then keeps.  It would otherwise order
+    kernels for the least memory, rank by rank.
+    """
     settings: dict[str, Any] = {}
-    if not skip >= SCHEDULE.keys():
+    if not skip >= JOINT.keys():
         settings["joint_custom_pre_pass"] = Schedule(inductor_config.joint_custom_pre_pass, skip)
     if "choose_kernels" not in skip:
         settings["post_grad_custom_pre_pass"] = Lower(inductor_config.post_grad_custom_pre_pass)
+    if collectives and "overlap_collectives" not in skip:
+        settings["post_grad_custom_post_pass"] = Overlap(inductor_config.post_grad_custom_post_pass)
+        settings["_post_fusion_custom_pass"] = _Late(inductor_config._post_fusion_custom_pass)
+        settings["reorder_for_peak_memory"] = False
     return settings
 
 
@@ -102,7 +139,12 @@ def aot_eager(gm: GraphModule, inputs: Sequence[Any], skip: frozenset[str]) -> C
         Schedule(skip=skip)(joint.graph)
         return min_cut_rematerialization_partition(joint, *args, **kwargs)
 
+    def run(gm: GraphModule, inputs: Any) -> Any:
+        if "overlap_collectives" not in skip:
+            Overlap()(gm.graph)
+        return boxed_nop(gm, inputs)
+
     compile_aot = aot_autograd(
-        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
+        fw_compiler=run, bw_compiler=run, partition_fn=partition, keep_inference_input_mutations=True
     )
     return compile_aot(gm, list(inputs))  # type: ignore[no-any-return]

@@ -21,6 +21,8 @@ class Options:
               model), "alltoall", "dedup", "allgather" or "gather_weights"
     skip      names of passes to leave out, e.g. ["fold_routing_weights"]; "detect_experts" leaves all as it is
     numerics  "exact": bitwise reproducible, sums over a token's experts in order, in f32; "fast": may reorder
+    chunks    in how many parts of its tokens a rank sends them to sharded experts: one travels while another is
+              computed.  Above 1, training needs numerics "fast": experts' gradients are sums over the chunks
     """
 
     inner: str = "inductor"
@@ -28,6 +30,7 @@ class Options:
     strategy: str = "auto"
     skip: frozenset[str] = frozenset()
     numerics: str = "exact"
+    chunks: int = 1
 
     def check_strategy(self, sharded: bool) -> None:
         """Raise if the strategy does not fit experts that are, or are not, sharded over a mesh."""
@@ -35,6 +38,11 @@ class Options:
             raise MoeCompileError(
                 f"strategy {self.strategy!r} moves tokens or weights between processes; this model's experts are "
                 f"not sharded over a mesh: use 'auto' or 'grouped'"
+            )
+        if self.chunks > 1 and (not sharded or self.strategy == "gather_weights"):
+            why = "its weights travel" if sharded else "this model's experts are not sharded over a mesh"
+            raise MoeCompileError(
+                f"option chunks is {self.chunks}: it is about tokens that travel to their experts, and {why}"
             )
         if sharded and (self.strategy, self.numerics) == ("dedup", "exact"):
             raise MoeCompileError(
@@ -60,6 +68,9 @@ class Options:
         _one_of("numerics", given.get("numerics", "exact"), NUMERICS)
         if not isinstance(given.get("strict", False), bool):
             raise MoeCompileError(f"option strict is {given['strict']!r}; it is True or False")
+        chunks = given.get("chunks", 1)
+        if not isinstance(chunks, int) or isinstance(chunks, bool) or chunks < 1:
+            raise MoeCompileError(f"option chunks is {chunks!r}; it is a number, 1 or more")
         skip = given.get("skip", ())
         if isinstance(skip, str) or not isinstance(skip, (list, tuple, set, frozenset)):
             raise MoeCompileError(f"option skip is {skip!r}; it is a list of pass names")

@@ -11,11 +11,14 @@ from moe_compile.errors import MoeCompileError, Refusal
 from moe_compile.options import MOVES
 from moe_compile.parallel.costs import MACHINES, Estimate, choose, estimate, sizes_of
 from moe_compile.parallel.shards import Placement
+from moe_compile.parallel.writer import sources
 from moe_compile.passes.choose_kernels import ChooseKernels
+from moe_compile.passes.chunk_tokens import ChunkTokens
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
 from moe_compile.passes.fuse_experts import FuseExperts
+from moe_compile.passes.overlap_collectives import OverlapCollectives
 from moe_compile.passes.place_experts import PlaceExperts
 from moe_compile.passes.regather_weights import RegatherWeights
 from moe_compile.passes.save_collectives import SaveCollectives
@@ -24,6 +27,7 @@ from moe_compile.rewrite import PassReport, RewritePass
 
 PLACE: tuple[type[RewritePass], ...] = (
     SplitTokens,  # first: what is placed is the part of the tokens that a rank runs
+    ChunkTokens,  # then: of that part
     PlaceExperts,  # before the others: what runs on a rank is an `experts` node again, for them to work on
 )
 
@@ -33,9 +37,14 @@ CANONICALISE: tuple[type[RewritePass], ...] = (
     FuseExperts,  # last: needs the weights in `combine`
 )
 
-SCHEDULE: tuple[type[RewritePass], ...] = (
+JOINT: tuple[type[RewritePass], ...] = (
     SaveCollectives,  # on the joint graph: before the partitioner decides what is computed again
     RegatherWeights,  # after it: these collectives are to run again
+)
+
+SCHEDULE: tuple[type[RewritePass], ...] = (
+    *JOINT,
+    OverlapCollectives,  # on its forward and backward: last, as nothing may change the order behind it
 )
 
 LOWER: tuple[type[RewritePass], ...] = (
@@ -62,12 +71,14 @@ class Placed:
     """What became of experts that are sharded.  strategy: "" if they are left as they were.
 
     local: inputs for the shards, by family.  estimates: of all strategies, for this rank's batch; none on one rank.
+    chunks: of the tokens that travel.
     """
 
     report: PassReport
     strategy: str
     local: dict[str, Node]
     estimates: tuple[Estimate, ...] = ()
+    chunks: int = 1
 
 
 def place(
@@ -77,11 +88,14 @@ def place(
     strategy: str,
     numerics: str = "exact",
     agree: Callable[[str, str], str] = lambda topic, mine: mine,
+    chunks: int = 1,
+    trained: frozenset[Node] = frozenset(),
 ) -> Placed:
     """Give experts that are sharded their collectives.
 
     `state`: the inputs that are parameters, by name.  Strategy "auto" is the fastest of those that are possible here,
-    by the cost model; `agree(topic, mine)` makes it the same on all ranks.
+    by the cost model; `agree(topic, mine)` makes it the same on all ranks.  `chunks`: of the tokens, if they travel.
+    `trained`: the inputs for which gradients are recorded.
     """
     passes = {s: PlaceExperts(placement, state, s, numerics) for s in MOVES}
     if placement.tp > 1:
@@ -92,7 +106,7 @@ def place(
     families = passes["alltoall"].read_by(sites[0])
     sizes = sizes_of(sites[0], placement, families)
     machine = MACHINES["cuda" if sites[0].meta["val"].device.type == "cuda" else "cpu"]
-    reasons = {s: next(filter(None, map(pass_.refuse, sites)), None) for s, pass_ in passes.items()}
+    reasons = {s: next(filter(None, (pass_.refuse((n,)) for n in sites)), None) for s, pass_ in passes.items()}
     near = int(os.environ.get("LOCAL_WORLD_SIZE", placement.ranks))
     estimates = [
         replace(estimate(s, numerics, sizes, machine, near), why_not=reason or "") for s, reason in reasons.items()
@@ -108,7 +122,20 @@ def place(
                 f"{reasons[strategy]}"
             )
     chosen = passes[strategy or "gather_weights"]
-    return Placed(chosen(gm), strategy, chosen.local, tuple(estimates))
+    if chunks == 1 or not chosen.travels or reasons[chosen.strategy]:
+        return Placed(chosen(gm), strategy, chosen.local, tuple(estimates))
+    if numerics == "exact" and any(trained & _weights(n) for n in sites):
+        raise MoeCompileError(
+            f"option chunks is {chunks}: the gradient of an expert's weights is then a sum over chunks, so that their "
+            f"number shows in the last bits: it needs numerics 'fast'"
+        )
+    ChunkTokens(chunks, set(chosen.families))(gm)
+    return Placed(chosen(gm), strategy, chosen.local, tuple(estimates), chunks)
+
+
+def _weights(node: Node) -> set[Node]:
+    """The inputs that an `experts` node reads for all tokens alike."""
+    return {n for p in (*node.args[3], *node.args[4]) for n in sources(p)}  # type: ignore[misc]
 
 
 def canonicalise(gm: GraphModule, skip: frozenset[str] = frozenset()) -> list[PassReport]:

@@ -16,7 +16,8 @@ class RegionReport:
     reason: the first thing that could not be shown, if not matched.  before, after: the graphs, "" if there are none.
     body: the ops that an expert runs on its rows.  strategy: how experts meet tokens now, "" if not rewritten.
     gain: what the rewrite is estimated to save, None if not rewritten.
-    estimates: if experts are sharded, what each strategy would cost this rank a forward (parallel/costs.py).
+    estimates: if experts are sharded, what each strategy would cost this rank a forward (parallel/costs.py), in one
+    chunk.  chunks: of the tokens that travel.
     """
 
     matched: bool
@@ -33,6 +34,7 @@ class RegionReport:
     strategy: str = ""
     gain: Gain | None = field(default=None, repr=False)
     estimates: tuple[Estimate, ...] = field(default=(), repr=False)
+    chunks: int = 1
 
     @property
     def advice(self) -> str | None:
@@ -82,7 +84,8 @@ def _note(region: RegionReport) -> tuple[str, ...]:
         return (f"  would help: {region.advice}",) if region.advice else ()
     lines = [f"  an expert runs {', '.join(region.body)}"] if region.body else []
     if region.gain is not None:
-        lines.append(f"  strategy {region.strategy}; estimated forward: {region.gain}")
+        chunks = f" in {region.chunks} chunks" if region.chunks > 1 else ""
+        lines.append(f"  strategy {region.strategy}{chunks}; estimated forward: {region.gain}")
     lines += [f"    {'*' if e.strategy == region.strategy else ' '} {e}" for e in region.estimates]
     return tuple(lines)
 

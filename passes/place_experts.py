@@ -39,7 +39,8 @@ from moe_compile.parallel.by_sums import AllGather, Dedup
 from moe_compile.parallel.expert_shards import JOIN_SHARDS, padded, part, split_dim
 from moe_compile.parallel.mesh import shard_sizes
 from moe_compile.parallel.shards import Family, Placement
-from moe_compile.parallel.writer import Writer, all_gather, sources, wait
+from moe_compile.parallel.writer import Writer, all_gather, sources, wait, write
+from moe_compile.passes.chunk_tokens import CHUNKS
 from moe_compile.region import experts
 from moe_compile.rewrite import RewritePass, emit, value
 
@@ -56,7 +57,10 @@ WRITERS: dict[tuple[str, str], type[Writer]] = {
 }
 
 
-class PlaceExperts(RewritePass[Node]):
+Chunks = tuple[Node, ...]  # of one region (passes/chunk_tokens.py), which are placed together; or the one node
+
+
+class PlaceExperts(RewritePass[Chunks]):
     """`state`: the placeholders of the module's parameters, by name; the placement's families are among them.
 
     `local`, after the pass: the new placeholders, of this rank's shards, by the names of their families.
@@ -70,17 +74,21 @@ class PlaceExperts(RewritePass[Node]):
         self.replicated = set(state.values()) - self.families.keys()
         self.local: dict[str, Node] = {}
 
-    def find(self, graph: Graph) -> Iterator[tuple[Node, Node]]:
+    def find(self, graph: Graph) -> Iterator[tuple[Node, Chunks]]:
+        regions: dict[Any, list[Node]] = {}
         for node in graph.find_nodes(op="call_function", target=experts):
             if any(sources(p) & self.families.keys() for p in node.args[3]):  # type: ignore[union-attr]
-                yield node, node
+                regions.setdefault(node.meta.get(CHUNKS, node), []).append(node)
+        for nodes in regions.values():
+            yield nodes[0], tuple(nodes)
 
     def read_by(self, node: Node) -> dict[Family, Tensor]:
         """The families that experts read, each with the value of a member."""
         read = {n for p in node.args[3] for n in sources(p)}  # type: ignore[union-attr]
         return {f: value(n) for n, f in self.families.items() if n in read and self.state[f.members[0]] is n}
 
-    def refuse(self, node: Node) -> str | None:
+    def refuse(self, nodes: Chunks) -> str | None:
+        node = nodes[0]
         scratch = Graph()
         copies: dict[Node, Node] = {}
         scratch.graph_copy(node.graph, copies)  # a rehearsal, as in dispatch_experts
@@ -90,36 +98,40 @@ class PlaceExperts(RewritePass[Node]):
         scratch.owning_module = owner  # type: ignore[assignment]
         state = {name: copies[n] for name, n in self.state.items()}
         try:
-            PlaceExperts(self.placement, state, self.strategy, self.numerics)._write(scratch, copies[node])
+            PlaceExperts(self.placement, state, self.strategy, self.numerics)._write(
+                scratch, tuple(copies[n] for n in nodes)
+            )
         except Refusal as reason:
             return str(reason)
         return None
 
-    def rewrite(self, graph: Graph, node: Node) -> None:
-        node.replace_all_uses_with(self._write(graph, node))
+    def rewrite(self, graph: Graph, nodes: Chunks) -> None:
+        for node, result in zip(nodes, self._write(graph, nodes), strict=True):
+            node.replace_all_uses_with(result)
 
-    def _write(self, graph: Graph, node: Node) -> Node:
+    def _write(self, graph: Graph, nodes: Chunks) -> list[Node]:
+        node = nodes[0]
         params: Any = node.args[3]
         num_experts: Any = node.args[6]
         sharded = {f.num_experts for p in params for n in sources(p) if (f := self.families.get(n))}
         if sharded != {num_experts}:
             raise Refusal(f"{num_experts} experts run, {' and '.join(map(str, sorted(sharded)))} are sharded")
-        with graph.inserting_before(node):
+        with graph.inserting_before(nodes[-1]):
             before = set(graph.nodes)
             ours = [self._param(graph, node, p) for p in params]
             late = _joins([n for n in graph.nodes if n not in before])
             if self.travels:
                 if (self.strategy, self.numerics) not in WRITERS:
                     raise Refusal(f"{self.strategy} adds a token's results rank by rank: numerics is {self.numerics!r}")
-                writer = WRITERS[self.strategy, self.numerics]
-                out = writer(graph, node, ours, self.placement, self.replicated).write()
-                inner = next((u for n in late for u in n.users if u.target is experts), None)
-                if inner is not None:
+                writer, chunks = WRITERS[self.strategy, self.numerics], len(nodes)
+                outs = write([writer(graph, n, ours, self.placement, self.replicated, chunks) for n in nodes])
+                first = next((n for n in graph.nodes if n.target is experts and {*late} & {*n.all_input_nodes}), None)
+                if first is not None:
                     for n in late:  # tokens travel meanwhile
-                        inner.prepend(n)
-                return out
-            args = (*node.args[:3], ours, *node.args[4:])
-            return emit(graph, experts, *args, like=node, val=node.meta["val"])
+                        first.prepend(n)
+                return outs
+            args = [(*n.args[:3], ours, *n.args[4:]) for n in nodes]
+            return [emit(graph, experts, *a, like=node, val=n.meta["val"]) for n, a in zip(nodes, args, strict=True)]
 
     @property
     def travels(self) -> bool:

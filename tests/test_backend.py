@@ -27,6 +27,9 @@ BAD = {
     },
     "option numerics: 'bitwise' is not one of 'exact', 'fast'": {"numerics": "bitwise"},
     "option strict is 1; it is True or False": {"strict": 1},
+    "option chunks is 0; it is a number, 1 or more": {"chunks": 0},
+    "option chunks is True; it is a number, 1 or more": {"chunks": True},
+    "option chunks is '2'; it is a number, 1 or more": {"chunks": "2"},
     "option skip is 'dispatch_experts'; it is a list of pass names": {"skip": "dispatch_experts"},
     f"option skip: 'dispatch' is not one of {', '.join(map(repr, PASS_NAMES))}": {"skip": ["dispatch"]},
 }
@@ -56,6 +59,14 @@ def test_strategies_for_many_processes_on_one(strategy: str) -> None:
     text = "'grouped' is not one for experts that are sharded over a mesh: use 'auto', 'alltoall', 'dedup'"
     with pytest.raises(MoeCompileError, match=text):
         Options.parse({"strategy": "grouped"}, PASS_NAMES).check_strategy(sharded=True)
+
+
+def test_chunks_are_of_tokens_that_travel() -> None:
+    with pytest.raises(MoeCompileError, match=r"option chunks is 2: .* experts are not sharded over a mesh"):
+        Options.parse({"chunks": 2}, PASS_NAMES).check_strategy(sharded=False)
+    with pytest.raises(MoeCompileError, match=r"option chunks is 2: .* its weights travel"):
+        Options.parse({"chunks": 2, "strategy": "gather_weights"}, PASS_NAMES).check_strategy(sharded=True)
+    Options.parse({"chunks": 2}, PASS_NAMES).check_strategy(sharded=True)
 
 
 def test_sums_by_rank_need_numerics_that_allow_them() -> None:

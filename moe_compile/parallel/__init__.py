@@ -15,7 +15,7 @@ hf_weights.py   weights read from Hugging Face's files, hf_save.py: written as s
 hf_names.py     names and layouts: transformers' own conversions
 slots.py        what a rank holds of each named tensor; memory for what is on meta
 safetensors_files.py  the files
-optim.py        groups for foreach and fused steps
+optim.py        groups for foreach and fused steps; tiled.py: a step in tiles
 writer.py       what the strategies share that write a region for many ranks
 by_rows.py      those that bring each row's result home; by_sums.py: those that add results where experts are
 exchange.py     what the graph of a placed region calls between its collectives

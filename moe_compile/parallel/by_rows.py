@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from moe_compile.parallel.exchange import equal_message, expert_of_row, message
-from moe_compile.parallel.writer import Writer, aten, moe_ep, upstream
+from moe_compile.parallel.writer import Message, Splits, Steps, Tells, Writer, aten, moe_ep, upstream
 from moe_compile.ragged import Batched, Batcher
 from moe_compile.rewrite import value
 
@@ -20,28 +20,30 @@ from moe_compile.rewrite import value
 class AllToAll(Writer):
     name = "alltoall"
 
-    def write(self) -> Node:
+    def steps(self) -> Steps:
         inner, late, last = split(self.body)
         kept = self.read_by(inner)
-        self.check_ids()
         self._route()
-        self.tell_rows(self.mark(inner, kept))
+        yield from self.tell_rows(self.mark(inner, kept))
         tokens = {n: self._token_rows(n) for n in self.tokens if n.name in kept}
         pairs = {n: self._pair_rows(v) for n, v in self.pairs.items() if n.name in kept}
         shapes = {n: [*value(self.tokens[n]).shape[1:]] for n in tokens}
         shapes |= {n: [1, *value(self.pairs[n]).shape[2:]] for n in pairs}
         there = {n: self.shaped(self.there(rows), shapes[n]) for n, rows in (tokens | pairs).items()}
         ids = self.ids_there(next(iter(there.values())))
+        yield None
         y = self.run_here(ids, [there[n] for n in tokens], [there[n] for n in pairs], kept, inner, last)
         y = self.shaped(self.home(self.flat(y)), [*value(last).shape[1:]])
+        yield None
         return self._combine(self._rest(late, last, y))
 
     # -- there and back -------------------------------------------------------------------------
 
-    def tell_rows(self, mark: int) -> None:
+    def tell_rows(self, mark: int) -> Tells:
         """How many rows come and go."""
-        self.sent, self.received = self.tell(message, self.offsets, self.x_RD, self.ranks, self.sizes[0], mark)
-        self.send, self.receive = self.read_splits(self.sent, self.received, self.x_RD)
+        sent = self.call(message, self.offsets, self.x_RD, self.ranks, self.sizes[0], mark)
+        self.received = yield Message(sent)
+        self.send, self.receive = yield Splits(self.x_RD)
 
     def there(self, rows: Node) -> Node:
         return self.travel(rows, self.receive, self.send, sum(self.receive.meta["val"]))
@@ -102,8 +104,9 @@ class AllGatherRows(AllToAll):
 
     name = "allgather of rows"
 
-    def tell_rows(self, mark: int) -> None:
-        self.sent, self.received = self.tell(equal_message, self.ids, self.ranks, self.sizes[0], mark)
+    def tell_rows(self, mark: int) -> Tells:
+        self.sent = self.call(equal_message, self.ids, self.ranks, self.sizes[0], mark)
+        self.received = yield Message(self.sent)
 
     def there(self, rows: Node) -> Node:
         return self.gather(rows, self.sent, self.received)

@@ -10,26 +10,28 @@ from typing import Any
 from torch.fx import Node
 
 from moe_compile.parallel.exchange import distinct_ranks, equal_message, padded, prefix, rank_message
-from moe_compile.parallel.writer import Writer, aten, moe_ep
+from moe_compile.parallel.writer import Message, Splits, Steps, Tells, Writer, aten, moe_ep
 from moe_compile.rewrite import value
 
 
 class _Sums(Writer):
     """The whole body runs there, routing weights and all."""
 
-    def write(self) -> Node:
+    def steps(self) -> Steps:
         kept = self.read_by(self.body)
-        self.check_ids()
         self.wired = self.wire_ids()
-        self.meet(self.mark(self.body, kept))
+        yield from self.meet(self.mark(self.body, kept))
         ids = self.local_ids(self.there(self.wired))
         tokens = [self.there(x) for n, x in self.tokens.items() if n.name in kept]
         pairs = [self.there(w) for n, w in self.pairs.items() if n.name in kept]
         last: Any = self.body.graph.output_node().args[0]
+        yield None
         y = self.run_here(ids, tokens, pairs, kept, self.body, last)
-        return self.cast(self.shaped(self.home(self.flat(y)), [*value(last).shape[1:]]))
+        back = self.back(self.flat(y))
+        yield None
+        return self.cast(self.shaped(self.home(back), [*value(last).shape[1:]]))
 
-    def meet(self, mark: int) -> None:
+    def meet(self, mark: int) -> Tells:
         """Tell the other ranks what they have to know."""
         raise NotImplementedError
 
@@ -41,21 +43,26 @@ class _Sums(Writer):
         """The same, with features in one dimension there."""
         raise NotImplementedError
 
-    def home(self, rows: Node) -> Node:
-        """The sums [S, D] of all ranks, added: [T, D]."""
+    def back(self, rows: Node) -> Node:
+        """The sums [S, D] of this rank, on their way home."""
         raise NotImplementedError
+
+    def home(self, rows: Node) -> Node:
+        """What came back, added: [T, D]."""
+        return rows
 
 
 class AllGather(_Sums):
     name = "allgather"
 
-    def meet(self, mark: int) -> None:
-        self.sent, self.received = self.tell(equal_message, self.ids, self.ranks, self.sizes[0], mark)
+    def meet(self, mark: int) -> Tells:
+        self.sent = self.call(equal_message, self.ids, self.ranks, self.sizes[0], mark)
+        self.received = yield Message(self.sent)
 
     def move(self, rows: Node) -> Node:
         return self.gather(self.flat(rows), self.sent, self.received)
 
-    def home(self, rows: Node) -> Node:
+    def back(self, rows: Node) -> Node:
         return self.reduce(rows, value(self.ids).shape[0])
 
 
@@ -64,13 +71,13 @@ class Dedup(_Sums):
 
     name = "dedup"
 
-    def meet(self, mark: int) -> None:
+    def meet(self, mark: int) -> Tells:
         rank_TK = self.call(distinct_ranks, self.wired, self.sizes[0])
         self.first = next(iter(self.tokens.values()), self.ids)
         routed = self.call(moe_ep.dispatch.default, self.flat(self.first), rank_TK, self.ranks)
         self.x_RD, self.offsets, self.order = (self.item(routed, i) for i in range(3))
-        sent, received = self.tell(rank_message, self.offsets, self.sizes[0], mark)
-        self.send, self.receive = self.read_splits(sent, received, None)
+        yield Message(self.call(rank_message, self.offsets, self.sizes[0], mark))
+        self.send, self.receive = yield Splits(None)
 
     def move(self, rows: Node) -> Node:
         if rows is self.first:
@@ -81,7 +88,9 @@ class Dedup(_Sums):
         rows = self.call(prefix, moved, self.send)
         return self.travel(rows, self.receive, self.send, sum(self.receive.meta["val"]))
 
+    def back(self, rows: Node) -> Node:
+        return self.travel(rows, self.send, self.receive, sum(self.send.meta["val"]))
+
     def home(self, rows: Node) -> Node:
-        y = self.travel(rows, self.send, self.receive, sum(self.send.meta["val"]))
-        y = self.call(padded, y, self.order)
+        y = self.call(padded, rows, self.order)
         return self.call(moe_ep.combine.default, y, None, self.order, self.offsets, self.top_k)

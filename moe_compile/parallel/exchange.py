@@ -37,7 +37,9 @@ def rank_message(offsets_P: Tensor, most: int, mark: int) -> Tensor:
 
 def equal_message(ids_TK: Tensor, ranks: int, most: int, mark: int) -> Tensor:
     """The same, with the number of tokens of this rank in the place of the first count."""
-    return _lines(torch.full((ranks,), ids_TK.shape[0], dtype=torch.int32, device=ids_TK.device), most, mark)
+    # counted, not filled in: a size that becomes a value of a tensor would be a constant of the graph
+    number = ids_TK.new_ones(ids_TK.shape[0], dtype=torch.int32).sum(dtype=torch.int32)
+    return _lines(number.expand(ranks), most, mark)
 
 
 def _lines(first_P: Tensor, most: int, mark: int) -> Tensor:
@@ -54,6 +56,38 @@ def host_read(sent: Tensor, received: Tensor, rows_RD: Tensor | None, ranks: int
         return numbers[:ranks], numbers[ranks:]
     send = [*numbers[: ranks - 1], rows_RD.shape[0] - sum(numbers[: ranks - 1])]  # that all rows travel is known
     return send, numbers[ranks:]
+
+
+def host_reads(sent: Tensor, received: Tensor, rows: list[Tensor | None], ranks: int) -> list[list[int]]:
+    """What `host_read` says for each of several chunks, one after the other, with one read: to each rank, from each."""
+    chunks = len(rows)
+    lines = torch.cat([sent, received]).to("cpu").view(2, ranks, chunks, -1).transpose(1, 2)
+    numbers: list[int] = torch.ops.moe_ep.check_messages(lines.reshape(-1), chunks * ranks).tolist()
+    for n in numbers:
+        torch._check(n >= 0)
+    found = []
+    for i, x in enumerate(rows):
+        send, receive = (numbers[j * ranks : (j + 1) * ranks] for j in (i, chunks + i))
+        if x is not None:
+            send = [*send[: ranks - 1], x.shape[0] - sum(send[: ranks - 1])]  # that all rows travel is known
+        found += [send, receive]
+    return found
+
+
+def joined_messages(messages: list[Tensor], ranks: int) -> Tensor:
+    """The messages of several chunks as one: [P, chunks, M + 2], flat."""
+    return torch.stack([m.view(ranks, -1) for m in messages], 1).reshape(-1)
+
+
+def message_of(joined: Tensor, index: int, chunks: int, ranks: int) -> Tensor:
+    """The message of one chunk again."""
+    return joined.view(ranks, chunks, -1)[:, index].reshape(-1)
+
+
+def token_chunks(rows: Tensor, chunks: int) -> list[Tensor]:
+    """Rows [T, ...] in parts whose sizes differ by one at most; some are empty where there are fewer rows."""
+    ends = [i * rows.shape[0] // chunks for i in range(chunks + 1)]
+    return list(torch.split(rows, [ends[i + 1] - ends[i] for i in range(chunks)]))
 
 
 @custom_op("moe_ep::check_messages", mutates_args=())

@@ -6,6 +6,8 @@ Letters    T tokens of this rank, K experts per token, E experts, P ranks, L exp
 
 import operator
 from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,14 @@ from torch.fx import Graph, GraphModule, Node
 from moe_compile.detect.interpreter import is_random
 from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
-from moe_compile.parallel.exchange import fingerprint, host_read, on_the_wire
+from moe_compile.parallel.exchange import (
+    fingerprint,
+    host_read,
+    host_reads,
+    joined_messages,
+    message_of,
+    on_the_wire,
+)
 from moe_compile.parallel.mesh import shard_sizes
 from moe_compile.parallel.shards import Placement
 from moe_compile.parallel.shared_tokens import READ_BY_PARTS
@@ -28,17 +37,38 @@ all_gather = torch.ops._c10d_functional_autograd.all_gather_into_tensor.default
 reduce_scatter = torch.ops._c10d_functional_autograd.reduce_scatter_tensor.default
 
 
+@dataclass(frozen=True)
+class Message:
+    """What a chunk tells the other ranks; answered by what they tell it."""
+
+    sent: Node
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Asks how many rows go to each rank and come from each; all of `rows` travel, if given."""
+
+    rows: Node | None
+
+
+Wanted = Message | Splits | None
+Steps = Generator[Wanted, Any, Node]
+Tells = Generator[Wanted, Any, None]
+
+
 class Writer(ABC):
     """Writes the experts of one node, each on the rank that holds it.
 
-    `params`: those of this rank's experts.  `replicated`: inputs that are the same on all ranks.
+    `params`: those of this rank's experts.  `replicated`: inputs that are the same on all ranks.  The node may be one
+    of several `chunks` of the tokens, which are written in turns (`write`).
     """
 
     name: str  # of the strategy, a part of the fingerprint
 
     def __init__(
-        self, graph: Graph, node: Node, params: list[Any], placement: Placement, replicated: set[Node]
+        self, graph: Graph, node: Node, params: list[Any], placement: Placement, replicated: set[Node], chunks: int = 1
     ) -> None:
+        self.chunks = chunks
         self.graph, self.node, self.placement, self.replicated = graph, node, placement, replicated
         args: Any = node.args
         self.ids, tokens, pairs, whole, shared, body, self.num_experts, self.num_classes = args
@@ -52,8 +82,12 @@ class Writer(ABC):
         self.whole = dict(zip(self.params, whole, strict=True))
 
     @abstractmethod
-    def write(self) -> Node:
-        """The node that stands for the result."""
+    def steps(self) -> Steps:
+        """Write the region; return the node that stands for the result.
+
+        Where chunks have to wait for each other it yields: what it tells the other ranks, that it wants the splits, and
+        None between what brings tokens, what runs and sends back, and the rest.
+        """
 
     # -- what every strategy does ---------------------------------------------------------------
 
@@ -80,19 +114,8 @@ class Writer(ABC):
     def mark(self, inner: GraphModule, kept: set[str]) -> int:
         """What has to be the same on all ranks, as a number."""
         read = [spelled(v) for g in (self.whole, self.shared) for n, v in g.items() if n.name in kept]
-        return fingerprint(f"{self.name} {self.num_experts} {read}\n{graph_text(inner.graph)}")
-
-    def tell(self, line: Any, *args: Any) -> tuple[Node, Node]:
-        """(what this rank tells the others, what they tell it); `line` makes the message."""
-        sent = self.call(line, *args)
-        equal, val = [self.sizes[0] + 2] * self.ranks, sent.meta["val"]
-        received = self.call(all_to_all, sent, equal, equal, self.placement.group, val=val)
-        return sent, self.call(wait, received, val=val)
-
-    def read_splits(self, sent: Node, received: Node, rows: Node | None) -> tuple[Node, Node]:
-        """(rows to each rank, rows from each), on the host; all of `rows` travel, if given."""
-        splits = self.call(host_read, sent, received, rows, self.ranks)
-        return self.item(splits, 0), self.item(splits, 1)
+        how = f"{self.name} in {self.chunks} chunks" if self.chunks > 1 else self.name
+        return fingerprint(f"{how} {self.num_experts} {read}\n{graph_text(inner.graph)}")
 
     def run_here(self, ids: Node, tokens: Any, pairs: Any, kept: set[str], body: GraphModule, last: Node) -> Node:
         """The node again, for the experts of this rank."""
@@ -152,6 +175,53 @@ class Writer(ABC):
         name = next(n for i in range(len(self.graph.nodes)) if not hasattr(owner, n := f"local_body_{i}"))
         setattr(owner, name, body)
         return self.graph.get_attr(name)
+
+
+def write(writers: Sequence[Writer]) -> list[Node]:
+    """The results of regions that are written side by side: one message and one read of the splits for all.
+
+    What brings tokens stands before anything that runs, so a collective of one chunk may run under products of another.
+    """
+    for writer in writers:
+        writer.check_ids()
+    todo, results = [w.steps() for w in writers], list[Node]()
+    answers: list[Any] = [None] * len(writers)
+    while not results:
+        wants: list[Wanted] = []
+        for steps, answer in zip(todo, answers, strict=True):
+            try:
+                wants.append(steps.send(answer))
+            except StopIteration as done:
+                results.append(done.value)
+        if isinstance(first := next(iter(wants), None), Message):
+            sent = [w.sent for w in wants if isinstance(w, Message)]
+            every, answers = _tell(writers[0], sent)
+        elif isinstance(first, Splits):
+            answers = _read(writers[0], *every, [w.rows for w in wants if isinstance(w, Splits)])
+        else:
+            answers = [None] * len(writers)
+    return results
+
+
+def _tell(writer: Writer, sent: list[Node]) -> tuple[tuple[Node, Node], list[Any]]:
+    """((what this rank tells the others, what they tell it), the latter for each chunk)."""
+    number, ranks, width = len(sent), writer.ranks, writer.sizes[0] + 2
+    mine = sent[0] if number == 1 else writer.call(joined_messages, sent, ranks)
+    equal, val = [number * width] * ranks, mine.meta["val"]
+    theirs = writer.call(all_to_all, mine, equal, equal, writer.placement.group, val=val)
+    theirs = writer.call(wait, theirs, val=val)
+    parts = [theirs] if number == 1 else [writer.call(message_of, theirs, i, number, ranks) for i in range(number)]
+    return (mine, theirs), parts
+
+
+def _read(writer: Writer, sent: Node, received: Node, rows: list[Node | None]) -> list[Any]:
+    """For each chunk (rows to each rank, rows from each), on the host; all of its `rows` travel, if given."""
+    if len(rows) == 1:
+        splits = writer.call(host_read, sent, received, rows[0], writer.ranks)
+        return [(writer.item(splits, 0), writer.item(splits, 1))]
+    splits = writer.call(host_reads, sent, received, rows, writer.ranks)
+    found = [writer.item(splits, i) for i in range(2 * len(rows))]
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
 def upstream(node: Node) -> set[Node]:

@@ -622,7 +622,7 @@ def cut(number: int) -> type[PlaceExperts]:
         return rows.clone()
 
     class Cut(PlaceExperts):
-        def rewrite(self, graph: Graph, node: Node) -> None:
+        def rewrite(self, graph: Graph, node: tuple[Node, ...]) -> None:
             super().rewrite(graph, node)
             found = [n for n in graph.nodes if "all_to_all_single" in str(n.target)]
             assert len(found) == 3

@@ -284,7 +284,7 @@ def cut(rank: int, number: int) -> type[PlaceExperts]:
     """The pass, which then leaves out one of its collectives, and the mark that the collectives number."""
 
     class Cut(PlaceExperts):
-        def rewrite(self, graph: Graph, node: Node) -> None:
+        def rewrite(self, graph: Graph, node: tuple[Node, ...]) -> None:
             super().rewrite(graph, node)
             found = [n for n in graph.nodes if "_c10d_functional_autograd" in str(n.target)]
             found[number].target = _kept(rank, str(found[number].target).split(".")[1])
