@@ -3,8 +3,8 @@
 Before:
     experts = experts(ids, [x], [weights], [w13, w2], [], body, E)
 
-After (2 chunks):
-    ids_C   = token_chunks(ids, 2)
+After:
+    ids_C   = token_chunks(ids, 2)      # here 2
     x_C     = token_chunks(x, 2)
     w_C     = token_chunks(weights, 2)
     y_0     = experts(ids_C[0], [x_C[0]], [w_C[0]], [w13, w2], [], body, E)

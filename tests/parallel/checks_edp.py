@@ -370,8 +370,8 @@ def sabotage(ranks: Ranks) -> None:
     assert right()
 
     class Sabotaged(PlaceExperts):
-        def rewrite(self, graph: Graph, node: Node) -> None:
-            super().rewrite(graph, node)
+        def rewrite(self, graph: Graph, nodes: tuple[Node, ...]) -> None:
+            super().rewrite(graph, nodes)
             for found in graph.find_nodes(op="call_function", target=gather_shards):
                 found.target = lambda shard, number, group: torch.cat([shard] * number)
 
@@ -379,8 +379,8 @@ def sabotage(ranks: Ranks) -> None:
         assert not right(), "gathered from itself"
 
     class Turned(PlaceExperts):
-        def rewrite(self, graph: Graph, node: Node) -> None:
-            super().rewrite(graph, node)
+        def rewrite(self, graph: Graph, nodes: tuple[Node, ...]) -> None:
+            super().rewrite(graph, nodes)
             for found in graph.find_nodes(op="call_function", target=expert_shards.JOIN_SHARDS):
                 found.args = (graph_flip(graph, found), *found.args[1:])
 
