@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 def whole(table: Slots) -> bool:
     """Whether every term says its token, expert and place."""
-    fits = sorted(map(str, table.dims)) in (["0", "c", "e"], ["0", "ec"])
+    fits = sorted(map(str, table.dims)) == (["0", "c", "e"] if table.wide is None else ["0", "ec"])
     return fits and all(t.ids is not None and t.by_expert and t.place is not None for t in table.terms)
 
 
@@ -53,8 +53,9 @@ def not_disjoint(run: Interpreter, table: Slots, capacity: Any) -> str | None:
         bound = cut_of(run, term.ids, count)
         if bound is None:
             return "tokens whose place is behind the last slot are not shown to be dropped"
-        if not at_most(bound, capacity) or not (term.place.below is None or at_most(bound, term.place.below)):
-            return f"tokens are dropped from place {bound} on, there are {capacity} slots"
+        for slots in (capacity, term.place.below):
+            if slots is not None and not at_most(bound, slots):
+                return f"tokens are dropped from place {bound} on, there are {slots} slots"
     return None
 
 

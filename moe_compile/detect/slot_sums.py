@@ -78,7 +78,8 @@ def mm(call: Call) -> Value | None:
         or _elsewhere(call)
     ):
         return None
-    first, second = call.node.all_input_nodes
+    first, second = call.node.args
+    assert isinstance(first, Node) and isinstance(second, Node)
     if table.dims == ("ec", 0) and isinstance(other, Plain) and call.val(second).dim() == 2:
         return laid_out(call, table, first, second, flat=True)
     if table.dims == (0, "ec") and isinstance(other, Every) and other.flat:
@@ -120,7 +121,7 @@ def total(call: Call, table: Slots, node: Node, made: Every) -> Value | None:
         return None
     if not same_size(num, made.num) or not same_size(capacity, made.expr.val.shape[0]):
         return None
-    if why := _differ(made.slots, table):
+    if why := _differ(call, made.slots, table, capacity):
         call.run.hints.append(why)
         return None
     if (pairs := _pairs(call, table)) is None:
@@ -143,7 +144,9 @@ def total_of_list(call: Call, table: Slots, node: Node, made: Node) -> Value | N
     if found is None or isinstance(found, Unknown):
         return None
     exprs, laid = found
-    if _differ(laid.slots, table) or any(e.val.dtype != call.val().dtype or e.level != "row" for e in exprs):
+    if _differ(call, laid.slots, table, capacity) or any(
+        e.val.dtype != call.val().dtype or e.level != "row" for e in exprs
+    ):
         return None
     if (pairs := _pairs(call, table)) is None:
         return None
@@ -152,8 +155,10 @@ def total_of_list(call: Call, table: Slots, node: Node, made: Node) -> Value | N
     return Sum(Buffer(call.node, "zero"), tuple(rows))
 
 
-def _differ(laid: Slots, table: Slots) -> str | None:
-    """Why tokens are not taken from the slots that they were put into."""
+def _differ(call: Call, laid: Slots, table: Slots, capacity: Any) -> str | None:
+    """Why tokens are not taken from the slots that they were put into: whose places are theirs in both tables."""
+    if why := not_disjoint(call.run, table, capacity):
+        return why
     into, out = ({(t.ids, t.place.count) for t in s.terms} for s in (laid, table))  # type: ignore[union-attr]
     return (
         None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.selection import same_size, some_of
 from moe_compile.detect.slots import EXACT, Early, Number, Places, Slots, Term, in_place, is_table
 from moe_compile.detect.values import Dim, Member, Plain, Value
@@ -37,13 +37,16 @@ def product(call: Call) -> Value | None:
         if len(left.terms) != 1 or len(right.terms) != 1:
             return None
         dims, one = _joined(left.dims, right.dims), _both(call.run, left.terms[0], right.terms[0], call.val().dtype)
-        return Slots(dims, (one,)) if dims is not None and one is not None else None
+        fits = dims is not None and all(_spans(call, v.dims, n) for v, n in ((left, nodes[0]), (right, nodes[1])))
+        return Slots(dims, (one,)) if fits and dims is not None and one is not None else None
     table, other = (left, right) if isinstance(left, Slots) else (right, left)
     if not isinstance(table, Slots) or not isinstance(other, Plain):
         return None
     entry = _entry(call, table, other.node)
     dtype = call.val().dtype
-    if entry is None or len(table.dims) != call.val().dim() or not call.val().is_floating_point():
+    if entry is None or not _spans(call, table.dims, nodes[0 if table is left else 1]):
+        return None
+    if not call.val().is_floating_point():
         return None
     dims = _joined(table.dims, ("one",) * (len(table.dims) - len(entry.dims)) + entry.dims)
     if dims is None:
@@ -52,13 +55,15 @@ def product(call: Call) -> Value | None:
 
 
 def quotient(call: Call) -> Value | None:
-    """table / plain."""
+    """table / plain, which is not zero: 0 / 0 would not be zero."""
     table, other = call.arg(0), call.arg(1)
     if not isinstance(table, Slots) or call.kwargs or in_place(call) or _no_grad(call):
         return None
     if type(other) in (int, float) and other != 0:
         return _scaled(call)
     if not isinstance(other, Plain) or (entry := _entry(call, table, other.node)) is None:
+        return None
+    if not _above_zero(call, call.node.args[1]) or not _spans(call, table.dims, call.node.args[0]):
         return None
     if len(table.dims) != call.val().dim() or not call.val().is_floating_point():
         return None
@@ -71,6 +76,8 @@ def quotient(call: Call) -> Value | None:
 def _scaled(call: Call) -> Value | None:
     table, number = call.arg(0), call.arg(1)
     if not isinstance(table, Slots) or type(number) not in (int, float) or not math.isfinite(number):
+        return None
+    if call.val().dim() != len(table.dims):
         return None
     if not call.val().is_floating_point():
         return None
@@ -100,7 +107,8 @@ def outer(call: Call) -> Value | None:
     if left.dims[2:] != ("one",) or right.dims[1:2] != ("one",) or left.dims[0] != 0 or len(right.dims) != 3:
         return None
     dims, one = _joined(left.dims, right.dims), _both(call.run, left.terms[0], right.terms[0], call.val().dtype)
-    return Slots(dims, (one,)) if dims is not None and one is not None else None
+    fits = dims is not None and same_size(call.val(nodes[0]).shape[0], call.val(nodes[1]).shape[0])
+    return Slots(dims, (one,)) if fits and dims is not None and one is not None else None
 
 
 def einsum(call: Call) -> Value | None:
@@ -173,7 +181,7 @@ def converted(call: Call) -> Value | None:
         return table
     if not isinstance(table, Slots) or _no_grad(call):
         return None
-    return Slots(table.dims, tuple(replace(t, number=_cast(t.number, val.dtype)) for t in table.terms))
+    return replace(table, terms=tuple(replace(t, number=_cast(t.number, val.dtype)) for t in table.terms))
 
 
 def truths(call: Call) -> Value | None:
@@ -181,8 +189,10 @@ def truths(call: Call) -> Value | None:
     table, number = call.arg(0), call.number(1, "other")
     if not isinstance(table, Slots) or type(number) not in (int, float) or number != 0:
         return None
+    if call.val().dim() != len(table.dims):
+        return None
     made = lambda n: n if n.op == "one" and n.dtype == torch.bool else Number(call.node.target, torch.bool, (n, 0))  # noqa: E731
-    return Slots(table.dims, tuple(replace(t, number=made(t.number)) for t in table.terms))
+    return replace(table, terms=tuple(replace(t, number=made(t.number)) for t in table.terms))
 
 
 def reshaped(call: Call) -> Value | None:
@@ -240,6 +250,26 @@ def _no_grad(call: Call) -> bool:
     val = call.val()
     floats = isinstance(val, Tensor) and val.is_floating_point()
     return floats and bool(call.run.autocasts or call.run.no_grad)
+
+
+def _spans(call: Call, dims: tuple[Dim, ...], node: Any) -> bool:
+    """Whether a product has the tokens, experts and slots of a factor: one of them alone is not that of all."""
+    mine, whole = call.val(node).shape, call.val().shape
+    return len(dims) == len(mine) == len(whole) and all(
+        d == "one" or same_size(a, b) for d, a, b in zip(dims, mine, whole, strict=True)
+    )
+
+
+def _above_zero(call: Call, node: Any) -> bool:
+    """Whether it was clamped to a number above zero."""
+    while op_of(node) in ("unsqueeze", "view", "reshape", "slice", "select", "expand") and call.run.unchanged(node):
+        if node.meta["val"].dtype != node.args[0].meta["val"].dtype:
+            return False
+        node = node.args[0]
+    low = node.args[1] if op_of(node) in ("clamp", "clamp_min") and len(node.args) > 1 else node.kwargs.get("min")
+    tiny = torch.finfo(call.val(node).dtype).tiny if call.val(node).is_floating_point() else 1
+    high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
+    return type(low) in (int, float) and low >= tiny and high is None and call.run.unchanged(node)
 
 
 def _factor(call: Call, value: Any, node: Any) -> Any:

@@ -26,6 +26,7 @@ from moe_compile.detect.values import Dense, Dim, Member, Positions, Value
 from moe_compile.region import ids_kept
 
 EXACT = (torch.int64, torch.int32, torch.float32, torch.float64)  # that count to more than any capacity
+FAR = 2**20  # numbers up to here are exact in all of them, and their sums
 
 
 # -- values ---------------------------------------------------------------------------------
@@ -126,14 +127,18 @@ def moved(call: Call) -> Value | None:
         return None
     count, more = places.count, call.arg(1)
     if type(other) in (int, float) and math.isfinite(other) and other == int(other):
-        step = int(other) if call.op.startswith("add") else -int(other)
-        return replace(places, count=replace(count, shift=count.shift + step))
+        shift = count.shift + (int(other) if call.op.startswith("add") else -int(other))
+        return replace(places, count=replace(count, shift=shift)) if max(abs(other), abs(shift)) < FAR else None
     total = isinstance(more, Member) and more.kind == "count" and more.dims in (("e",), ("one", "e"))
-    if not total or not _counts_exactly(call.node.args[1]):
+    if not total or not _counts_exactly(call.node.args[1]) or not same_size(_last(call, 1), _last(call, 0)):
         return None
     if call.op.startswith("add") and more.expert is None and more.ids.meta["val"].dim() == 1:
         return replace(places, count=replace(count, base=(*count.base, more.ids)))
     return None
+
+
+def _last(call: Call, i: int) -> Any:
+    return call.val(call.node.args[i]).shape[-1]
 
 
 def _counts_exactly(node: Any) -> bool:
@@ -156,6 +161,8 @@ def own(call: Call) -> Value | None:
             continue
         if call.val().dtype not in EXACT or (i and in_place(call)) or not some_of(call.run, mask.ids, places.valid):
             continue
+        if not same_size(_last(call, 0), _last(call, 1)):
+            continue  # a mask of one class alone, for all experts
         return replace(places, valid=mask.ids, masked=True)
     return None
 
@@ -167,6 +174,8 @@ def clamped(call: Call) -> Value | None:
     if call.op.startswith("clamp_m"):
         low, high = (call.number(1), None) if "min" in call.op else (None, call.number(1))
     if not isinstance(places, Places) or places.below is not None or places.count.shift < -1:
+        return None
+    if call.val().dim() != len(places.dims):
         return None
     if not (low is None or (type(low) in (int, float) and low <= 0)) or not (high is None or type(high) is int):
         return None
@@ -181,11 +190,19 @@ def early(call: Call) -> Value | None:
     places, bound = call.arg(0), bound_of(call)
     if not isinstance(places, Places) or bound is None or places.below is not None:
         return None
+    if call.val().dim() != len(places.dims) or (isinstance(bound, float) and not _far_from_others(bound)):
+        return None
     if call.op in ("le", "less_equal"):
         bound = bound + 1 if isinstance(bound, int | torch.SymInt) else math.floor(bound) + 1
     elif isinstance(bound, float):
         bound = math.ceil(bound)
     return Early(places.count, places.valid, bound, places.dims)
+
+
+def _far_from_others(bound: float) -> bool:
+    """Whether a number stays on its side of each integer where it is rounded to float32."""
+    apart = abs(bound - round(bound))
+    return abs(bound) < FAR and (apart == 0 or apart > 1e-6 * max(1.0, abs(bound)))
 
 
 def bound_of(call: Call) -> Any:

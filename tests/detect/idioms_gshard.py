@@ -166,6 +166,20 @@ class GShardFlat(GShardOfTwo):
         return combine.view(T, E * self.capacity).mm(made.view(E * self.capacity, M))
 
 
+@idiom(flat=True, distinct=False)
+class GShardFlatCast(GShard):
+    """A flat table in another dtype; gates over their sum, which is not zero."""
+
+    def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        whole = weights.sum(1).clamp(min=1e-6)
+        return super().combine(x, ids, weights) / whole[:, None, None]
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        flat = self.combine(x, ids, weights).view(x.shape[0], -1)
+        rows = torch.mm(flat.bool().to(x.dtype).t(), x).view(E, self.capacity, -1)
+        return flat.mm(self.made(rows).view(E * self.capacity, -1))
+
+
 # -- experts one by one ---------------------------------------------------------------------
 
 

@@ -108,6 +108,29 @@ class SlotsBelowZero(Parts):
         return (places * mask).sum(1).clamp(min=0)
 
 
+@mutant(BATCH, flat=True)
+class SlotsRounded(Parts):
+    """In float32 a thousand million more and less loses the places."""
+
+    def places(self, mask: Tensor) -> Tensor:
+        return torch.cumsum(mask.float(), 0) + 1e9 - 1e9 - 1
+
+    def at(self, mask: Tensor, places: Tensor) -> Tensor:
+        return (places * mask).sum(1).clamp(0, self.capacity - 1).long()
+
+
+@mutant(BATCH, flat=True)
+class SlotsOfOneClass(Parts):
+    """A mask of one class is broadcast over all experts: each has every token."""
+
+    def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        mask = F.one_hot(ids * 0, 1)
+        mask = mask * (torch.cumsum(mask, 0) - 1 < self.capacity)
+        at = ((torch.cumsum(F.one_hot(ids * 0, 1), 0) - 1) * mask).sum(1)
+        gates = torch.cat([x[:, :2], weights], 1) * mask
+        return gates[:, :, None] * self.slot(at)[:, None, :]
+
+
 # -- late tokens ----------------------------------------------------------------------------
 
 
@@ -178,6 +201,17 @@ class SlotsWherePlacesAre(Parts):
         places = torch.cumsum(mask, 0) - 1
         at = (places * mask * (places < self.capacity)).sum(1)
         return weights[:, 0, None, None] * mask[:, :, None] * F.one_hot(at, self.capacity)[:, None, :]
+
+
+@mutant(LATE, flat=True)
+class SlotsCutAlmostThere(Parts):
+    """Compared in float32, that bound is 3: one token too many, in the last slot."""
+
+    def kept(self, mask: Tensor, places: Tensor) -> Tensor:
+        return mask * (places <= 2.9999999999)
+
+    def at(self, mask: Tensor, places: Tensor) -> Tensor:
+        return (places * mask).sum(1).clamp(0, self.capacity - 1)
 
 
 # -- two choices ----------------------------------------------------------------------------
@@ -294,6 +328,58 @@ class SlotsOfTwoTables(Parts):
         other = self.combine(x, (ids + 1) % E, weights)
         rows = torch.einsum("tec,tm->ecm", self.dispatch(other).to(x.dtype), x)
         return self.total(combine, self.made(rows))
+
+
+class LeftElsewhere(Parts):
+    """`left(mask, places)`: the table by which tokens leave, of the mask before any was dropped."""
+
+    def left(self, mask: Tensor, places: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        mask = self.mask(ids)
+        places = self.places(mask)
+        kept = self.kept(mask, places)
+        laid = kept[:, :, None] * self.slot(self.at(kept, places))[:, None, :]
+        rows = torch.einsum("tec,tm->ecm", laid.to(x.dtype), x)
+        combine = weights[:, 0, None, None] * kept[:, :, None] * self.left(mask, places)
+        return self.total(combine, self.made(rows))
+
+
+@mutant("tokens are dropped from place 3 on, there are 2 slots", flat=True)
+class SlotsLeftFromOneBefore(LeftElsewhere):
+    """The last token of an expert leaves with what was made of the one before it."""
+
+    def left(self, mask: Tensor, places: Tensor) -> Tensor:
+        return F.one_hot(places.clamp(0, self.capacity - 2), self.capacity)
+
+
+@mutant("tokens have a slot whose place is not theirs", flat=True)
+class SlotsLeftFromTheFirst(LeftElsewhere):
+    """The last token of an expert leaves with what was made of the first."""
+
+    def left(self, mask: Tensor, places: Tensor) -> Tensor:
+        return self.slot(self.at(mask * (places < self.capacity - 1), places))[:, None, :]
+
+
+@mutant(BATCH, flat=True)
+class SlotsOverNothing(Parts):
+    """0 / 0 for tokens that were dropped."""
+
+    def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        mask = self.mask(ids)
+        gates = weights[:, :1] * self.kept(mask, self.places(mask))
+        return super().combine(x, ids, weights) / gates.sum(1)[:, None, None]
+
+
+@mutant(BATCH, flat=True)
+class SlotsFlatByEinsum(GShard):
+    """Not read, but no error."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        flat = self.combine(x, ids, weights).view(x.shape[0], -1)
+        rows = torch.einsum("ts,tm->sm", flat.bool().to(x.dtype), x).view(E, self.capacity, -1)
+        return flat.mm(self.made(rows).view(E * self.capacity, -1))
 
 
 @mutant(BATCH, flat=True)
