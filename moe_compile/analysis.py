@@ -197,14 +197,18 @@ def _trace(
     return found, worlds.survey(found, known.distinct) if needed else None
 
 
+MORE = (1, 2, 7)  # numbers behind those of the experts
+
+
 def _beyond_counts(found: Capture, trace: Callable[..., Capture]) -> tuple[int | None, str | None]:
     """Where bincount(minlength=E) counts the ids, what becomes of an id that is E or more: (E, None) if it is an error,
     (None, None) if it is nobody's, else the reason to refuse it."""
     if found.visits:
         raise OneByOne("bincount has more numbers where an id is out of range")
-    longer = trace(longer=True, visit=None)
-    if longer.fails_at is not None or _alike(found, longer):
-        return longer.fails_at, None
+    worlds_of_more = [trace(longer=more, visit=None) for more in MORE]
+    fails = {longer.fails_at for longer in worlds_of_more}
+    if len(fails) == 1 and (None not in fails or all(_alike(found, longer) for longer in worlds_of_more)):
+        return fails.pop(), None
     return None, (
         f"bincount(minlength={found.open_counts}) gives more numbers where an id is greater, and the function uses "
         "them: the ids are not shown to be less, as those of topk are"

@@ -137,7 +137,7 @@ class Answers(TorchFunctionMode):
         self.by_number = False  # the loop that visits some experts alone runs over numbers
         self.last_class: int | None = None  # of those that a loop over chosen experts would visit
         self.open_counts: int | None = None
-        self.longer = False  # one number more than `open_counts`
+        self.longer = 0  # how many numbers more than `open_counts`
         self.asked: dict[tuple[str, Any], Tensor] = {}
         self._place: dict[Hashable, int] = {}  # selections, in the order in which they were first made
         self._spellings: dict[Node, str] = {}
@@ -284,7 +284,7 @@ class Answers(TorchFunctionMode):
             if self.open_counts not in (None, minlength):
                 raise Refusal("bincount with several numbers as minlength, of ids that may be greater")
             self.open_counts = minlength
-        return self.host.bincount(ids, weights, minlength + (self.longer and self.open_counts == minlength))
+        return self.host.bincount(ids, weights, minlength + (self.longer if self.open_counts == minlength else 0))
 
     def entries(self, func: Any, vector: Tensor) -> Any:
         """The numbers that Python reads of a vector as long as the largest id says: another length in another world."""
@@ -526,7 +526,7 @@ def capture(
     visit: Functions | None = None,
     known: Known = NOTHING_KNOWN,
     by_number: bool = False,
-    longer: bool = False,
+    longer: int = 0,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
     be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
@@ -534,7 +534,7 @@ def capture(
     `classes`: how many classes a loop over chosen experts visits, if not all; `may_fail`: an IndexError after such a
     loop began is noted, not a refusal; `visited`: the experts that such a loop visits, or the first one over numbers if
     `by_number`; `visit`: all functions that can run, if one visit may stand for many experts (visits.py); `known`: what
-    the caller's graph shows of the tensors; `longer`: with one more number than `Capture.open_counts`, where an
+    the caller's graph shows of the tensors; `longer`: with so many more numbers than `Capture.open_counts`, where an
     IndexError is noted too.
 
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.

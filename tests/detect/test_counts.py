@@ -208,6 +208,13 @@ class OpenLast(OpenFewer):
         return out * 2.0 if len(ends) > E else out
 
 
+class OpenSecond(OpenFewer):
+    """One number more changes nothing, two do."""
+
+    def finish(self, out: Tensor, ends: Any) -> Tensor:
+        return out * 2.0 if len(ends) > E + 1 else out
+
+
 class OpenBreak(Open):
     """The last expert takes the rows of all greater ids."""
 
@@ -231,7 +238,7 @@ def test_greater_ids_do_what_they_did(make: type[Open]) -> None:
         assert not differences(outcome(run, module, args), outcome(module, module, args), 1e-12)
 
 
-@pytest.mark.parametrize("make", [OpenLength, OpenLast, OpenBreak])
+@pytest.mark.parametrize("make", [OpenLength, OpenLast, OpenSecond, OpenBreak])
 def test_more_numbers_that_are_used_are_refused(make: type[Open]) -> None:
     module = make().double()
     args = arguments(IDIOMS["EndsByNumpy"], dtype=torch.float64)
