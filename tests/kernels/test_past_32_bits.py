@@ -185,3 +185,25 @@ def test_combine_backward() -> None:
     assert torch.equal(dy[HERE].flip(0), weights[HERE] * dout[HERE])
     dots = (dout[HERE].float() * y[HERE].flip(0).float()).sum(1, keepdim=True)
     torch.testing.assert_close(dweights[HERE], dots.half())
+
+
+@pytest.mark.parametrize("axis", range(3), ids=["experts", "rows", "columns"])
+def test_weights_with_a_far_stride(axis: int) -> None:
+    """The second expert, row or column begins past 2**31; the memory between is unused."""
+    size, far = [2, 16, 16], 2**31 + 64
+    size[axis] = 2
+    packed = random(*size, dtype=torch.float16)
+    stride = [far if i == axis else packed.stride(i) for i in range(3)]
+    w = torch.as_strided(reserved(far + packed.numel()), size, stride).copy_(packed)
+    (ends, order), _ = routing()
+    ends = ends - torch.tensor([-2, 0], dtype=torch.int32, device=DEVICE)  # both experts have rows
+    x = random(ROWS, size[2], dtype=torch.float16, seed=1)
+    assert torch.equal(grouped_gemm_file.grouped_gemm(x, w, ends), grouped_gemm_file.grouped_gemm(x, packed, ends))
+    mine, wanted = (
+        gated_gemm_file.gated_gemm(x, None, v, ends, order, 1, "silu", False, True) for v in (w, packed)
+    )  # fmt: skip
+    assert all(map(torch.equal, mine, wanted))
+    dout, h = random(ROWS, size[1], dtype=torch.float16, seed=2), random(ROWS, size[2], dtype=torch.float16, seed=3)
+    rest = h, None, ends, order, 1, "silu", False, False, True, False
+    mine, wanted = (gated_gemm_backward_file.gated_gemm_backward(dout, v, *rest) for v in (w, packed))
+    assert all(map(torch.equal, mine, wanted))
