@@ -26,7 +26,7 @@ class Way(NamedTuple):
 def routed(routing: str, T: int, E: int, K: int, device: str) -> Tensor:
     """ids i64[T, K], no expert twice for a token.
 
-    balanced: all experts have the same number of rows, within one.  zipf: the expert of rank i is drawn with weight 1/i.
+    balanced: all experts have the same number of rows, within one.  zipf: the expert of rank i has weight 1/i.
     one_empty: one expert has no rows, the others are drawn evenly.
     """
     if routing == "balanced":
