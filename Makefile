@@ -52,6 +52,8 @@ test-4x: setup       ## whole models of transformers 4.57, installed beside the 
 gpu:                 ## on a machine with CUDA and its own torch, from a plain checkout: tests, then benchmarks
 	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels -q
 	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels_gpu --out benchmarks/results
+	for model in mixtral qwen3_moe deepseek_v3; do \
+	    PYTHONPATH=. $(PYTHON) -m benchmarks.slices --model $$model --out benchmarks/results || exit 1; done
 
 tune:                ## the fastest launch settings on this GPU, into kernels/settings.jsonl; run it again until it is done
 	PYTHONPATH=. $(PYTHON) -m benchmarks.tune

@@ -1,33 +1,62 @@
-"""Check and time the kernels on a CUDA machine, beside torch._grouped_mm and a loop of torch.mm.
+"""Check and time the kernels on a CUDA machine, beside what else there is for experts.
 
-    python -m benchmarks.kernels_gpu [--shapes T,H,I,E,K ...] [--out benchmarks/results]
+    python -m benchmarks.kernels_gpu [--shapes T,H,I,E,K ...] [--routing balanced zipf one_empty] [--minutes 9]
 
 T tokens, H model width, I expert width, E experts, K experts per token; bf16, gated experts: one
 product H -> 2I, one I -> H.  Forward 6*T*K*H*I FLOP, forward and backward 18*T*K*H*I.  "forward" are
-the products alone, "layer" is all from tokens to tokens: fused (`moe_ep.expert_mlp`), by the general
-ops, and by torch._grouped_mm with PyTorch's own gather and index_add.  A kernel whose check is red is
-not timed, and the exit status is 1.  Times are medians of CUDA events.
+the products alone, with balanced routing; "layer" is all from tokens to tokens, with each routing and by
+each way of peers.py.  A way that gives wrong numbers is not timed; for one of ours the exit status is 1.  Times are
+medians of CUDA events.  What does not fit into the minutes is left out, and said to be.
+
+--dry runs the same on a CPU, once, on a tiny shape in f32, with Triton's interpreter: it times nothing.
 """
 
 import argparse
 import functools
 import json
+import os
 import re
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from benchmarks.peers import ROUTINGS, routed
+from benchmarks.peers import ways as layer_ways
 
 SHAPES = [
     "8192,2048,768,128,8", "32768,2048,768,128,8", "8192,4096,14336,8,2", "40960,768,256,128,8",
     "24576,1536,256,128,8", "32768,4096,512,128,8", "32768,4096,1024,128,8",
     "32768,4096,2048,64,4", "32768,2048,512,512,10", "256,2048,768,128,8",
 ]  # fmt: skip
+DRY = ["12,32,16,4,2"]
 REPEATS, WARM_UP = 20, 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and in what numbers: CUDA and bf16, or a dry run on a CPU."""
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+    backend: str = "inductor"
+
+    def time_us(self, call: Callable[[], object]) -> float | None:
+        """The median of REPEATS calls; None in a dry run, which makes one."""
+        if self.device == "cpu":
+            call()
+            return None
+        return time_us(call)
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """What a call has at once beside what is there before it; None in a dry run."""
+        return None if self.device == "cpu" else peak_bytes(call)
 
 
 class Gemms(NamedTuple):
@@ -82,33 +111,7 @@ def ways() -> dict[str, Gemms]:
     }
 
 
-def layers(ids: Tensor, E: int) -> dict[str, Callable[..., Tensor]]:
-    """Ways to do a whole layer, differentiable: layer(x, weights, up, down) -> out."""
-    from moe_compile import ops
-    from moe_compile.expert_mlp import expert_mlp
-
-    K, silu = ids.shape[1], torch.nn.functional.silu
-
-    def fused(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return expert_mlp(x, ids, weights, [], [up], [down], E, "silu", True)[0]
-
-    def general(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        rows, ends, order = ops.dispatch(x, ids, E)
-        g, u = ops.grouped_gemm(rows, [up], ends).chunk(2, 1)
-        return ops.combine(ops.grouped_gemm(silu(g) * u, [down], ends), weights, order, ends, K)
-
-    def torchs(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        order = ids.reshape(-1).argsort(stable=True)
-        ends = torch.bincount(ids.reshape(-1), minlength=E).cumsum(0).int()
-        g, u = torch._grouped_mm(x[order // K], up.mT, offs=ends).chunk(2, 1)
-        y = torch._grouped_mm(silu(g) * u, down.mT, offs=ends) * weights.reshape(-1)[order, None]
-        return torch.zeros_like(x).index_add_(0, order // K, y)
-
-    return {"moe_compile fused": fused, "moe_compile": general, "torch._grouped_mm": torchs}
-
-
 def peak_bytes(call: Callable[[], object]) -> int:
-    """What a call has at once beside what is there before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -131,99 +134,150 @@ def why_wrong(value: Tensor, reference: Tensor, roundings: int = 1) -> str | Non
     return f"relative error {rms:.1e} in the mean square, {worst:.1e} of the largest"
 
 
-def measure(shape: str) -> list[dict]:
-    """Rows of (what, by whom, time, FLOP, bytes, or the reason why it is red)."""
-    from moe_compile.kernels import combine as c
-    from moe_compile.kernels import combine_backward as cb
-    from moe_compile.kernels import dispatch as d
-    from moe_compile.kernels import grouped_gemm as g
-    from moe_compile.kernels import grouped_gemm_dw as gw
+class Rows:
+    """Checks and times ways for one shape and routing; one dict for each, as the JSON has them."""
 
-    T, H, W, E, K = map(int, shape.split(","))
-    R = T * K
-    torch.manual_seed(0)
+    def __init__(self, shape: str, routing: str, machine: Machine) -> None:
+        self.shape, self.routing, self.machine = shape, routing, machine
+        self.T, self.H, self.W, self.E, self.K = map(int, shape.split(","))
+        self.R = self.T * self.K
+        torch.manual_seed(0)
+        self.ids = routed(routing, self.T, self.E, self.K, machine.device)
+        self.weights = torch.rand(self.T, self.K, device=machine.device).to(machine.dtype)
 
-    def random(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, device="cuda", dtype=torch.bfloat16) / sizes[-1] ** 0.5
+    def random(self, *sizes: int) -> Tensor:
+        """Numbers about as large as a layer's."""
+        return torch.randn(*sizes, device=self.machine.device, dtype=self.machine.dtype) / sizes[-1] ** 0.5
 
-    weights, ids = torch.rand(T, E, device="cuda").topk(K)
-    weights = weights.bfloat16()
-    x, up, down, act, dy_up, dy = (random(*s) for s in ((T, H), (E, 2 * W, H), (E, H, W), (R, W), (R, 2 * W), (R, H)))
-    x_R, ends, order = d.dispatch_reference(x, ids, E)
-
-    rows: list[dict] = []
-
-    def row(what: str, way: str, checks: list, call: Callable, flop: int = 0, size: int = 0, roundings: int = 1):
-        red = None
+    def row(
+        self, what: str, way: str, checks: list, call: Callable, flop: int = 0, size: int = 0, roundings: int = 1
+    ) -> dict:
+        """Check, then time."""
+        red, taken, peak = None, None, None
         for mine, reference in checks:
             try:
                 red = red or why_wrong(mine(), reference(), roundings)
             except Exception as error:  # whatever went wrong, it is not to be timed
-                red = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-        found = {"shape": shape, "what": what, "way": way, "flop": flop, "bytes": size, "red": red}
-        rows.append(
-            found | {"time_us": None if red else time_us(call), "peak_bytes": None if red else peak_bytes(call)}
-        )
+                red = first_line(error)
+        try:
+            if red is None:
+                taken, peak = self.machine.time_us(call), self.machine.peak_bytes(call)
+        except Exception as error:
+            red = first_line(error)
+        found = {"shape": self.shape, "routing": self.routing, "what": what, "way": way, "flop": flop, "bytes": size}
+        return found | {"red": red, "time_us": taken, "peak_bytes": peak}
 
-    exact = [(lambda i=i: d.dispatch(x, ids, E)[i], lambda v=v: v)
-             for i, v in enumerate((x_R, ends, order))]  # fmt: skip
-    row("dispatch", "moe_compile", exact, lambda: d.dispatch(x, ids, E), size=4 * R * H + 24 * R)
-    combine = (weights, order, ends)
-    check = (lambda: c.combine(dy, *combine, K), lambda: c.combine_reference(dy, *combine, K))
-    row("combine", "moe_compile", [check], check[0], size=2 * (R + T) * H + 12 * R)
-    back = [(lambda i=i: cb.combine_backward(x, dy, *combine)[i],
-             lambda i=i: cb.combine_backward_reference(x, dy, *combine)[i])
-            for i in (0, 1)]  # fmt: skip
-    size = 2 * (2 * R + T) * H + 12 * R
-    row("combine_backward", "moe_compile", back, lambda: cb.combine_backward(x, dy, *combine),
-        size=size)  # fmt: skip
+    def kernels(self) -> Iterator[dict]:
+        """Each kernel alone, and the products of a layer."""
+        from moe_compile.kernels import combine as c
+        from moe_compile.kernels import combine_backward as cb
+        from moe_compile.kernels import dispatch as d
 
-    for way, (gemm, dw) in ways().items():
+        T, H, W, E, K, R = self.T, self.H, self.W, self.E, self.K, self.R
+        sizes = (T, H), (E, 2 * W, H), (E, H, W), (R, W), (R, 2 * W), (R, H)
+        x, up, down, act, dy_up, dy = (self.random(*s) for s in sizes)
+        ids, weights, row = self.ids, self.weights, self.row
+        x_R, ends, order = d.dispatch_reference(x, ids, E)
+        exact = [(lambda i=i: d.dispatch(x, ids, E)[i], lambda v=v: v)
+                 for i, v in enumerate((x_R, ends, order))]  # fmt: skip
+        yield row("dispatch", "moe_compile", exact, lambda: d.dispatch(x, ids, E), size=4 * R * H + 24 * R)
+        combine = (weights, order, ends)
+        check = (lambda: c.combine(dy, *combine, K), lambda: c.combine_reference(dy, *combine, K))
+        yield row("combine", "moe_compile", [check], check[0], size=2 * (R + T) * H + 12 * R)
+        back = [(lambda i=i: cb.combine_backward(x, dy, *combine)[i],
+                 lambda i=i: cb.combine_backward_reference(x, dy, *combine)[i])
+                for i in (0, 1)]  # fmt: skip
+        size = 2 * (2 * R + T) * H + 12 * R
+        yield row("combine_backward", "moe_compile", back, lambda: cb.combine_backward(x, dy, *combine), size=size)
+        for way, gemms in ways().items():
+            yield from self.products(way, gemms, ends, [(x_R, up), (act, down)], [(dy, down), (dy_up, up)])
 
-        def forward(gemm=gemm) -> None:
-            gemm(x_R, up, ends)
-            gemm(act, down, ends)
+    def products(
+        self, way: str, gemms: Gemms, ends: Tensor, forward: list[tuple[Tensor, Tensor]], back: list[tuple]
+    ) -> Iterator[dict]:
+        """The products of a layer; `back` has the gradient of each product's result, with its weight."""
+        from moe_compile.kernels import grouped_gemm as g
+        from moe_compile.kernels import grouped_gemm_dw as gw
 
-        def forward_backward(gemm=gemm, dw=dw, forward=forward) -> None:
-            forward()
-            gemm(dy, down.transpose(1, 2), ends)
-            gemm(dy_up, up.transpose(1, 2), ends)
-            dw(dy, act, ends)
-            dw(dy_up, x_R, ends)
+        of_inputs = [(dy, w.transpose(1, 2)) for dy, w in back]
+        of_weights = [(dy, x) for (dy, _), (x, _) in zip(back, forward[::-1], strict=True)]
 
-        products = [(x_R, up), (act, down)]
-        backward = [(dy, down.transpose(1, 2)), (dy_up, up.transpose(1, 2))]
+        def run() -> None:
+            for x, w in forward:
+                gemms.gemm(x, w, ends)
+
+        def run_all() -> None:
+            for x, w in forward + of_inputs:
+                gemms.gemm(x, w, ends)
+            for dy, x in of_weights:
+                gemms.dw(dy, x, ends)
+
         checks = [
-            (lambda a=a, w=w, gemm=gemm: gemm(a, w, ends),
+            (lambda a=a, w=w: gemms.gemm(a, w, ends),
              lambda a=a, w=w: g.grouped_gemm_reference(a.float(), w.float(), ends))
-            for a, w in products + backward
+            for a, w in forward + of_inputs
         ]  # fmt: skip
         checks += [
-            (lambda a=a, b=b, dw=dw: dw(a, b, ends),
+            (lambda a=a, b=b: gemms.dw(a, b, ends),
              lambda a=a, b=b: gw.grouped_gemm_dw_reference(a.float(), b.float(), ends))
-            for a, b in ((dy, act), (dy_up, x_R))
+            for a, b in of_weights
         ]  # fmt: skip
-        row("forward", way, checks[:2], forward, flop=6 * R * H * W)
-        row("forward+backward", way, checks, forward_backward, flop=18 * R * H * W)
+        flop = 6 * self.R * self.H * self.W
+        yield self.row("forward", way, checks[:2], run, flop=flop)
+        yield self.row("forward+backward", way, checks, run_all, flop=3 * flop)
 
-    wanted = functools.cache(lambda: layer_reference(x, ids, weights, up, down, dy[:T], E))
-    leaves = [v.detach().requires_grad_() for v in (x, weights, up, down)]
-    for way, layer in layers(ids, E).items():
+    def layers(self) -> Iterator[dict]:
+        """Whole layers, ours and the peers'."""
+        T, H, W, E = self.T, self.H, self.W, self.E
+        x, up, down, dout = (self.random(*s) for s in ((T, H), (E, 2 * W, H), (E, H, W), (T, H)))
+        wanted = functools.cache(lambda: layer_reference(x, self.ids, self.weights, up, down, dout, E))
+        flop = 6 * self.R * H * W
+        for name, way in layer_ways(self.ids, E, self.machine.backend).items():
+            if way.layer is None:
+                found = {"shape": self.shape, "routing": self.routing, "what": "layer", "way": name}
+                yield found | {"skipped": way.why_not}
+                continue
+            swap = (lambda v: torch.cat(v.chunk(2, 1)[::-1], 1)) if way.up_first else (lambda v: v)
+            leaves = [nn.Parameter(v) for v in (x, self.weights, swap(up), down)]
 
-        def step(layer=layer) -> list[Tensor]:
-            out = layer(*leaves)
-            return [out.detach(), *torch.autograd.grad(out, leaves, dy[:T])]
+            def step(layer=way.layer, leaves=leaves) -> list[Tensor]:
+                out = layer(*leaves)
+                return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
-        def inference(layer=layer) -> Tensor:
-            with torch.no_grad():
-                return layer(*leaves)
+            def inference(layer=way.layer, leaves=leaves) -> Tensor:
+                with torch.no_grad():
+                    return layer(*leaves)
 
-        row("layer forward", way, [(inference, lambda: wanted()[0])], inference, flop=6 * R * H * W, roundings=3)
-        results = functools.cache(step)  # one step for all of its checks
-        whole: list = [(lambda i=i, of=results: of()[i], lambda i=i: wanted()[i]) for i in range(5)]
-        row("layer f+b", way, whole, step, flop=18 * R * H * W, roundings=3)
-        results.cache_clear()
-    return rows
+            checks = [(inference, lambda: wanted()[0])]
+            yield self.row("layer forward", name, checks, inference, flop=flop, roundings=3)
+            results = functools.cache(step)  # one step for all of its checks
+            back: tuple[Callable, ...] = (lambda v: v, lambda v: v, lambda v: v, swap, lambda v: v)
+            whole: list = [
+                (lambda i=i, of=results, back=back: back[i](of()[i]), lambda i=i: wanted()[i]) for i in range(5)
+            ]
+            yield self.row("layer f+b", name, whole, step, flop=3 * flop, roundings=3)
+            results.cache_clear()
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+
+
+def measured(shapes: list[str], routings: list[str], machine: Machine, stop: float) -> Iterator[dict]:
+    """All rows, balanced routing first; after the time `stop`, a row that says what is left out."""
+    parts = [(routing, shape, part) for routing in routings for shape in shapes for part in ("kernels", "layers")]
+    for routing, shape, part in parts:
+        if part == "kernels" and routing != routings[0]:
+            continue
+        rows = getattr(Rows(shape, routing, machine), part)()
+        while time.monotonic() < stop and (row := next(rows, None)) is not None:
+            yield row
+        if time.monotonic() >= stop:
+            yield {"shape": shape, "routing": routing, "what": part, "way": "", "skipped": "left out: no time"}
+        if machine.device == "cuda":
+            del rows
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
 
 
 def layer_reference(
@@ -240,41 +294,52 @@ def layer_reference(
 
 
 def line(row: dict, ceiling: float) -> str:
-    head = f"{row['shape']:<24}{row['what']:<18}{row['way']:<19}"
+    """A row for people."""
+    head = f"{row['shape']:<24}{row['routing']:<10}{row['what']:<18}{row['way']:<26}"
+    if row.get("skipped"):
+        return f"{head}{row['skipped']}"
     if row["red"]:
         return f"{head}RED {row['red']}"
+    if row["time_us"] is None:
+        return f"{head}right, not timed"
     tflops, gbs = (row[k] / row["time_us"] / f for k, f in (("flop", 1e6), ("bytes", 1e3)))
-    speed = f"{gbs:>9.0f} GB/s" if row["bytes"] else f"{tflops:>9.0f} TFLOP/s"
-    percent = f"{100 * tflops / ceiling:>6.0f} %" if row["flop"] else ""
-    return f"{head}{row['time_us']:>10.0f} us{speed}{percent}"
+    speed = f"{gbs:>9.0f} GB/s   " if row["bytes"] else f"{tflops:>9.0f} TFLOP/s"
+    percent = f"{100 * tflops / ceiling:>5.0f} %" if row["flop"] else " " * 7
+    return f"{head}{row['time_us']:>10.0f} us{speed}{percent}{row['peak_bytes'] / 2**30:>8.2f} GiB"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="T,H,I,E,K")
+    parser.add_argument("--shapes", nargs="+", default=None, metavar="T,H,I,E,K")
+    parser.add_argument("--routing", nargs="+", default=list(ROUTINGS), choices=ROUTINGS)
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--dry", action="store_true", help="on a CPU, once, without times")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    stop = time.monotonic() + 60 * options.minutes
+    if options.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
+    elif not torch.cuda.is_available():
         print("kernels_gpu needs a CUDA machine; torch sees none", file=sys.stderr)
         return 2
     import triton
 
-    name, ceiling = torch.cuda.get_device_name(), dense_tflops()
+    machine = Machine("cpu", torch.float32, "aot_eager") if options.dry else Machine()
+    name, ceiling = ("dry run", 0.0) if options.dry else (torch.cuda.get_device_name(), dense_tflops())
     print(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"dense 8192^3 bf16: {ceiling:.0f} TFLOP/s; percentages are of that")
     rows = []
-    for shape in options.shapes:
-        for row in measure(shape):
-            rows.append(row)
-            print(line(row, ceiling), flush=True)
-        torch.cuda.empty_cache()
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"kernels_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.json"
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    record = {"machine": name, **versions, "dense_tflops": ceiling, "rows": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {path}")
-    return 1 if any(row["red"] for row in rows if row["way"].startswith("moe_compile")) else 0
+    for row in measured(options.shapes or (DRY if options.dry else SHAPES), options.routing, machine, stop):
+        rows.append(row)
+        print(line(row, ceiling), flush=True)
+    if not options.dry:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"kernels_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.json"
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
+        record = {"machine": name, **versions, "dense_tflops": ceiling, "rows": rows}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"wrote {path}")
+    return 1 if any(row.get("red") for row in rows if row["way"].startswith("moe_compile")) else 0
 
 
 if __name__ == "__main__":

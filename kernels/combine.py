@@ -59,8 +59,8 @@ def _combine_kernel(
     for k in tl.static_range(K):
         r = tl.load(position_ptr + t * K + k, mask=t < T, other=0).to(tl.int64)
         row = tl.load(y_ptr + r * D + d, mask=inside & (r < stop), other=0.0).to(tl.float32)
-        if WEIGHTED:
-            row *= tl.load(weights_ptr + t * K + k, mask=t < T, other=0.0).to(tl.float32)
+        if WEIGHTED:  # a pair that no expert took may have any weight, NaN too
+            row *= tl.load(weights_ptr + t * K + k, mask=(t < T) & (r < stop), other=0.0).to(tl.float32)
         acc += row
     tl.store(out_ptr + t * D + d, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
