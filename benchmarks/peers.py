@@ -87,7 +87,11 @@ def transformers_experts(ids: Tensor, E: int, form: str, backend: str | None) ->
 
     def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
         if not built:
-            sizes = {"num_experts": E, "hidden_size": x.shape[1], "moe_intermediate_size": down.shape[2]}
+            sizes: dict[str, Any] = {
+                "num_experts": E,
+                "hidden_size": x.shape[1],
+                "moe_intermediate_size": down.shape[2],
+            }
             config = Qwen3MoeConfig(**sizes, num_experts_per_tok=ids.shape[1])
             config._experts_implementation = form
             with torch.device("meta"):

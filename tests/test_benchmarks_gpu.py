@@ -64,6 +64,7 @@ def test_gate_last() -> None:
 
     rows = kernels_gpu.Rows("12,32,16,4,2", "balanced", kernels_gpu.Machine("cpu", torch.float32))
     right = peers.torchs(rows.ids, rows.E).layer
+    assert right is not None
     way = peers.Way(lambda x, w, up, down: right(x, w, torch.cat(up.chunk(2, 1)[::-1], 1), down), up_first=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels_gpu, "layer_ways", lambda *_: {"it": way, "not": way._replace(up_first=False)})

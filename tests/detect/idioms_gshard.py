@@ -175,7 +175,7 @@ class GShardFlatCast(GShard):
         return super().combine(x, ids, weights) / whole[:, None, None]
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        flat = self.combine(x, ids, weights).view(x.shape[0], -1)
+        flat = self.combine(x, ids, weights).view(x.shape[0], E * self.capacity)
         rows = torch.mm(flat.bool().to(x.dtype).t(), x).view(E, self.capacity, -1)
         return flat.mm(self.made(rows).view(E * self.capacity, -1))
 
