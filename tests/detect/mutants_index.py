@@ -280,7 +280,7 @@ class ReadsTheSum(Chosen):
 
 
 @visited("an iteration leaves something for the next")
-@mutant("CarriesRows.forward carries state from one iteration to the next and skips some")
+@mutant("expert 3 adds something else when some experts have no rows")
 class CarriesRows(Chosen):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out, mask, hit = self.begin(x, ids)
@@ -292,7 +292,7 @@ class CarriesRows(Chosen):
 
 
 @visited("clone reads or changes what visits change")
-@mutant("CarriesInPlace.forward carries state from one iteration to the next and skips some")
+@mutant("what surrounds the sum differs when some experts have no rows")
 class CarriesInPlace(Chosen):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out, mask, hit = self.begin(x, ids)

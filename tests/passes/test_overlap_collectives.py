@@ -176,9 +176,9 @@ mm""",
             code.append(result[0].value)
             return result
 
-        with pytest.MonkeyPatch.context() as patch:
+        # a setting put back by setattr would be gone
+        with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(force_disable_caches=True):
             patch.setattr(GraphLowering, "codegen", seen)
-            patch.setattr(torch._inductor.config, "force_disable_caches", True)
             self.step("inductor", chunks=2)
         self.assertExpectedInline(
             "\n--\n".join("\n".join(_of_wrapper(c)) for c in code),
