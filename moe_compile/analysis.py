@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from moe_compile import worlds
 from moe_compile.arguments import NOTHING_KNOWN, Known
@@ -197,46 +196,21 @@ def _trace(
     return found, worlds.survey(found, known.distinct) if needed else None
 
 
-MORE = (1, 2, 7)  # numbers behind those of the experts
-
-
 def _beyond_counts(found: Capture, trace: Callable[..., Capture]) -> tuple[int | None, str | None]:
     """Where bincount(minlength=E) counts the ids, what becomes of an id that is E or more: (E, None) if it is an error,
-    (None, None) if it is nobody's, else the reason to refuse it."""
+    (None, None) if it is nobody's, since nobody sees that there are more numbers; else the reason to refuse it."""
     if found.visits:
         raise OneByOne("bincount has more numbers where an id is out of range")
-    worlds_of_more = [trace(longer=more, visit=None) for more in MORE]
-    fails = {longer.fails_at for longer in worlds_of_more}
-    if len(fails) == 1 and (None not in fails or all(_alike(found, longer) for longer in worlds_of_more)):
-        return fails.pop(), None
-    return None, (
-        f"bincount(minlength={found.open_counts}) gives more numbers where an id is greater, and the function uses "
-        "them: the ids are not shown to be less, as those of topk are"
-    )
-
-
-def _alike(one: Capture, other: Capture) -> bool:
-    """Whether two graphs compute the same, but for how many numbers bincount gives."""
-    constants = one.constants.keys() == other.constants.keys() and all(
-        torch.equal(value, other.constants[name]) for name, value in one.constants.items()
-    )
-    return constants and one.out_spec == other.out_spec and _spelled(one) == _spelled(other)
-
-
-def _spelled(found: Capture) -> list[str]:
-    """What a graph computes, without what the trace made up and nobody uses."""
-    used: dict[Node, None] = {}
-    for node in reversed(found.gm.graph.nodes):
-        made_up = node.op == "placeholder" or "moe_ep_capture" in str(node.target)
-        if not (made_up or op_of(node) in ("getitem", "select")) or any(user in used for user in node.users):
-            used[node] = None
-    number = {node: i for i, node in enumerate(used)}
-
-    def spelled(node: Node) -> str:
-        args = node.args[:1] if "moe_ep_capture.bincount" in str(node.target) else node.args
-        return repr(map_arg((node.op, str(node.target), args, node.kwargs), lambda n: f"%{number[n]}"))  # type: ignore[arg-type]
-
-    return list(map(spelled, used))
+    if (fails_at := trace(longer=True, visit=None).fails_at) is not None:
+        return fails_at, None
+    try:
+        trace(bounded=True, visit=None)
+    except Refusal:
+        return None, (
+            f"bincount(minlength={found.open_counts}) gives more numbers where an id is greater, and the function sees "
+            "them: the ids are not shown to be less, as those of topk are"
+        )
+    return None, None
 
 
 NOTHING = "nothing is summed over experts"

@@ -44,7 +44,8 @@ from moe_compile.numbers import EQUAL, has_loops, long_enough, numbers_in, progr
 from moe_compile.parallel import gather
 from moe_compile.parts import parts
 from moe_compile.python_state import Functions, reachable, watch
-from moe_compile.ranges import READS, Numbers, Unsized, number_of_classes
+from moe_compile.ranges import READS, Bounded, Numbers, Unsized, number_of_classes
+from moe_compile.ranges import bounded as until_the_end
 from moe_compile.region import EXAMPLE_ROWS
 from moe_compile.series import State, add_inputs
 from moe_compile.stand_ins import Lists, watched
@@ -137,7 +138,8 @@ class Answers(TorchFunctionMode):
         self.by_number = False  # the loop that visits some experts alone runs over numbers
         self.last_class: int | None = None  # of those that a loop over chosen experts would visit
         self.open_counts: int | None = None
-        self.longer = 0  # how many numbers more than `open_counts`
+        self.longer = False  # by one number than `open_counts`
+        self.bounded = False  # nobody may see how many there are
         self.asked: dict[tuple[str, Any], Tensor] = {}
         self._place: dict[Hashable, int] = {}  # selections, in the order in which they were first made
         self._spellings: dict[Node, str] = {}
@@ -284,20 +286,22 @@ class Answers(TorchFunctionMode):
             if self.open_counts not in (None, minlength):
                 raise Refusal("bincount with several numbers as minlength, of ids that may be greater")
             self.open_counts = minlength
-        return self.host.bincount(ids, weights, minlength + (self.longer if self.open_counts == minlength else 0))
+            counts = self.host.bincount(ids, weights, minlength + self.longer)
+            return self.unsized.add(counts) if self.bounded else counts
+        return self.host.bincount(ids, weights, minlength)
 
     def entries(self, func: Any, vector: Tensor) -> Any:
         """The numbers that Python reads of a vector as long as the largest id says: another length in another world."""
         counts = self.unsized.counts(vector)
         assert counts is not None
-        length = self._answer("length", counts, counts.shape[0])
-        self.reads_length = True
+        length = counts.shape[0] if self.bounded else self._answer("length", counts, counts.shape[0])
+        self.reads_length |= not self.bounded
         if func in (torch.Tensor.tolist, torch.Tensor.numpy):
             entries = self.host.numpy(vector) if func is torch.Tensor.numpy else self.host.entries(vector)
-            return Numbers(itertools.islice(entries, length))
+            return (Bounded if self.bounded else Numbers)(itertools.islice(entries, length))
         with torch._C.DisableTorchFunction():
             parts = vector.unbind(0)[:length]
-        return iter(parts)
+        return until_the_end(iter(parts)) if self.bounded else iter(parts)
 
     def _indices(self, index: Any) -> Any:
         parts: list[Any] = []
@@ -526,7 +530,8 @@ def capture(
     visit: Functions | None = None,
     known: Known = NOTHING_KNOWN,
     by_number: bool = False,
-    longer: int = 0,
+    longer: bool = False,
+    bounded: bool = False,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
     be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
@@ -534,8 +539,8 @@ def capture(
     `classes`: how many classes a loop over chosen experts visits, if not all; `may_fail`: an IndexError after such a
     loop began is noted, not a refusal; `visited`: the experts that such a loop visits, or the first one over numbers if
     `by_number`; `visit`: all functions that can run, if one visit may stand for many experts (visits.py); `known`: what
-    the caller's graph shows of the tensors; `longer`: with so many more numbers than `Capture.open_counts`, where an
-    IndexError is noted too.
+    the caller's graph shows of the tensors; `longer`: with one more number than `Capture.open_counts`, where an
+    IndexError is noted too; `bounded`: it is a refusal to see how many of these numbers there are.
 
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
@@ -563,7 +568,8 @@ def capture(
     lengths = [world.vector(f"{ROWS}_{i}", EXAMPLE) for i in range(selections if rows == SYMBOLIC else 0)]
     indices = [world.vector(f"{VISIT}_{i}", OFFSET) for i in range(MOST if visit is not None else 0)]
     answers = Answers(rows, truth, script, classes, visited, dict(known.widths))
-    answers.by_number, answers.longer = by_number, longer
+    answers.by_number, answers.longer, answers.bounded = by_number, longer, bounded
+    answers.unsized.longer_only = bounded
     seen: dict[str, Any] = {}
 
     def run_on_fakes(

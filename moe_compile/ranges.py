@@ -9,7 +9,7 @@ those that stand at a place; what would see their number is a refusal.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -102,6 +102,12 @@ class Unsized:
 
     def __init__(self) -> None:
         self._first: dict[int, tuple[Tensor, Tensor]] = {}  # a vector, and that of the counts behind it
+        self.longer_only = False  # the program has them as long at least: what stands at a place is there
+
+    def _padded(self, args: Any) -> Tensor | None:
+        """The counts behind the last of the vectors that cat joins, if the others are no such vectors."""
+        *before, last = args[0] if len(args) == 1 and isinstance(args[0], (list, tuple)) and args[0] else (None,)
+        return None if any(self.counts(b) is not None for b in before) else self.counts(last)
 
     def add(self, counts: Tensor) -> Tensor:
         self._first[id(counts)] = counts, counts
@@ -113,7 +119,9 @@ class Unsized:
 
     def look(self, func: Any, args: Any, kwargs: Any) -> None:
         """Refuse a call that would show how long such a vector is."""
-        if not self._first or func in _ENTRYWISE:
+        if not self._first or func in _ENTRYWISE or func in _HARMLESS:
+            return
+        if self.longer_only and func is torch.cat and self._padded(args) is not None:
             return
         if any(id(x) in self._first for x in tree_leaves([args, kwargs])):
             place = args[1] if func is torch.Tensor.__getitem__ else None
@@ -122,6 +130,8 @@ class Unsized:
 
     def follow(self, func: Any, args: Any, result: Any) -> None:
         counts = self.counts(args[0]) if func in _ENTRYWISE and args else None
+        if self.longer_only and func is torch.cat:
+            counts = self._padded(args)
         if counts is not None and isinstance(result, Tensor):
             self._first[id(result)] = result, counts
 
@@ -132,6 +142,7 @@ _ENTRYWISE = {
     torch.Tensor.detach, torch.Tensor.clone, torch.Tensor.contiguous, *READS,
     torch.Tensor.device.__get__, torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
 }  # fmt: skip
+_HARMLESS = {torch.Tensor.dim, torch.Tensor.ndim.__get__, torch.Tensor.new_zeros}  # type: ignore[attr-defined]
 
 
 def _hidden(*_: Any, **__: Any) -> NoReturn:
@@ -149,6 +160,22 @@ class Numbers(list):  # type: ignore[type-arg]
 
     def tolist(self) -> "Numbers":
         return self
+
+
+class Bounded(Numbers):
+    """The same, of which nobody sees that there are no more."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return bounded(list.__iter__(self))
+
+    def cumsum(self, axis: Any = None) -> "Bounded":
+        return Bounded(itertools.accumulate(list.__iter__(self))) if axis in (None, 0, -1) else _hidden()
+
+
+def bounded(entries: Iterator[Any]) -> Iterator[Any]:
+    """The entries; a refusal where a loop would see their end."""
+    yield from entries
+    _hidden()
 
 
 for _name in """

@@ -215,6 +215,23 @@ class OpenSecond(OpenFewer):
         return out * 2.0 if len(ends) > E + 1 else out
 
 
+class OpenMuchLonger(OpenFewer):
+    """Only a number of numbers that no trace happens to have makes a difference."""
+
+    def finish(self, out: Tensor, ends: Any) -> Tensor:
+        return out * 2.0 if ends.shape[0] == E + 40 else out
+
+
+class OpenLate(OpenMuchLonger):
+    """The numbers of nobody are walked over."""
+
+    def numbers(self, ends: Any) -> Any:
+        return ((e, end) for e, end in enumerate(ends) if e < E)
+
+    def finish(self, out: Tensor, ends: Any) -> Tensor:
+        return out
+
+
 class OpenBreak(Open):
     """The last expert takes the rows of all greater ids."""
 
@@ -238,7 +255,7 @@ def test_greater_ids_do_what_they_did(make: type[Open]) -> None:
         assert not differences(outcome(run, module, args), outcome(module, module, args), 1e-12)
 
 
-@pytest.mark.parametrize("make", [OpenLength, OpenLast, OpenSecond, OpenBreak])
+@pytest.mark.parametrize("make", [OpenMuchLonger, OpenLate, OpenLength, OpenLast, OpenSecond, OpenBreak])
 def test_more_numbers_that_are_used_are_refused(make: type[Open]) -> None:
     module = make().double()
     args = arguments(IDIOMS["EndsByNumpy"], dtype=torch.float64)
