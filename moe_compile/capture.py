@@ -44,8 +44,7 @@ from moe_compile.numbers import EQUAL, has_loops, long_enough, numbers_in, progr
 from moe_compile.parallel import gather
 from moe_compile.parts import parts
 from moe_compile.python_state import Functions, reachable, watch
-from moe_compile.ranges import READS, Bounded, Numbers, Unsized, number_of_classes
-from moe_compile.ranges import bounded as until_the_end
+from moe_compile.ranges import READS, Bounded, Numbers, Unsized, number_of_classes, until_the_end
 from moe_compile.region import EXAMPLE_ROWS
 from moe_compile.series import State, add_inputs
 from moe_compile.stand_ins import Lists, watched

@@ -166,13 +166,13 @@ class Bounded(Numbers):
     """The same, of which nobody sees that there are no more."""
 
     def __iter__(self) -> Iterator[Any]:
-        return bounded(list.__iter__(self))
+        return until_the_end(list.__iter__(self))
 
     def cumsum(self, axis: Any = None) -> "Bounded":
         return Bounded(itertools.accumulate(list.__iter__(self))) if axis in (None, 0, -1) else _hidden()
 
 
-def bounded(entries: Iterator[Any]) -> Iterator[Any]:
+def until_the_end(entries: Iterator[Any]) -> Iterator[Any]:
     """The entries; a refusal where a loop would see their end."""
     yield from entries
     _hidden()
