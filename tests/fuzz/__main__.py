@@ -18,6 +18,7 @@ from tests.fuzz.run import run
 from tests.fuzz.tally import Tally
 
 PER_JOB = 20  # programs between two lines of progress
+JOBS_OF_A_PROCESS = 10  # then a fresh one: what torch keeps of old programs slows new ones down
 SEEDS = 1_000_000
 
 
@@ -35,7 +36,8 @@ def main(
     last = seed * SEEDS + cases
     parts = [range(n, min(n + PER_JOB, last)) for n in range(seed * SEEDS, last, PER_JOB)]
     counts: collections.Counter[str] = collections.Counter()
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=JOBS_OF_A_PROCESS) as pool:
         for found in pool.map(run, parts):
             total += found
             counts.update(programs=found.programs, wrong=len(found.wrong))
