@@ -2,10 +2,11 @@
 
     python -m benchmarks.kernels_cpu [--quick] [--shapes T,D,F,E,K ...] [--threads 0] [--out benchmarks/results]
 
-T tokens, D model width, F expert width, E experts, K experts a token.  The peers get sorted rows and write into outputs
-that exist; ours gives new ones.  A whole block is `expert_mlp` (gated, SiLU) forward and backward, from unsorted tokens
-to all gradients; beside it stand its six products alone.  Ways take turns in one process, times are medians, ratios are
-peer / ours.  A kernel whose error against float64 is red is not timed, and the exit status is 1.
+T tokens, D model width, F expert width, E experts, K experts a token.  The peers get sorted rows.  "torch.mm" and
+"torch.bmm" write into outputs that exist; ours gives new ones, as a step of training needs them, and so does "mm, new":
+products into the parts of one new stack.  A whole block is `expert_mlp` (gated, SiLU) forward and backward, from
+unsorted tokens to all gradients; beside it stand its six products alone.  Ways take turns in one process, times are
+medians, ratios are peer / ours.  A kernel whose error against float64 is red is not timed, and the exit status is 1.
 """
 
 import json
@@ -34,7 +35,7 @@ SHAPES = [
 ]  # fmt: skip
 QUICK = ["16,256,128,64,4", "512,256,256,64,4", "1024,256,256,8,2"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PEERS = ("torch.mm", "torch.bmm")
+PEERS = ("torch.mm", "mm, new", "torch.bmm")
 Call = Callable[[], Any]
 
 
@@ -104,6 +105,23 @@ def one_by_one(pairs: Sequence[tuple[Tensor, Tensor]]) -> Call:
     return call
 
 
+def into_new(stacks: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Call:
+    """torch.mm of each pair, into the parts of new memory for each stack of products."""
+    work = []
+    for pairs in stacks:
+        sizes = [(a.shape[0], b.shape[1]) for a, b in pairs]
+        work.append((sum(m * n for m, n in sizes), [(a, b, m, n) for (a, b), (m, n) in zip(pairs, sizes, strict=True)]))
+
+    def call() -> None:
+        for total, parts in work:
+            memory, begin = parts[0][0].new_empty(total), 0
+            for a, b, m, n in parts:
+                torch.mm(a, b, out=memory[begin : begin + m * n].view(m, n))
+                begin += m * n
+
+    return call
+
+
 def batched(a: Tensor, b: Tensor) -> Call:
     out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
     return lambda: torch.bmm(a, b, out=out)
@@ -113,21 +131,27 @@ def products(p: Problem, routing: str) -> dict[str, dict[str, Any]]:
     """For each kind of product with the first weights: our call, its definition, and the peers."""
     rows, E = list(groups(p.ends)), p.up.shape[0]
     x, dh, w, wt = p.x_RD, p.h_RG, p.up, p.up.transpose(1, 2)
+    forward, inputs, weights = ([f(e, r) for e, r in rows] for f in (
+        lambda e, r: (x[r], wt[e]), lambda e, r: (dh[r], w[e]), lambda e, r: (dh[r].t(), x[r]),
+    ))  # fmt: skip
     found: dict[str, dict[str, Any]] = {
         "forward": {
             "ours": lambda: cpu.grouped_gemm(x, [w], p.ends),
             "exact": lambda: ops.grouped_gemm_reference(x.double(), [w.double()], p.ends),
-            "torch.mm": one_by_one([(x[r], wt[e]) for e, r in rows]),
+            "torch.mm": one_by_one(forward),
+            "mm, new": into_new([forward]),
         },
         "input grad.": {
             "ours": lambda: cpu.grouped_gemm(dh, [wt], p.ends),
             "exact": lambda: ops.grouped_gemm_reference(dh.double(), [wt.double()], p.ends),
-            "torch.mm": one_by_one([(dh[r], w[e]) for e, r in rows]),
+            "torch.mm": one_by_one(inputs),
+            "mm, new": into_new([inputs]),
         },
         "weight grad.": {
             "ours": lambda: cpu.grouped_gemm_dw(dh, x, p.ends),
             "exact": lambda: ops.grouped_gemm_dw_reference(dh.double(), x.double(), p.ends),
-            "torch.mm": one_by_one([(dh[r].t(), x[r]) for _, r in rows]),
+            "torch.mm": one_by_one(weights),
+            "mm, new": into_new([weights]),
         },
     }
     if routing == "even":
@@ -155,15 +179,16 @@ def block(p: Problem) -> dict[str, Any]:
     from moe_compile.expert_mlp import backward_reference, reference
 
     values = p.x_TD, p.weights_TK, p.up, p.down, p.dout_TD
-    pairs = []
+    pairs: list[list[tuple[Tensor, Tensor]]] = []
     for e, r in groups(p.ends):
         x, h, a, y, up, down = p.x_RD[r], p.h_RG[r], p.a_RF[r], p.y_RD[r], p.up[e], p.down[e]
-        pairs += [(x, up.t()), (a, down.t()), (y, down), (h, up), (y.t(), a), (h.t(), x)]
+        pairs.append([(x, up.t()), (a, down.t()), (y, down), (h, up), (y.t(), a), (h.t(), x)])
     return {
         "ours": ours,
         "value": lambda: run(cpu.mlp, cpu.mlp_backward, *values),
         "exact": lambda: run(reference, backward_reference, *(v.double() for v in values)),
-        "torch.mm": one_by_one(pairs),
+        "torch.mm": one_by_one([pair for six in pairs for pair in six]),
+        "mm, new": into_new(list(zip(*pairs, strict=True))),
     }
 
 
@@ -213,7 +238,7 @@ def show(console: Console, rows: list[Row]) -> None:
     table = Table(title="ratios: peer / ours", title_justify="left")
     for name in ("T,D,F,E,K", "rows", "dtype", "what"):
         table.add_column(name, no_wrap=True)
-    for name in ("ours ms", "GFLOP/s", "x torch.mm", "x torch.bmm", "first torch.mm"):
+    for name in ("ours ms", "GFLOP/s", *(f"x {peer}" for peer in PEERS), "first torch.mm"):
         table.add_column(name, justify="right")
     for row in rows:
         head = row.shape, row.routing, row.dtype, row.what
