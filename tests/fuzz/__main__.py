@@ -8,7 +8,6 @@ several runs.
 import collections
 import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -36,9 +35,8 @@ def main(
     last = seed * SEEDS + cases
     parts = [range(n, min(n + PER_JOB, last)) for n in range(seed * SEEDS, last, PER_JOB)]
     counts: collections.Counter[str] = collections.Counter()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=JOBS_OF_A_PROCESS) as pool:
-        for found in pool.map(run, parts):
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=JOBS_OF_A_PROCESS) as pool:
+        for found in pool.imap(run, parts):
             total += found
             counts.update(programs=found.programs, wrong=len(found.wrong))
             print(f"{dict(counts)} in {time.monotonic() - began:.0f} s", flush=True)
