@@ -87,6 +87,7 @@ class DetectExperts(RewritePass[Found]):
         self.run.run(sums.finish)
         if not self.run.regions and not self.run.refused:
             lists.joined(self.run)
+            self.run.refuse_lost_changes()
         for site, region in self.run.regions.items():
             yield site, Found(site, region, None)
         for site, reason in self.run.refused:

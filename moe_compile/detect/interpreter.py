@@ -128,10 +128,10 @@ class Interpreter:
                     self.settle(source)
                 break
             self.values[node] = self._meaning(node)
-        self._refuse_lost_changes()
+        self.refuse_lost_changes()
         self._report_unknown_sums()
 
-    def _refuse_lost_changes(self) -> None:
+    def refuse_lost_changes(self) -> None:
         """A change in place goes with the region it belongs to; somebody else may see it: through another name, or
         after the call, if it changes an input."""
         for node, written in self._dropped:

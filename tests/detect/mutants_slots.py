@@ -88,3 +88,23 @@ class ChoiceInOneBatch(Batched):
         gates, tokens = best(scores(x, weights))
         made = torch.bmm(F.relu(torch.bmm(x[tokens], self.up)), self.down) * gates.unsqueeze(-1)
         return torch.zeros_like(x).index_add_(0, tokens.flatten(), made.flatten(0, 1))
+
+
+@mutant("aten.copy_ at file.py changes an input of the region in place", forward_only=True)
+class SlotsCount(Slots):
+    """A buffer of the caller's, set beside each expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("load", torch.zeros(E))
+
+    def part(self, dispatched: Tensor, e: int) -> Tensor:
+        self.load[e] = dispatched.shape[1]
+        return dispatched[e]
+
+
+@mutant("aten.add_.Tensor at file.py changes an input of the region in place", forward_only=True)
+class SlotsCountOneMore(SlotsCount):
+    def part(self, dispatched: Tensor, e: int) -> Tensor:
+        self.load[e].add_(1)
+        return dispatched[e]
