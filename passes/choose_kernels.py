@@ -5,7 +5,8 @@ Before:
     o = moe_ep.combine(y, weights, order, offsets, K)
 
 After:
-    y = moe_ep_triton.grouped_gemm(x, w, offsets)      # on CUDA; or aten._grouped_mm, where the cost table says so
+    y = moe_ep_triton.grouped_gemm(x, w, offsets)      # on CUDA; or aten._grouped_mm, where the cost table says so;
+                                                       # or, under max_autotune, moe_ep_timed's: Inductor times both
     o = moe_ep_triton.combine(y, weights, order, offsets, K)
     # on CUDA, `expert_mlp` whose products before the activation nobody keeps is written as its four kernels;
     # otherwise it stays one call of the op, which runs them (moe_compile/cuda.py)
@@ -24,10 +25,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from moe_compile import cuda
+from moe_compile import autotune, cuda
 from moe_compile.cost import grouped_gemm_us
 from moe_compile.rewrite import RewritePass, emit, value
 
@@ -74,7 +76,9 @@ class ChooseKernels(RewritePass[Site]):
                 args[1] = stack
             reason = _why_not_triton(op, map_arg(tuple(args), lambda n: n.meta["val"]))
             lacking = f"triton: {reason}" if reason else ""
-            if op == "grouped_gemm" and (cost := _prefer_grouped_mm(*args[:2])) is not None:
+            if op == "grouped_gemm" and reason is None and _timed(*args[:2]):
+                new, name = _by_time(graph, node, *args), "the faster one, by Inductor"
+            elif op == "grouped_gemm" and (cost := _prefer_grouped_mm(*args[:2])) is not None:
                 new, name, lacking = _grouped_mm(graph, node, *args), "aten._grouped_mm", cost
             elif reason is None:
                 target = getattr(torch.ops.moe_ep_triton, op).default
@@ -131,7 +135,9 @@ def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
     order, offsets = part(routing, 0), part(routing, 1)
     arguments = (x, stack(gate), stack(up), offsets, order, top_k, activation, gated, False)
     a, last = part(emit(graph, triton.gated_gemm.default, *arguments, like=node), 0), stack(down)
-    if _prefer_grouped_mm(a, last) is not None:
+    if _timed(a, last):
+        y, name = _by_time(graph, node, a, last, offsets), "triton and the faster one, by Inductor"
+    elif _prefer_grouped_mm(a, last) is not None:
         product = emit(graph, moe_ep.grouped_gemm.default, a, [last], offsets, like=node)
         y, name = _grouped_mm(graph, product, a, last, offsets), "triton and aten._grouped_mm"
         graph.erase_node(product)
@@ -149,12 +155,28 @@ def _why_not_triton(op: str, vals: tuple[Any, ...]) -> str | None:
     return dict(zip(OPS, modules, strict=True))[op].why_not(*vals)
 
 
+def _takes_grouped_mm(x_RD: Tensor, w_EFD: Tensor) -> bool:
+    """Whether torch's own grouped product can have these operands."""
+    aligned = all(isinstance(s, int) and s * x_RD.element_size() % 16 == 0 for s in (*w_EFD.shape[1:], x_RD.shape[1]))
+    packed = w_EFD.stride(-1) == 1 or w_EFD.stride(-2) == 1
+    return x_RD.dtype == w_EFD.dtype == torch.bfloat16 and aligned and packed
+
+
+def _timed(x: Any, w: Any) -> bool:
+    """Whether Inductor is to time both products, as the user asked by `max_autotune`."""
+    asked = inductor_config.max_autotune or inductor_config.max_autotune_gemm
+    return asked and _takes_grouped_mm(value(x), value(w))
+
+
+def _by_time(graph: Graph, like: Node, x: Any, w: Any, offsets: Any) -> Node:
+    autotune.register()
+    return emit(graph, torch.ops.moe_ep_timed.grouped_gemm.default, x, w, offsets, like=like)
+
+
 def _prefer_grouped_mm(x: Any, w: Any) -> str | None:
     """Why torch's own grouped product is the better choice, or None."""
     x_RD, w_EFD = value(x), value(w)
-    aligned = all(isinstance(s, int) and s * x_RD.element_size() % 16 == 0 for s in (*w_EFD.shape[1:], x_RD.shape[1]))
-    packed = w_EFD.stride(-1) == 1 or w_EFD.stride(-2) == 1
-    if x_RD.dtype != torch.bfloat16 or w_EFD.dtype != x_RD.dtype or not aligned or not packed:
+    if not _takes_grouped_mm(x_RD, w_EFD):
         return None
     ours, theirs = (grouped_gemm_us(name, x_RD, w_EFD) for name in ("triton", "grouped_mm"))
     return f"triton: {ours:.0f} us estimated, {theirs:.0f} us with aten._grouped_mm" if theirs < ours else None

@@ -5,6 +5,7 @@ Refresh with EXPECTTEST_ACCEPT=1, then read the diff before committing it.
 
 import torch
 from expecttest import TestCase
+from torch._inductor import config as inductor_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -124,6 +125,20 @@ full_default: bf16[] = aten.full([], 0.0, dtype=torch.bfloat16, device=cuda:0)
 where_self: bf16[65536, 1536] = aten.where.self(unsqueeze_default, _grouped_mm_default, full_default)
 return where_self""",
         )
+
+    def test_leaves_the_choice_to_inductor_under_max_autotune(self):
+        def layer(x, w, o):
+            return moe_ep.grouped_gemm(x, [w], o)
+
+        for dtype, target in ((torch.bfloat16, "moe_ep_timed"), (torch.float32, "moe_ep_triton")):
+            gm = trace(layer, (T, D), (E, F, D), OFFSETS, dtype=dtype)
+            with inductor_config.patch(max_autotune=True):
+                choose(gm)
+            self.assertIn(f"= {target}.grouped_gemm(x_1, w_1, o_1)", graph_text(gm.graph))
+        gm = trace(lambda *args: mlp(*args)[0], (T, D), IDS, (E, 2 * F, D), (E, D, F), (T, K), dtype=torch.bfloat16)
+        with inductor_config.patch(max_autotune=True):
+            self.assertEqual(choose(gm).chosen[0][1], "triton and the faster one, by Inductor")
+        self.assertIn("= moe_ep_timed.grouped_gemm(getitem_6, arg3_1, getitem_5)", graph_text(gm.graph))
 
     def test_says_what_a_kernel_lacks_and_leaves_the_op(self):
         gm = trace(lambda x, w, o: moe_ep.grouped_gemm(x, [w], o), (T, D), (E, F, D), OFFSETS, dtype=torch.float64)
