@@ -44,7 +44,7 @@ def bodies(
     exprs: list[Expr] = []
     sources: set[Every] = set()
     for e, (part, own) in enumerate(zip(parts, inside, strict=True)):
-        expr = (RowsBehindOnes if lead else RowsOfList)(run, e, ListTerm(None, part), own, lead).result()
+        expr = RowsOfSlots(run, e, ListTerm(None, part), own, lead).result()
         if isinstance(expr, Unknown):
             return expr
         table: dict[Leaf, Expr] = {}
@@ -66,15 +66,23 @@ def bodies(
     return exprs, sources.pop()
 
 
-class RowsBehindOnes(RowsOfList):
-    """The same for rows [1, ..., C, M], with `lead` dimensions of one in front: only ops that let those be."""
+class RowsOfSlots(RowsOfList):
+    """What one expert makes of its slots; of [1, ..., C, M], with `lead` ones in front, by ops that let those be."""
 
     def call(self, node: Node) -> Call:
         return _Behind(node, op_of(node), [], {}, self.run, self)
 
+    def _arg(self, arg: Any) -> Any:
+        value = super()._arg(arg)
+        if isinstance(arg, Node) and isinstance(value, Plain) and slots_of(self.run, arg) is not None:
+            return self._listed(arg, None) or value
+        return value
+
     def _value(self, node: Node) -> Value:
+        if slots_of(self.run, node) is not None:
+            return self.run.values[node]
         value = super()._value(node)
-        if not isinstance(value, Rows | RowTuple):
+        if not self.lead or not isinstance(value, Rows | RowTuple):
             return value
         if not _lets_ones_be(node) or not all(map(self.fits, leaves(node.meta["val"]))):
             return Unknown(f"{name_of(node)} is not known to leave the dimensions before the rows alone")
@@ -169,8 +177,10 @@ def joined(made: Node, num: int, capacity: Any, rank: int) -> tuple[list[Node], 
 
 def slots_of(run: Interpreter, node: Node) -> tuple[Every, int] | None:
     """The slots of all experts, and the expert whose part [C, ...], or [1, ..., C, ...], a node is."""
+    if not isinstance(node.meta.get("val"), Tensor):
+        return None
     node = _without_ones(node)
-    source: Any = node.args[0]
+    source: Any = node.args[0] if node.args else None
     if op_of(node) == "select":
         at, e = node.args[1:3]
     elif op_of(node) == "getitem" and op_of(source) in ("unbind", "chunk", "split"):

@@ -21,7 +21,10 @@ def whole(table: Slots) -> bool:
     names = sorted(map(str, table.dims))
     if table.wide is not None:
         return ranks == {1} and names == ["0", "ec"]
-    return names == (["0", "c", "e"] if ranks == {1} else ["0", "1", "c", "e"])
+    if ranks == {1}:
+        return names == ["0", "c", "e"]
+    along = {t.place.count.along for t in table.terms}  # type: ignore[union-attr]
+    return names == ["0", "1", "c", "e"] and along in ({0}, {1})
 
 
 def sizes_of(table: Slots, node: Node) -> tuple[Any, Any, Any]:
@@ -80,9 +83,8 @@ def _not_counted_so(run: Interpreter, table: Slots) -> str | None:
         if count.ids.meta["val"].dim() == 1:
             continue
         if not table.summed:
-            if type(count.along) is not int or count.along != table.terms[0].place.count.along:  # type: ignore[union-attr]
-                return "places are not counted along the tokens of each group"
-        elif count.along == "any":
+            continue  # of groups, which remain in the table
+        if count.along == "any":
             if repeated := not_distinct(run, count.ids):
                 return f"an expert that a token chose twice has one place for both: {repeated}"
         elif type(count.along) is int or count.base:

@@ -51,9 +51,9 @@ def einsum(call: Call) -> Value | None:
             g, s = (letters[i][table.dims.index(d)] for d in (1 - along, along))
             t, c = "".join(letters[i][table.dims.index(d)] for d in (0, 1)), g + c
         if (
-            isinstance(other, Plain)
+            isinstance(other, Plain | Stacked)
             and mine[: len(t)] == t
-            and result == e + c + mine[1:]
+            and result == e + c + mine[len(t) :]
             and not set(e + c) & set(mine[len(t) :])
         ):
             return laid_out(call, table, nodes[i], nodes[1 - i])  # type: ignore[index, arg-type]
@@ -154,6 +154,7 @@ def total_of_list(call: Call, table: Slots, node: Node, made: Node, flat: bool =
         return None
     found = bodies(call.run, call.node, made, num, capacity, call.val(made).dim() - (not flat))
     if found is None or isinstance(found, Unknown):
+        call.run.hints += [found.reason] if found is not None else []
         return None
     exprs, laid = found
     if _differ(call, laid.slots, table, capacity) or any(

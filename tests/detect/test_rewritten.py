@@ -18,6 +18,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_every,
     idioms_forms,
     idioms_grids,
+    idioms_groups,
     idioms_gshard,
     idioms_helpers,
     idioms_listings,
