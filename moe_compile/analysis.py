@@ -16,6 +16,7 @@ from moe_compile import worlds
 from moe_compile.arguments import NOTHING_KNOWN, Known
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
+from moe_compile.detect.by_column import column_of
 from moe_compile.detect.counts import ANY
 from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
 from moe_compile.detect.selection import unflattened
@@ -244,6 +245,18 @@ def _form(region: Region, before: str) -> str:
     return "grouped" if "grouped_mm" in before else "batched"
 
 
+def _same_ids(run: Interpreter, ids: Node, table: Node) -> bool:
+    """Whether ids are those of a table, which may be the one column of theirs."""
+    mine = unflattened(run, ids)
+    if mine is table:
+        return True
+    found = column_of(run, table)
+    if op_of(table) == "squeeze" and table.args[1:] in ((1,), (-1,)) and isinstance(table.args[0], Node):
+        source, val = table.args[0], table.args[0].meta["val"]
+        found = (run.canonical.get(source, source), 0, 1) if val.dim() == 2 and val.shape[1] == 1 else None
+    return found is not None and found == (run.canonical.get(mine, mine), 0, 1)
+
+
 def _other_mask(run: Interpreter) -> str | None:
     """Why rows that a loop selects are not those of an expert."""
     for node, value in run.values.items():
@@ -269,7 +282,11 @@ def _one_batch(run: Interpreter) -> str | None:
         sources = [_unturned(n) for n in operands]
         laid_out = {n.op if n.op == "placeholder" else op_of(n) for n in sources} & {"index", "einsum", "bmm", "matmul"}
         stacks = any(n.op == "placeholder" for n in sources)
-        if by_expert and stacks and laid_out and all(n.meta["val"].dim() == 3 for n in operands):  # type: ignore[union-attr]
+        ranks = (3, 4) if op_of(node) == "einsum" else (3,)
+        put = next((n for n in sources if n.op == "call_function" and op_of(n) in ("index_put", "index_put_")), None)
+        if by_expert and stacks and put is not None:
+            return f"{name_of(put)} puts rows into slots by index: that no two have the same one is not read from an index"
+        if by_expert and stacks and laid_out and all(n.meta["val"].dim() in ranks for n in operands):  # type: ignore[union-attr]
             return f"{name_of(node)} multiplies the rows of all experts at once already"
     return None
 
@@ -303,7 +320,7 @@ def _check_answers(found: Capture, run: Interpreter | None, region: Region) -> N
 
     for node in found.iterated:
         value = run.values[node]
-        if isinstance(value, Index) or not isinstance(value, Hits) or unflattened(run, value.ids) is not table:
+        if isinstance(value, Index) or not isinstance(value, Hits) or not _same_ids(run, value.ids, table):
             raise Refusal(f"a Python loop runs over {node.name}, not shown to be the list of chosen experts")
         if value.classes is not None and value.classes < region.num_experts:
             raise Refusal(f"{value.classes} classes for {region.num_experts} experts")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.detect.idioms_gshard import GShard
+from tests.detect.idioms_gshard import GShard, GShardOfTwo
 from tests.detect.loops import FF, D, E, idiom, weight
 
 CAPACITY = 3
@@ -182,3 +182,31 @@ class PairsTurned(GShard):
         combine = self.combine(x, ids, weights)
         made = self.made(combine.bool().permute(1, 2, 0).type_as(x) @ x)
         return combine.view(x.shape[0], -1) @ made.view(-1, D)
+
+
+# -- as many slots as experts ---------------------------------------------------------------
+
+
+@idiom(flat=True, distinct=False)
+class SquareSlots(GShard):
+    capacity = E
+
+
+@idiom(distinct=False)
+class SquareSlotsOfTwo(GShardOfTwo):
+    capacity = E
+
+
+@idiom()
+class SquarePairs(PairsOfSlots):
+    capacity = E
+
+
+@idiom(flat=True, distinct=False)
+class SquareGroups(GroupsOfSlots):
+    """As many groups, too."""
+
+    capacity = E
+
+    def groups(self, x: Tensor) -> Tensor:
+        return torch.stack([x, x.flip(0), x.roll(1, 0), x.roll(2, 0)])
