@@ -16,7 +16,6 @@ from moe_compile import worlds
 from moe_compile.arguments import NOTHING_KNOWN, Known
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
-from moe_compile.detect.by_column import column_of
 from moe_compile.detect.counts import ANY
 from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
 from moe_compile.detect.selection import unflattened
@@ -26,7 +25,6 @@ from moe_compile.kept import kept_attributes
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.python_state import Functions, check_effects, check_loops, check_tensors, reachable, unchanged
-from moe_compile.region import ids_stacked
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +122,10 @@ def _proven(
                 )  # fmt: skip
                 worlds.check(seen, apart, known.distinct, again, few)
         _nothing_left(main)
-    listed = isinstance(region, ListRegion)
-    on_tokens = not listed and region.ids.target is not ids_stacked
-    form = "dense" if on_tokens and detect.run is not None and detect.run.inside else _form(region, before)
+    assert detect.run is not None
+    by_slots = any(isinstance(v, Every) and v.slots is not None for v in detect.run.values.values())
+    on_tokens = not isinstance(region, ListRegion) and not by_slots
+    form = "dense" if on_tokens and detect.run.inside else _form(region, before)
     return Analysis(main.gm, main, functions, before, launches, form)
 
 
@@ -245,18 +244,6 @@ def _form(region: Region, before: str) -> str:
     return "grouped" if "grouped_mm" in before else "batched"
 
 
-def _same_ids(run: Interpreter, ids: Node, table: Node) -> bool:
-    """Whether ids are those of a table, which may be the one column of theirs."""
-    mine = unflattened(run, ids)
-    if mine is table:
-        return True
-    found = column_of(run, table)
-    if op_of(table) == "squeeze" and table.args[1:] in ((1,), (-1,)) and isinstance(table.args[0], Node):
-        source, val = table.args[0], table.args[0].meta["val"]
-        found = (run.canonical.get(source, source), 0, 1) if val.dim() == 2 and val.shape[1] == 1 else None
-    return found is not None and found == (run.canonical.get(mine, mine), 0, 1)
-
-
 def _other_mask(run: Interpreter) -> str | None:
     """Why rows that a loop selects are not those of an expert."""
     for node, value in run.values.items():
@@ -285,7 +272,9 @@ def _one_batch(run: Interpreter) -> str | None:
         ranks = (3, 4) if op_of(node) == "einsum" else (3,)
         put = next((n for n in sources if n.op == "call_function" and op_of(n) in ("index_put", "index_put_")), None)
         if by_expert and stacks and put is not None:
-            return f"{name_of(put)} puts rows into slots by index: that no two have the same one is not read from an index"
+            return (
+                f"{name_of(put)} puts rows into slots by index: that no two have the same one is not read from an index"
+            )
         if by_expert and stacks and laid_out and all(n.meta["val"].dim() in ranks for n in operands):  # type: ignore[union-attr]
             return f"{name_of(node)} multiplies the rows of all experts at once already"
     return None
@@ -320,7 +309,7 @@ def _check_answers(found: Capture, run: Interpreter | None, region: Region) -> N
 
     for node in found.iterated:
         value = run.values[node]
-        if isinstance(value, Index) or not isinstance(value, Hits) or not _same_ids(run, value.ids, table):
+        if isinstance(value, Index) or not isinstance(value, Hits) or unflattened(run, value.ids) is not table:
             raise Refusal(f"a Python loop runs over {node.name}, not shown to be the list of chosen experts")
         if value.classes is not None and value.classes < region.num_experts:
             raise Refusal(f"{value.classes} classes for {region.num_experts} experts")

@@ -156,5 +156,7 @@ def _read(call: Any, run: Interpreter, ids: Node, entry: Number) -> Node | None:
     if left == [0, "e"] and rank == 2:
         return call(aten.gather.default, node, 1, index)
     if left == [*range(rank), "e"]:
-        return call(aten.squeeze.dim, call(aten.gather.default, node, rank, call(aten.unsqueeze.default, index, -1)), -1)
+        return call(
+            aten.squeeze.dim, call(aten.gather.default, node, rank, call(aten.unsqueeze.default, index, -1)), -1
+        )
     return None

@@ -51,7 +51,9 @@ def product(call: Call) -> Value | None:
     dims = _joined(table.dims, ("one",) * (len(table.dims) - len(entry.dims)) + entry.dims)
     if dims is None:
         return None
-    return Slots(dims, tuple(replace(t, number=_times(t.number, entry, dtype)) for t in table.terms), None, table.summed)
+    return Slots(
+        dims, tuple(replace(t, number=_times(t.number, entry, dtype)) for t in table.terms), None, table.summed
+    )
 
 
 def quotient(call: Call) -> Value | None:
@@ -106,7 +108,14 @@ def outer(call: Call) -> Value | None:
     left, right = (_factor(call, v, n) for v, n in zip(values, nodes, strict=True))
     if not (isinstance(left, Slots) and isinstance(right, Slots)) or len(left.terms) != 1 or len(right.terms) != 1:
         return None
-    if left.summed or right.summed or left.dims[2:] != ("one",) or right.dims[1:2] != ("one",) or left.dims[0] != 0 or len(right.dims) != 3:
+    if (
+        left.summed
+        or right.summed
+        or left.dims[2:] != ("one",)
+        or right.dims[1:2] != ("one",)
+        or left.dims[0] != 0
+        or len(right.dims) != 3
+    ):
         return None
     dims, one = _joined(left.dims, right.dims), _both(call.run, left.terms[0], right.terms[0], call.val().dtype)
     fits = dims is not None and same_size(call.val(nodes[0]).shape[0], call.val(nodes[1]).shape[0])
@@ -129,7 +138,11 @@ def einsum(call: Call) -> Value | None:
     sizes: dict[str, Any] = {}
     for value, mine, node in zip(values, letters, nodes, strict=True):  # type: ignore[arg-type]
         if isinstance(value, Slots):
-            if len(value.terms) != 1 or value.summed or any(names.setdefault(n, d) != d for n, d in zip(mine, value.dims, strict=True)):
+            if (
+                len(value.terms) != 1
+                or value.summed
+                or any(names.setdefault(n, d) != d for n, d in zip(mine, value.dims, strict=True))
+            ):
                 return None
             sizes |= dict(zip(mine, call.val(node).shape, strict=True))
     if not names or len(set(names.values())) < len(names) or set(names.values()) - {0, 1, "e", "c"}:

@@ -79,7 +79,9 @@ def keep(call: Call) -> Value | None:
             return None
         entries = call.node
         if turned:
-            entries = call.run.write_ids(call.node, aten.permute.default, (call.node, [1, 0, 2]), out.permute(1, 0, 2), None)
+            entries = call.run.write_ids(
+                call.node, aten.permute.default, (call.node, [1, 0, 2]), out.permute(1, 0, 2), None
+            )
         kept = call.run.write_ids(entries, ids_kept, (ids, entries), ids.meta["val"], ids)
         return Member(kept, mask.dims, None, None, kind)
     return None

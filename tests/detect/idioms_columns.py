@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tests.detect.loops import SCORES, D, E, K, Listed, Stacked, idiom
+from tests.detect.loops import D, E, K, Listed, Stacked, idiom
 
 
 @idiom(any_ids=True, distinct=False)
@@ -96,27 +96,6 @@ class ColumnsThenSum(Listed):
                 t = (ids[:, k] == e).nonzero().flatten()
                 out = out.index_add(0, t, self.run(e, x[t].view(-1, D)) * weights[:, k].unsqueeze(-1)[t])
         return out
-
-
-@idiom(top_k=1, distinct=SCORES)
-class UniqueOfOneColumn(Stacked):
-    """`chosen` is what a mutant changes."""
-
-    def chosen(self, ids: Tensor) -> Tensor:
-        return ids[:, 0]
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out, first = torch.zeros_like(x), self.chosen(ids)
-        for e in ids.unique():
-            t = torch.where(first == e)[0]
-            out.index_add_(0, t, self.expert(e, x[t]) * weights[t])
-        return out
-
-
-@idiom(top_k=1, distinct=SCORES)
-class UniqueOfSqueezed(UniqueOfOneColumn):
-    def chosen(self, ids: Tensor) -> Tensor:
-        return ids.squeeze(-1)
 
 
 @idiom(distinct=False)

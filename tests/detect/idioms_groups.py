@@ -181,7 +181,7 @@ class PairsTurned(GShard):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         combine = self.combine(x, ids, weights)
         made = self.made(combine.bool().permute(1, 2, 0).type_as(x) @ x)
-        return combine.view(x.shape[0], -1) @ made.view(-1, D)
+        return combine.view(x.shape[0], E * self.capacity) @ made.view(-1, D)
 
 
 # -- as many slots as experts ---------------------------------------------------------------

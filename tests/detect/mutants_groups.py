@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.detect.idioms_columns import UniqueOfOneColumn
 from tests.detect.idioms_groups import CAPACITY, GroupsMerged, GroupsOfSlots, GroupsOfTwo, PairsInOrder, PairsOfSlots
 from tests.detect.idioms_gshard import GShard, GShardOfDeepSpeed
 from tests.detect.idioms_picked import PickedWeights
-from tests.detect.loops import SCORES, D, E, mutant
+from tests.detect.loops import SCORES, D, E, Stacked, mutant
 
 BATCH = "aten.bmm at file.py multiplies the rows of all experts at once already"
 NOTHING = "nothing is summed over experts"
@@ -23,7 +22,7 @@ TOGETHER = "several choices of a token are not counted together"
 # -- groups ---------------------------------------------------------------------------------
 
 
-@mutant(NOTHING, flat=True)
+@mutant(GROUPS, flat=True)
 class GroupsCountedAcross(GroupsOfSlots):
     """Tokens of one group share a slot: each is counted among those in its place of the other groups."""
 
@@ -31,7 +30,7 @@ class GroupsCountedAcross(GroupsOfSlots):
         return torch.cumsum(mask, 0) - 1
 
 
-@mutant(NOTHING, flat=True)
+@mutant(GROUPS, flat=True)
 class GroupsCountedByOthers(GroupsOfSlots):
     """Places of the other group's tokens."""
 
@@ -39,7 +38,7 @@ class GroupsCountedByOthers(GroupsOfSlots):
         return torch.cumsum(mask.flip(0), 1) - 1
 
 
-@mutant(NOTHING, flat=True)
+@mutant(LATE, flat=True)
 class GroupsNotDropped(GroupsOfSlots):
     """Late tokens share the last slot of their group."""
 
@@ -49,7 +48,7 @@ class GroupsNotDropped(GroupsOfSlots):
         return weights[:, :, None, None] * mask[:, :, :, None] * at[:, :, None, :]
 
 
-@mutant(NOTHING, flat=True)
+@mutant(LATE, flat=True)
 class GroupsDroppedByOthers(GroupsOfSlots):
     """Whose place in the other group is late."""
 
@@ -61,7 +60,7 @@ class GroupsDroppedByOthers(GroupsOfSlots):
         return weights[:, :, None, None] * mask[:, :, :, None] * at[:, :, None, :]
 
 
-@mutant(NOTHING, flat=True)
+@mutant(GROUPS, flat=True)
 class GroupsExchanged(GroupsOfSlots):
     """Tokens leave the slots of the other group."""
 
@@ -69,7 +68,7 @@ class GroupsExchanged(GroupsOfSlots):
         return super().total(combine, made.flip(1))
 
 
-@mutant(NOTHING, flat=True)
+@mutant(GROUPS, flat=True)
 class GroupsTurned(GroupsOfSlots):
     """As many slots as groups, exchanged."""
 
@@ -79,7 +78,7 @@ class GroupsTurned(GroupsOfSlots):
         return super().total(combine, made.transpose(1, 2))
 
 
-@mutant(NOTHING, flat=True)
+@mutant(GROUPS, flat=True)
 class GroupsTurnedByLetters(GroupsOfSlots):
     capacity = 2
 
@@ -95,7 +94,7 @@ class GroupsLaidForAll(GroupsOfSlots):
         return torch.einsum("gsec,gsm->ecm", dispatch, x)[:, None].expand(-1, 2, -1, -1)
 
 
-@mutant(NOTHING, flat=True)
+@mutant(GROUPS, flat=True)
 class GroupsAdded(GroupsOfSlots):
     """The sum over groups too."""
 
@@ -103,7 +102,7 @@ class GroupsAdded(GroupsOfSlots):
         return torch.einsum("gsec,egcm->sm", combine, made)
 
 
-@mutant(NOTHING, flat=True)
+@mutant(GROUPS, flat=True)
 class GroupsWithBiasOfTheirs(GroupsOfSlots):
     """A bias of each group, not of each expert."""
 
@@ -111,13 +110,13 @@ class GroupsWithBiasOfTheirs(GroupsOfSlots):
         return super().made(rows) + torch.arange(2.0)[:, None, None]
 
 
-@mutant(NOTHING, flat=True)
+@mutant(GROUPS, flat=True)
 class GroupsWithPlaces(GroupsOfSlots):
     def made(self, rows: Tensor) -> Tensor:
         return super().made(rows) * torch.arange(1.0, 1 + CAPACITY)[:, None]
 
 
-@mutant(NOTHING, flat=True)
+@mutant(GROUPS, flat=True)
 class GroupsCentred(GroupsOfSlots):
     def made(self, rows: Tensor) -> Tensor:
         made = super().made(rows)
@@ -135,7 +134,7 @@ class GroupsAsExperts(GroupsOfSlots):
         return torch.einsum("egcf,gfm->egcm", F.relu(torch.einsum("egcm,gmf->egcf", rows, self.up)), self.down)
 
 
-@mutant("aten.bmm at file.py multiplies the rows of all experts at once already", flat=True)
+@mutant(BATCH, flat=True)
 class GroupsMergedAnew(GroupsMerged):
     """Slots of a group go to the other one's, behind the products."""
 
@@ -150,7 +149,7 @@ class GroupsBothFromZero(GroupsOfTwo):
         return torch.cumsum(mask2, 1) - 1
 
 
-@mutant(NOTHING)
+@mutant(GROUPS)
 class GroupsBehindAll(GroupsOfTwo):
     """Behind the first choices of another number of tokens: those of all groups in a token's place."""
 
@@ -158,7 +157,7 @@ class GroupsBehindAll(GroupsOfTwo):
         return torch.cumsum(mask2, 1) - 1 + mask1.sum(0, keepdim=True)
 
 
-@mutant(NOTHING)
+@mutant(GROUPS)
 class GroupsBehindOthers(GroupsOfTwo):
     def second(self, mask1: Tensor, mask2: Tensor) -> Tensor:
         return torch.cumsum(mask2, 1) - 1 + mask1.flip(0).sum(1, keepdim=True)
@@ -175,7 +174,7 @@ class PairsByColumn(PairsInOrder):
         return mask.cumsum(0) - 1
 
 
-@mutant(BATCH)
+@mutant(TOGETHER)
 class PairsAlongChoices(PairsInOrder):
     def places(self, mask: Tensor) -> Tensor:
         return mask.cumsum(1) - 1
@@ -279,19 +278,13 @@ class PiecesOfSlots(Pieces):
         return [piece.transpose(1, 2) for piece in rows.chunk(E, dim=2)]
 
 
-@mutant(NOTHING)
+@mutant("expert 0 runs on other rows than those of its slots")
 class PiecesJoinedReversed(Pieces):
     def join(self, made: list[Tensor]) -> Tensor:
         return torch.cat(made[::-1], dim=1)
 
 
-@mutant(NOTHING)
-class PiecesJoinedByFeature(Pieces):
-    def join(self, made: list[Tensor]) -> Tensor:
-        return torch.cat(made, dim=3)
-
-
-@mutant(NOTHING)
+@mutant("softmax along dimension 0 lets rows depend on each other")
 class PiecesNormalised(Pieces):
     """Over the slots of an expert."""
 
@@ -299,26 +292,26 @@ class PiecesNormalised(Pieces):
         return super().run(e, piece).softmax(-2)
 
 
-@mutant(NOTHING)
+@mutant("softmax along dimension 0 lets rows depend on each other")
 class PiecesNormalisedFromTheFront(Pieces):
     def run(self, e: int, piece: Tensor) -> Tensor:
         return super().run(e, piece).softmax(2)
 
 
-@mutant(NOTHING)
+@mutant("mean along dimension 0 lets rows depend on each other")
 class PiecesCentred(Pieces):
     def run(self, e: int, piece: Tensor) -> Tensor:
         made = super().run(e, piece)
         return made - made.mean(dim=2, keepdim=True)
 
 
-@mutant(NOTHING)
+@mutant("add adds a tensor of shape (3, 1) across the rows")
 class PiecesWithPlaces(Pieces):
     def run(self, e: int, piece: Tensor) -> Tensor:
         return super().run(e, piece) + torch.arange(CAPACITY)[:, None]
 
 
-@mutant(NOTHING)
+@mutant("add_3 is not shown to be one value for each token of an expert's list")
 class PiecesOfTwo(Pieces):
     """Each expert on what it and the one before made."""
 
@@ -360,12 +353,24 @@ class PickedByColumn(PickedWeights):
 # -- lists of the ids -----------------------------------------------------------------------
 
 
-@mutant("a Python loop runs over squeeze, not shown to be the list of chosen experts", distinct=SCORES)
-class UniqueOfAll(UniqueOfOneColumn):
-    """Whoever chose an expert second is in the list too: more visits, but of no rows."""
+@mutant("a Python loop runs over squeeze, not shown to be the list of chosen experts", top_k=1, distinct=SCORES)
+class UniqueOfOneColumn(Stacked):
+    """A table of one column and that column: the same ids, but nobody shows it."""
+
+    def chosen(self, ids: Tensor) -> Tensor:
+        return ids[:, 0]
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out, first = torch.zeros_like(x), self.chosen(ids)
+        for e in ids.unique():
+            t = torch.where(first == e)[0]
+            out.index_add_(0, t, self.expert(e, x[t]) * weights[t])
+        return out
 
 
 @mutant("a Python loop runs over squeeze, not shown to be the list of chosen experts", top_k=1, distinct=SCORES)
 class UniqueOfOthers(UniqueOfOneColumn):
+    """Tokens of experts that nobody else chose are left out, or not, by what the last token chose."""
+
     def chosen(self, ids: Tensor) -> Tensor:
-        return ids.flip(0)[:, 0]
+        return torch.cat([ids[1:], (ids[:1] + 1) % E])[:, 0]
