@@ -4,7 +4,8 @@ A candidate is a function called on a module that owns expert weights, and that 
 stacked weights (at least three dimensions) that it names, several children that are such weights, or a list of like
 children that it loops over while it selects rows; the module may be that list, and weights may be a child's or flat if
 it views them and loops.  Or it repeats tokens for a child that owns stacked weights, and sums, or lays them out for it
-or chooses among what it made by einsum; by einsum also for a child that holds a list of experts.  A function that only calls others is not one: the call inside is.
+or chooses among what it made by einsum; by einsum also for a child that holds a list of experts.  A function that only
+calls others is not one: the call inside is.
 """
 
 import dis

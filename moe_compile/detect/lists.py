@@ -267,7 +267,7 @@ def joined(run: Interpreter) -> None:
     """Where nothing is summed over experts: results of experts on parts of one value, joined, as a region."""
     for node in list(run.graph.nodes):
         parts = node.args[0] if op_of(node) in ("stack", "cat") and node.op == "call_function" else None
-        if not isinstance(parts, (list, tuple)) or len(parts) < 2 or node in run.regions:
+        if not isinstance(parts, (list, tuple)) or len(parts) < 2 or node in run.regions or node not in run.values:
             continue
         if not all(isinstance(n, Node) and _is_matrix(n, parts[0]) for n in parts):
             continue

@@ -4,7 +4,9 @@
     made = stack([expert_e(rows[e]) for e in range(E)])
     out  = einsum("tec,ecm->tm", combine, made)
 
-An expert's part may have dimensions of one in front, as in `rows.reshape(1, E, C, M).chunk(E, dim=1)`.  While they are read, the experts' values are ordinary ones.  At the sum each expert's part is read again, as in
+An expert's part may have dimensions of one in front, as in `rows.reshape(1, E, C, M).chunk(E, dim=1)`.
+
+While they are read, the experts' values are ordinary ones.  At the sum each expert's part is read again, as in
 lists.py, with rows that are those of its slots.
 """
 
@@ -96,7 +98,7 @@ class RowsOfSlots(RowsOfList):
 
     def _listed(self, node: Any, rank: int | None) -> Rows | None:
         val = node.meta.get("val") if isinstance(node, Node) else None
-        if not self.fits(val) or node in self.made and not isinstance(self.made[node], Plain | Slice):
+        if not self.fits(val) or (node in self.made and not isinstance(self.made[node], Plain | Slice)):
             return None
         val = self.behind(val)
         if val.dim() < 2 or rank not in (None, val.dim()) or not same_size(val.shape[0], self.length):
@@ -117,7 +119,7 @@ class _Behind(Call):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args[:-1])
-        self.reader: RowsBehindOnes = args[-1]
+        self.reader: RowsOfSlots = args[-1]
 
     def val(self, of: Any = None) -> Any:
         val = super().val(of)

@@ -136,7 +136,7 @@ def _read(call: Any, run: Interpreter, ids: Node, entry: Number) -> Node | None:
     node = entry.args[0]
     if not run.unchanged(node):
         return None
-    left = [d for d in entry.dims if d != "one"]
+    left: list[Any] = [d for d in entry.dims if d != "one"]
     for at in reversed(range(len(entry.dims))):
         if entry.dims[at] == "one":
             node = call(aten.select.int, node, at, 0)

@@ -33,7 +33,10 @@ aten = torch.ops.aten
 
 
 def einsum(call: Call) -> Value | None:
-    """einsum("tec,tm->ecm", table, x), einsum("tec,ecm->tm", table, made), with any letters and in any order."""
+    """einsum("tec,tm->ecm", table, x), einsum("tec,ecm->tm", table, made), with any letters and in any order.
+
+    Of groups of tokens einsum("gsec,gsm->egcm"), einsum("gsec,egcm->gsm").
+    """
     equation, operands, nodes = call.arg(0), call.arg(1), call.node.args[1]
     if not isinstance(equation, str) or not isinstance(operands, list) or len(operands) != 2 or _elsewhere(call):
         return None
@@ -48,8 +51,7 @@ def einsum(call: Call) -> Value | None:
         t, e, c = (letters[i][table.dims.index(d)] for d in (0, "e", "c"))
         mine = letters[1 - i]
         if (along := counted_along(table)) is not None:
-            g, s = (letters[i][table.dims.index(d)] for d in (1 - along, along))
-            t, c = "".join(letters[i][table.dims.index(d)] for d in (0, 1)), g + c
+            t, c = "".join(letters[i][table.dims.index(d)] for d in (0, 1)), letters[i][table.dims.index(1 - along)] + c
         if (
             isinstance(other, Plain | Stacked)
             and mine[: len(t)] == t

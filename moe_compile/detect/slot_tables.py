@@ -181,7 +181,7 @@ def of_token(call: Call) -> Value | None:
     dims = dims if isinstance(dims, list) else [dims]
     if not (isinstance(value, Places | Slots) or is_table(value, any_order=True)) or _no_grad(call):
         return None
-    if len(dims) != 1 or type(dims[0]) is not int or isinstance(value, Slots) and value.summed:
+    if len(dims) != 1 or type(dims[0]) is not int or (isinstance(value, Slots) and value.summed):
         return None
     at, keep = dims[0] % len(value.dims), bool(call.number(2, "keepdim", False))
     rest = (*value.dims[:at], *value.dims[at + 1 :])

@@ -401,7 +401,8 @@ class Every(Dense):
 
     ids: it is zero for the experts that a token did not choose by them; None if that is not shown.
     slots: the table by which tokens were laid out in C slots an expert (`slots.Slots`); then T is C.
-    groups: G and C, of tokens in groups that have C slots each at an expert, so that T is G * C; `apart`: [num, G, C, ...].
+    groups: G and C, of tokens in groups that have C slots each at an expert, so that T is G * C.  apart: it is
+    [num, G, C, ...].
     """
 
     expr: Expr

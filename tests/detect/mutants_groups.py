@@ -158,6 +158,14 @@ class GroupsBehindAll(GroupsOfTwo):
 
 
 @mutant(GROUPS)
+class GroupsReturnedTurned(GroupsOfTwo):
+    """Tokens in the place of groups; laid out with their numbers, which were written already."""
+
+    def total(self, combine: Tensor, made: Tensor) -> Tensor:
+        return torch.einsum("gsec,egcm->sgm", combine, made)
+
+
+@mutant(GROUPS)
 class GroupsBehindOthers(GroupsOfTwo):
     def second(self, mask1: Tensor, mask2: Tensor) -> Tensor:
         return torch.cumsum(mask2, 1) - 1 + mask1.flip(0).sum(1, keepdim=True)
