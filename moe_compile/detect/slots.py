@@ -11,7 +11,7 @@ For a second choice of each token the places begin where those of the first end:
 Tokens may lie in groups, of which each has slots of its own: ids [G, S], cumsum(mask, 1), tables [G, S, E, C].  Or all
 choices are in one mask [T, K, E], which is counted as a whole and summed over the choices:
 
-    places  = cumsum(mask.view(T * K, E), 0).view(T, K, E) - 1     # or of [K * T, E], or cumsum(mask.sum(1), 0)[:, None]
+    places  = cumsum(mask.view(T * K, E), 0).view(T, K, E) - 1    # or of [K * T, E], or cumsum(mask.sum(1), 0)
     combine = einsum("tke,tkc->tec", weights * mask, one_hot((places * mask).sum(2), C))
 
 A token's place is a count of those before it at the same expert, so no two tokens have one slot: `disjoint`.  What is
