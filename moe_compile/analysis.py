@@ -25,7 +25,6 @@ from moe_compile.kept import kept_attributes
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.python_state import Functions, check_effects, check_loops, check_tensors, reachable, unchanged
-from moe_compile.region import ids_stacked
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +122,10 @@ def _proven(
                 )  # fmt: skip
                 worlds.check(seen, apart, known.distinct, again, few)
         _nothing_left(main)
-    listed = isinstance(region, ListRegion)
-    on_tokens = not listed and region.ids.target is not ids_stacked
-    form = "dense" if on_tokens and detect.run is not None and detect.run.inside else _form(region, before)
+    assert detect.run is not None
+    by_slots = any(isinstance(v, Every) and v.slots is not None for v in detect.run.values.values())
+    on_tokens = not isinstance(region, ListRegion) and not by_slots
+    form = "dense" if on_tokens and detect.run.inside else _form(region, before)
     return Analysis(main.gm, main, functions, before, launches, form)
 
 
@@ -269,7 +269,13 @@ def _one_batch(run: Interpreter) -> str | None:
         sources = [_unturned(n) for n in operands]
         laid_out = {n.op if n.op == "placeholder" else op_of(n) for n in sources} & {"index", "einsum", "bmm", "matmul"}
         stacks = any(n.op == "placeholder" for n in sources)
-        if by_expert and stacks and laid_out and all(n.meta["val"].dim() == 3 for n in operands):  # type: ignore[union-attr]
+        ranks = (3, 4) if op_of(node) == "einsum" else (3,)
+        put = next((n for n in sources if n.op == "call_function" and op_of(n) in ("index_put", "index_put_")), None)
+        if by_expert and stacks and put is not None:
+            return (
+                f"{name_of(put)} puts rows into slots by index: that no two have the same one is not read from an index"
+            )
+        if by_expert and stacks and laid_out and all(n.meta["val"].dim() in ranks for n in operands):  # type: ignore[union-attr]
             return f"{name_of(node)} multiplies the rows of all experts at once already"
     return None
 

@@ -4,7 +4,8 @@ A candidate is a function called on a module that owns expert weights, and that 
 stacked weights (at least three dimensions) that it names, several children that are such weights, or a list of like
 children that it loops over while it selects rows; the module may be that list, and weights may be a child's or flat if
 it views them and loops.  Or it repeats tokens for a child that owns stacked weights, and sums, or lays them out for it
-or chooses among what it made by einsum.  A function that only calls others is not one: the call inside is.
+or chooses among what it made by einsum; by einsum also for a child that holds a list of experts.  A function that only
+calls others is not one: the call inside is.
 """
 
 import dis
@@ -91,7 +92,7 @@ def _holds(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) ->
         return True
     if names & REPEATS and "sum" in names and _child_is_stacked(module, names):
         return True
-    if "einsum" in names and _child_is_stacked(module, names):
+    if "einsum" in names and (_child_is_stacked(module, names) or _child_lists(module, names)):
         return True
     if "FOR_ITER" not in opcodes:
         return False
@@ -117,6 +118,12 @@ def _child_is_stacked(module: nn.Module, names: frozenset[str]) -> bool:
     named = [child for n, child in module._modules.items() if child is not None and n in names]
     children = [child for child in named if not isinstance(child, _ConvNd)]
     return any(p is not None and p.dim() >= 3 and p.shape[0] > 1 for m in children for p in m._parameters.values())
+
+
+def _child_lists(module: nn.Module, names: frozenset[str]) -> bool:
+    """Whether a child is named that holds a list of like modules, and no more."""
+    named = [child for n, child in module._modules.items() if child is not None and n in names]
+    return any(len(c._modules) == 1 and any(m is not None and _is_list(m) for m in c.children()) for c in named)
 
 
 def _names_flat(module: nn.Module, names: frozenset[str]) -> bool:

@@ -83,8 +83,8 @@ def ids_where(ids: Tensor, truths: Tensor) -> Tensor:
 
 
 def ids_stacked(ids: Sequence[Tensor]) -> Tensor:
-    """The choices of each token [T], one after the other, as [T, K]."""
-    return torch.stack([i.long() for i in ids], 1)
+    """The choices of each token [T], one after the other, as [T, K]; those of groups [G, S] as [G, S, K]."""
+    return torch.stack([i.long() for i in ids], -1)
 
 
 def ids_above(table: Tensor, bound: float | None, top_k: int) -> Tensor:

@@ -119,7 +119,8 @@ class DetectExperts(RewritePass[Found]):
             if start.kind == "kept":
                 node = _kept(graph, region, ids, node, start.node, site)
             if grid:
-                node = emit(graph, aten.view_as.default, node, start.node, like=site, val=val)
+                like = start.node if start.node is not site else _as_wide(region.ids)
+                node = _in_grid(graph, node, like, site)
             if start.kind == "known":
                 node = emit(graph, aten.add.Tensor, start.node, node, like=site, val=site.meta["val"])
         site.replace_all_uses_with(node)
@@ -170,6 +171,24 @@ def _experts(
         num_classes,
     )
     return emit(graph, experts, *args, like=site, val=val)
+
+
+def _as_wide(ids: Node) -> Node:
+    """[B, S, K] of which the ids are a table."""
+    assert isinstance(ids.args[0], Node)
+    return ids.args[0]
+
+
+def _in_grid(graph: Graph, node: Node, like: Node, site: Node) -> Node:
+    """Rows [B * S, ...] as [B, S, ...]."""
+    val = site.meta["val"]
+    if tuple(like.meta["val"].shape) == tuple(val.shape):
+        return emit(graph, aten.view_as.default, node, like, like=site, val=val)
+    sizes = [
+        s if isinstance(s, int) else emit(graph, aten.sym_size.int, like, d, like=site, val=s)
+        for d, s in enumerate(val.shape[:2])
+    ]
+    return emit(graph, aten.reshape.default, node, [*sizes, *val.shape[2:]], like=site, val=val)
 
 
 def _kept(graph: Graph, region: Region, ids: Node, made: Node, start: Node, site: Node) -> Node:

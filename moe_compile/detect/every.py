@@ -103,9 +103,12 @@ def reshape(call: Call) -> Value | None:
         return None
     row = value.expr.val.shape
     if val.dim() == len(row) + 1 and all(map(same_size, val.shape, (value.num, *row))):
-        return replace(value, flat=False)
+        return replace(value, flat=False, apart=False)
     if val.dim() == len(row) and all(map(same_size, val.shape, (value.num * row[0], *row[1:]))):
-        return replace(value, flat=True)
+        return replace(value, flat=True, apart=False)
+    if value.groups and val.dim() == len(row) + 2:
+        wide = (value.num, *value.groups, *row[1:])
+        return replace(value, flat=False, apart=True) if all(map(same_size, val.shape, wide)) else None
     return None
 
 
@@ -115,7 +118,7 @@ def reshape(call: Call) -> Value | None:
 def product(call: Call) -> Value | None:
     """bmm of [E, T, D] with [E, D, F]: zero rows stay zero."""
     x, stack = call.arg(0), call.arg(1)
-    if not (isinstance(x, Every) and isinstance(stack, Plain)) or x.flat or _elsewhere(call):
+    if not (isinstance(x, Every) and isinstance(stack, Plain)) or x.flat or x.apart or _elsewhere(call):
         return None
     weight = call.val(stack.node)
     if weight.dim() != 3 or weight.shape[0] != x.num or call.val().dim() != 3:
@@ -144,9 +147,7 @@ def pointwise(call: Call) -> Value | None:
 
 def _operand(call: Call, like: Every, value: Any, node: Any) -> tuple[Any, Node | None]:
     if isinstance(value, Every):
-        same = (value.num, value.flat, value.slots) == (like.num, like.flat, like.slots) and call.val(
-            node
-        ).dim() == call.val().dim()
+        same = replace(value, expr=like.expr, ids=like.ids) == like and call.val(node).dim() == call.val().dim()
         return (value.expr if same else Unknown("")), value.ids
     if isinstance(value, Spread):
         return _weight(call, like, value)
@@ -157,10 +158,13 @@ def _operand(call: Call, like: Every, value: Any, node: Any) -> tuple[Any, Node 
     if any(isinstance(call.run.values[n], Every) for n in ancestors(value.node)):
         return Unknown(""), None  # as a mean over all tokens, which would have to be computed still
     val, table = call.val(value.node), call.run.table
-    if val.dim() <= call.val().dim() - (1 if like.flat else 2):
+    before = 1 + (not like.flat) + like.apart  # dimensions of experts and rows
+    if val.dim() <= call.val().dim() - before:
         return (table.leaf("outer", value.node, val), None)
-    if not like.flat and val.dim() == call.val().dim() and same_size(val.shape[0], like.num) and val.shape[1] == 1:
-        return table.leaf("slice", value.node, val.select(0, 0)), None
+    if not like.flat and val.dim() == call.val().dim() and same_size(val.shape[0], like.num):
+        if all(isinstance(s, int) and s == 1 for s in val.shape[1:before]):
+            leaf = table.leaf("slice", value.node, val.select(0, 0))
+            return (table.call(aten.select.int, (leaf, 0, 0), {}, leaf.val[0]) if like.apart else leaf), None
     return Unknown(""), None
 
 
@@ -262,14 +266,14 @@ def made_of(
 def _row(like: Every, val: Tensor) -> Tensor:
     """The rows of one expert."""
     if not like.flat:
-        return val.select(0, 0)
+        return val.select(0, 0).flatten(0, 1) if like.apart else val.select(0, 0)
     return val.new_empty((like.expr.val.shape[0], *val.shape[1:]))
 
 
 def _rank(value: Every | Expr) -> int:
     if isinstance(value, Expr):
         return int(value.val.dim())
-    return int(value.expr.val.dim()) + (not value.flat)
+    return int(value.expr.val.dim()) + (not value.flat) + value.apart
 
 
 RULES: dict[str, tuple[Rule, ...]] = {

@@ -170,10 +170,11 @@ def _refused(
 class RowsOfList:
     """What one expert adds, read again with rows of its list."""
 
-    def __init__(self, run: Interpreter, number: int, term: ListTerm, own: set[Node]) -> None:
-        self.run, self.term, self.own = run, term, own
+    def __init__(self, run: Interpreter, number: int, term: ListTerm, own: set[Node], lead: int = 0) -> None:
+        """lead: how many dimensions stand before that of the rows (slot_lists.py)."""
+        self.run, self.term, self.own, self.lead = run, term, own, lead
         self.selection = Selection(term.index, number, None, "list")
-        self.length = term.value.meta["val"].shape[0]
+        self.length = term.value.meta["val"].shape[lead]
         self.made: dict[Node, Value] = {}
 
     def result(self) -> Expr | Unknown:
@@ -187,6 +188,9 @@ class RowsOfList:
             return Unknown(f"{self.term.value.name} is not shown to be one value for each token of an expert's list")
         return y.expr
 
+    def call(self, node: Node) -> Call:
+        return Call(node, op_of(node), [], {}, self.run)
+
     def _value(self, node: Node) -> Value:
         known = self.run.values[node]
         rows_too = isinstance(known, Slice) and op_of(node) in (*PRODUCTS, *POINTWISE)
@@ -194,7 +198,7 @@ class RowsOfList:
             return known
         if rows := self._gathered(node):
             return rows
-        call = Call(node, op_of(node), [], {}, self.run)
+        call = self.call(node)
         call.args = [self._arg(a) for a in node.args]
         call.kwargs = {k: self._arg(a) for k, a in node.kwargs.items()}
         if call.op in PRODUCTS and not any(isinstance(a, Rows) for a in call.args):
@@ -263,7 +267,7 @@ def joined(run: Interpreter) -> None:
     """Where nothing is summed over experts: results of experts on parts of one value, joined, as a region."""
     for node in list(run.graph.nodes):
         parts = node.args[0] if op_of(node) in ("stack", "cat") and node.op == "call_function" else None
-        if not isinstance(parts, (list, tuple)) or len(parts) < 2 or node in run.regions:
+        if not isinstance(parts, (list, tuple)) or len(parts) < 2 or node in run.regions or node not in run.values:
             continue
         if not all(isinstance(n, Node) and _is_matrix(n, parts[0]) for n in parts):
             continue

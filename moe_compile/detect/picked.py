@@ -36,6 +36,10 @@ def gather(call: Call) -> Value | None:
     if ids is None or call.val(ids).dtype not in INTEGERS[:2]:
         return None
     if call.val(ids).dim() != 2 or not isinstance(call.val(ids).shape[1], int):
+        if call.val(ids).dim() == 1 and call.val(stack.node).dim() == 3 and call.val().is_floating_point():
+            call.run.hints.append(
+                "weights are gathered by one expert of each token: only a sum over ids [T, K] is read"
+            )
         return None
     if not isinstance(whole.shape[0], int) or whole.dim() < 2 or not val.is_floating_point():
         return None

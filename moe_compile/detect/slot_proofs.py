@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Interpreter
-from moe_compile.detect.selection import some_of
+from moe_compile.detect.selection import not_distinct, some_of
 from moe_compile.detect.slots import Number, Slots, Term, at_most, cut_of
 from moe_compile.rewrite import emit
 
@@ -15,15 +15,30 @@ aten = torch.ops.aten
 
 def whole(table: Slots) -> bool:
     """Whether every term says its token, expert and place."""
-    fits = sorted(map(str, table.dims)) == (["0", "c", "e"] if table.wide is None else ["0", "ec"])
-    return fits and all(t.ids is not None and t.by_expert and t.place is not None for t in table.terms)
+    if not all(t.ids is not None and t.by_expert and t.place is not None for t in table.terms):
+        return False
+    ranks = {1 if table.summed else t.ids.meta["val"].dim() for t in table.terms}  # type: ignore[union-attr]
+    names = sorted(map(str, table.dims))
+    if table.wide is not None:
+        return ranks == {1} and names == ["0", "ec"]
+    if ranks == {1}:
+        return names == ["0", "c", "e"]
+    along = {t.place.count.along for t in table.terms}  # type: ignore[union-attr]
+    return names == ["0", "1", "c", "e"] and along in ({0}, {1})
 
 
 def sizes_of(table: Slots, node: Node) -> tuple[Any, Any, Any]:
-    """T, E and C of a whole table."""
+    """T, E and C of a whole table; of groups of tokens the size of a group for T."""
     wide, dims = table.wide or (node, table.dims)
     sizes = wide.meta["val"].shape
     return tuple(sizes[dims.index(d)] for d in (0, "e", "c"))  # type: ignore[return-value]
+
+
+def counted_along(table: Slots) -> int | None:
+    """Of a table of groups, [0, 1, "e", "c"], the dimension of the tokens of a group; None if it has no groups."""
+    if 1 not in table.dims:
+        return None
+    return table.terms[0].place.count.along  # type: ignore[union-attr, no-any-return]
 
 
 def not_disjoint(run: Interpreter, table: Slots, capacity: Any) -> str | None:
@@ -32,6 +47,8 @@ def not_disjoint(run: Interpreter, table: Slots, capacity: Any) -> str | None:
     Choice j of a token has the places behind all those of the choices before it, whether these count the late ones or
     not: if some are late, the others fill all places.
     """
+    if why := _not_counted_so(run, table):
+        return why
     before: tuple[Node, ...] = ()
     terms = sorted(table.terms, key=lambda t: len(t.place.count.base))  # type: ignore[union-attr]
     for earlier, term in zip([None, *terms], terms, strict=False):
@@ -56,6 +73,22 @@ def not_disjoint(run: Interpreter, table: Slots, capacity: Any) -> str | None:
         for slots in (capacity, term.place.below):
             if slots is not None and not at_most(bound, slots):
                 return f"tokens are dropped from place {bound} on, there are {slots} slots"
+    return None
+
+
+def _not_counted_so(run: Interpreter, table: Slots) -> str | None:
+    """Why places of several choices of a token, or of tokens of several groups, might be the same."""
+    for term in table.terms:
+        count = term.place.count  # type: ignore[union-attr]
+        if count.ids.meta["val"].dim() == 1:
+            continue
+        if not table.summed:
+            continue  # of groups, which remain in the table
+        if count.along == "any":
+            if repeated := not_distinct(run, count.ids):
+                return f"an expert that a token chose twice has one place for both: {repeated}"
+        elif type(count.along) is int or count.base:
+            return "several choices of a token are not counted together"
     return None
 
 
@@ -99,19 +132,31 @@ def number_of(run: Interpreter, site: Node, ids: Node, number: Number) -> Node |
 
 
 def _read(call: Any, run: Interpreter, ids: Node, entry: Number) -> Node | None:
-    """Entry (t, ids[t]) of a factor."""
+    """Entry (t, ids[t]) of a factor; of ids [T, K] entry (t, k, ids[t, k])."""
     node = entry.args[0]
     if not run.unchanged(node):
         return None
-    left = [d for d in entry.dims if d != "one"]
+    left: list[Any] = [d for d in entry.dims if d != "one"]
     for at in reversed(range(len(entry.dims))):
         if entry.dims[at] == "one":
             node = call(aten.select.int, node, at, 0)
-    if left in ([], [0]):
+    order = sorted(range(len(left)), key=lambda i: str(left[i]))
+    if order != list(range(len(left))):
+        node, left = call(aten.permute.default, node, order), [left[i] for i in order]
+    rank = ids.meta["val"].dim()
+    if left in ([], [0]) and rank == 1:
         return node if left else call(aten.mul.Tensor, call(aten.ones_like.default, ids), node)
+    if left in ([], [0], [1], [0, 1]):
+        if left in ([0], [1]):
+            node = call(aten.unsqueeze.default, node, 1 - left[0])
+        return node if len(left) == 2 else call(aten.mul.Tensor, call(aten.ones_like.default, ids), node)
     index = call(aten.to.dtype, call(aten.clamp.default, ids, 0), torch.int64)
     if left == ["e"]:
-        return call(aten.index_select.default, node, 0, index)
-    if left == ["e", 0]:
-        node = call(aten.t.default, node)
-    return call(aten.squeeze.dim, call(aten.gather.default, node, 1, call(aten.unsqueeze.default, index, 1)), 1)
+        return call(aten.index_select.default, node, 0, index) if rank == 1 else call(aten.index.Tensor, node, [index])
+    if left == [0, "e"] and rank == 2:
+        return call(aten.gather.default, node, 1, index)
+    if left == [*range(rank), "e"]:
+        return call(
+            aten.squeeze.dim, call(aten.gather.default, node, rank, call(aten.unsqueeze.default, index, -1)), -1
+        )
+    return None

@@ -20,7 +20,7 @@ def as_slots(dtype: torch.dtype, value: Any) -> Slots | None:
     """A table as a sum of terms; a mask of `dtype` as one."""
     if isinstance(value, Slots):
         return value
-    if not is_table(value, "one") or value.ids.meta["val"].dim() != 1:
+    if not is_table(value, "one", any_order=True):
         return None
     return Slots(value.dims, (Term(value.ids, Number("one", dtype), by_expert=True),))
 
@@ -34,7 +34,7 @@ def product(call: Call) -> Value | None:
         return _scaled(call)
     left, right = (_factor(call, v, n) for v, n in zip(values, nodes, strict=True))
     if isinstance(left, Slots) and isinstance(right, Slots):
-        if len(left.terms) != 1 or len(right.terms) != 1:
+        if len(left.terms) != 1 or len(right.terms) != 1 or left.summed or right.summed:
             return None
         dims, one = _joined(left.dims, right.dims), _both(call.run, left.terms[0], right.terms[0], call.val().dtype)
         fits = dims is not None and all(_spans(call, v.dims, n) for v, n in ((left, nodes[0]), (right, nodes[1])))
@@ -51,7 +51,9 @@ def product(call: Call) -> Value | None:
     dims = _joined(table.dims, ("one",) * (len(table.dims) - len(entry.dims)) + entry.dims)
     if dims is None:
         return None
-    return Slots(dims, tuple(replace(t, number=_times(t.number, entry, dtype)) for t in table.terms))
+    return Slots(
+        dims, tuple(replace(t, number=_times(t.number, entry, dtype)) for t in table.terms), None, table.summed
+    )
 
 
 def quotient(call: Call) -> Value | None:
@@ -70,7 +72,7 @@ def quotient(call: Call) -> Value | None:
     if _joined(table.dims, ("one",) * (len(table.dims) - len(entry.dims)) + entry.dims) != table.dims:
         return None
     div = lambda n: Number(aten.div.Tensor, call.val().dtype, (n, entry))  # noqa: E731
-    return Slots(table.dims, tuple(replace(t, number=div(t.number)) for t in table.terms))
+    return Slots(table.dims, tuple(replace(t, number=div(t.number)) for t in table.terms), None, table.summed)
 
 
 def _scaled(call: Call) -> Value | None:
@@ -82,7 +84,7 @@ def _scaled(call: Call) -> Value | None:
     if not call.val().is_floating_point():
         return None
     scaled = lambda n: Number(call.node.target, call.val().dtype, (n, number))  # noqa: E731
-    return Slots(table.dims, tuple(replace(t, number=scaled(t.number)) for t in table.terms))
+    return Slots(table.dims, tuple(replace(t, number=scaled(t.number)) for t in table.terms), None, table.summed)
 
 
 def added(call: Call) -> Value | None:
@@ -93,6 +95,8 @@ def added(call: Call) -> Value | None:
     dtypes = {call.val(n).dtype for n in nodes} | {call.val().dtype}
     if values[0].dims != values[1].dims or "c" not in values[0].dims or len(dtypes) != 1 or _no_grad(call):
         return None
+    if values[0].summed or values[1].summed:
+        return None  # each choice may have the place of another
     return Slots(values[0].dims, (*values[0].terms, *values[1].terms))
 
 
@@ -104,7 +108,14 @@ def outer(call: Call) -> Value | None:
     left, right = (_factor(call, v, n) for v, n in zip(values, nodes, strict=True))
     if not (isinstance(left, Slots) and isinstance(right, Slots)) or len(left.terms) != 1 or len(right.terms) != 1:
         return None
-    if left.dims[2:] != ("one",) or right.dims[1:2] != ("one",) or left.dims[0] != 0 or len(right.dims) != 3:
+    if (
+        left.summed
+        or right.summed
+        or left.dims[2:] != ("one",)
+        or right.dims[1:2] != ("one",)
+        or left.dims[0] != 0
+        or len(right.dims) != 3
+    ):
         return None
     dims, one = _joined(left.dims, right.dims), _both(call.run, left.terms[0], right.terms[0], call.val().dtype)
     fits = dims is not None and same_size(call.val(nodes[0]).shape[0], call.val(nodes[1]).shape[0])
@@ -114,21 +125,27 @@ def outer(call: Call) -> Value | None:
 def einsum(call: Call) -> Value | None:
     """einsum("se,sc->sec", ...), einsum("s,se->se", ...), einsum("se,se->s", ...), with any letters."""
     equation, operands, nodes = call.arg(0), call.arg(1), call.node.args[1]
-    if not isinstance(equation, str) or not isinstance(operands, list) or len(operands) != 2 or _no_grad(call):
+    if not isinstance(equation, str) or not isinstance(operands, list) or _no_grad(call):
         return None
     inputs, arrow, result = equation.replace(" ", "").partition("->")
     letters = inputs.split(",")
     if not arrow or "." in equation or any(len(set(term)) < len(term) for term in (*letters, result)):
+        return None
+    if len(letters) != len(operands) or len(operands) not in (2, 3):
         return None
     values = [_factor(call, v, n) for v, n in zip(operands, nodes, strict=True)]  # type: ignore[arg-type]
     names: dict[str, Dim] = {}
     sizes: dict[str, Any] = {}
     for value, mine, node in zip(values, letters, nodes, strict=True):  # type: ignore[arg-type]
         if isinstance(value, Slots):
-            if len(value.terms) != 1 or any(names.setdefault(n, d) != d for n, d in zip(mine, value.dims, strict=True)):
+            if (
+                len(value.terms) != 1
+                or value.summed
+                or any(names.setdefault(n, d) != d for n, d in zip(mine, value.dims, strict=True))
+            ):
                 return None
             sizes |= dict(zip(mine, call.val(node).shape, strict=True))
-    if not names or len(set(names.values())) < len(names) or set(names.values()) - {0, "e", "c"}:
+    if not names or len(set(names.values())) < len(names) or set(names.values()) - {0, 1, "e", "c"}:
         return None
     dtype, terms, numbers = call.val().dtype, list[Term](), list[Number]()
     for value, mine, node in zip(values, letters, nodes, strict=True):  # type: ignore[arg-type]
@@ -140,12 +157,16 @@ def einsum(call: Call) -> Value | None:
             numbers.append(Number("entry", call.val(node).dtype, (value.node,), tuple(names[n] for n in mine)))
         else:
             return None
-    first = terms[0] if len(terms) == 1 else _both(call.run, terms[0], terms[1], dtype)
+    first: Term | None = terms[0]
+    for term in terms[1:]:
+        first = first and _both(call.run, first, term, dtype)
     if first is None or not set(result) <= set(names):
         return None
     for number in numbers:
         first = replace(first, number=_times(first.number, number, dtype))
     gone = {names[n] for n in names if n not in result}
+    if gone == {1}:
+        return _summed(tuple(names[n] for n in result), first)
     if gone - {"e"} or (gone and not first.by_expert):
         return None
     return Slots(tuple(names[n] for n in result), (replace(first, by_expert=first.by_expert and not gone),))
@@ -155,14 +176,21 @@ def einsum(call: Call) -> Value | None:
 
 
 def of_token(call: Call) -> Value | None:
-    """(places * mask).sum(1), mask.sum(1)."""
+    """(places * mask).sum(-1), mask.sum(-1): of each token; table.sum(1): of all choices of a token."""
     value, dims = call.arg(0), call.number(1, "dim")
     dims = dims if isinstance(dims, list) else [dims]
-    of_expert = isinstance(value, Places | Slots) or is_table(value)
-    if not of_expert or value.dims != (0, "e") or dims not in ([1], [-1]) or _no_grad(call):
+    if not (isinstance(value, Places | Slots) or is_table(value, any_order=True)) or _no_grad(call):
         return None
-    keep = bool(call.number(2, "keepdim", False))
-    left: tuple[Dim, ...] = (0, "one") if keep else (0,)
+    if len(dims) != 1 or type(dims[0]) is not int or (isinstance(value, Slots) and value.summed):
+        return None
+    at, keep = dims[0] % len(value.dims), bool(call.number(2, "keepdim", False))
+    rest = (*value.dims[:at], *value.dims[at + 1 :])
+    left: tuple[Dim, ...] = (*rest, "one") if keep else rest
+    if isinstance(value, Slots) and value.dims[at] == 1 and not keep:
+        same = call.val().dtype == call.val(call.node.args[0]).dtype
+        return _summed(left, value.terms[0]) if same and len(value.terms) == 1 else None
+    if value.dims[at] != "e" or at != len(value.dims) - 1:
+        return None
     if isinstance(value, Places):
         return replace(value, dims=left) if value.masked and call.val().dtype in EXACT else None
     table = as_slots(call.val(call.node.args[0]).dtype, value)
@@ -170,6 +198,14 @@ def of_token(call: Call) -> Value | None:
         return None
     only = table.terms[0]
     return Slots(left, (replace(only, by_expert=False, number=_cast(only.number, call.val().dtype)),))
+
+
+def _summed(dims: tuple[Dim, ...], term: Term) -> Slots | None:
+    """A sum over the choices of a token: a table if each choice has its expert and its place."""
+    whole = sorted(map(str, dims)) == ["0", "c", "e"] and term.by_expert and term.place is not None
+    if not whole or term.ids is None or term.ids.meta["val"].dim() != 2:
+        return None
+    return Slots(dims, (term,), summed=True)
 
 
 def converted(call: Call) -> Value | None:
@@ -196,10 +232,17 @@ def truths(call: Call) -> Value | None:
 
 
 def reshaped(call: Call) -> Value | None:
-    """table[:, :, None], table[:]."""
+    """table[:, :, None], table[:], places[:, None].expand(T, K, E)."""
     table = call.arg(0)
     if not isinstance(table, Slots | Places | Early):
         return None
+    if call.op in ("expand", "expand_as"):
+        if isinstance(table, Slots) or table.count.along != "any" or table.dims != (0, "one", "e"):
+            return None
+        before, after = call.val(call.node.args[0]).shape, call.val().shape
+        sizes = (before[0], table.count.ids.meta["val"].shape[1], before[2])
+        fits = len(after) == 3 and all(map(same_size, after, sizes))
+        return replace(table, dims=(0, 1, "e")) if fits else None
     if call.op == "slice":
         before, after = call.val(call.node.args[0]).shape, call.val().shape
         begins = call.number(2, "start", None) in (0, None) and call.number(4, "step", 1) == 1
@@ -216,7 +259,7 @@ def reshaped(call: Call) -> Value | None:
 def turned(call: Call) -> Value | None:
     """table.permute(1, 2, 0), table.t()."""
     table = call.arg(0)
-    if not isinstance(table, Slots):
+    if not isinstance(table, Slots | Places | Early):
         return None
     order = list(range(len(table.dims)))
     if call.op == "permute":
@@ -339,7 +382,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "sum": (of_token,),
     **{op: (converted,) for op in "to _to_copy bool long int float type_as contiguous clone".split()},
     **{op: (truths,) for op in ("gt", "greater", "ne", "not_equal")},
-    **{op: (reshaped,) for op in ("unsqueeze", "slice", "squeeze")},
+    **{op: (reshaped,) for op in ("unsqueeze", "slice", "squeeze", "expand", "expand_as")},
     **{op: (turned,) for op in ("permute", "transpose", "t")},
     **{op: (flattened,) for op in ("view", "reshape")},
 }

@@ -8,6 +8,12 @@
 
 For a second choice of each token the places begin where those of the first end: places2 + mask.sum(0).
 
+Tokens may lie in groups, of which each has slots of its own: ids [G, S], cumsum(mask, 1), tables [G, S, E, C].  Or all
+choices are in one mask [T, K, E], which is counted as a whole and summed over the choices:
+
+    places  = cumsum(mask.view(T * K, E), 0).view(T, K, E) - 1    # or of [K * T, E], or cumsum(mask.sum(1), 0)
+    combine = einsum("tke,tkc->tec", weights * mask, one_hot((places * mask).sum(2), C))
+
 A token's place is a count of those before it at the same expert, so no two tokens have one slot: `disjoint`.  What is
 not zero in such a table is one number for each choice of a token, which is written again as a vector: `number_of`.
 """
@@ -34,11 +40,24 @@ FAR = 2**20  # numbers up to here are exact in all of them, and their sums
 
 @dataclass(frozen=True)
 class Count:
-    """How many of `ids` [T] chose an expert, up to a token and with it, plus `shift`, plus all in each of `base`."""
+    """How many of `ids` chose an expert, up to an entry and with it, plus `shift`, plus all in each of `base`.
+
+    along: the dimension of the ids [T] or [T, K] that is counted along, for each entry of the other one alone; both, in
+    the order in which they were counted, (0, 1) or (1, 0); or "any": tokens that chose it by any k.
+    """
 
     ids: Node
     shift: int = 0
     base: tuple[Node, ...] = ()
+    along: Any = 0
+
+
+@dataclass(frozen=True)
+class FlatMask(Dense):
+    """A mask [T, K, E] as [T * K, E], or [K, T, E] as [K * T, E]; `order`: of the ids' dimensions."""
+
+    ids: Node
+    order: tuple[Dim, ...]
 
 
 @dataclass(frozen=True)
@@ -98,41 +117,82 @@ class Slots(Dense):
     """A table that is the sum of its terms; dims: of 0, "e", "c" and "one", "ec" for two in one.
 
     wide: of a table with "ec", the node of one with its dimensions apart, and these.
+    summed: over dimension 1 of the ids, the choices of a token.
     """
 
     dims: tuple[Dim, ...]
     terms: tuple[Term, ...]
     wide: tuple[Node, tuple[Dim, ...]] | None = None
+    summed: bool = False
 
 
 # -- places ---------------------------------------------------------------------------------
 
 
 def running(call: Call) -> Value | None:
-    """cumsum(mask, 0)."""
-    mask = call.arg(0)
-    if not is_table(mask) or mask.ids.meta["val"].dim() != 1 or mask.dims != (0, "e"):
+    """cumsum(mask, 0), cumsum(mask.sum(1), 0), and of masks [T * K, E]."""
+    mask, dim, before = call.arg(0), call.number(1, "dim"), call.val(call.node.args[0])
+    if call.val().dtype not in EXACT or type(dim) is not int:
         return None
-    if call.number(1, "dim") not in (0, -2) or call.val().dtype not in EXACT:
+    dim %= call.val().dim()
+    if isinstance(mask, FlatMask):
+        return Places(Count(mask.ids, along=mask.order), (flat(mask.order), "e"), mask.ids) if dim == 0 else None
+    if not isinstance(mask, Member) or mask.expert is not None:
         return None
-    return Places(Count(mask.ids), mask.dims, mask.ids)
+    rank = mask.ids.meta["val"].dim()
+    if is_table(mask):
+        return Places(Count(mask.ids, along=dim), mask.dims, mask.ids) if dim < rank else None
+    small = before.dtype in EXACT or before.dtype == torch.bool
+    if mask.kind in ("count", "any") and mask.dims == (0, "e") and rank == 2 and dim == 0 and small:
+        return Places(Count(mask.ids, along="any"), mask.dims, mask.ids)
+    return None
+
+
+def flattened_mask(call: Call) -> Value | None:
+    """mask.view(T * K, E), and back: places.view(T, K, E)."""
+    value, val = call.arg(0), call.val()
+    before = call.val(call.node.args[0]).shape
+    if isinstance(value, Member) and value.kind == "mask" and value.expert is None and val.dim() == 2:
+        order = value.dims[:-1]
+        if value.dims not in ((0, 1, "e"), (1, 0, "e")) or not same_size(val.shape[1], before[2]):
+            return None
+        return FlatMask(value.ids, order) if val.dtype == call.val(call.node.args[0]).dtype else None
+    if not isinstance(value, Places | Early) or isinstance(value.dims[0], int) or val.dim() != 3:
+        return None
+    sizes, order = value.count.ids.meta["val"].shape, value.count.along
+    fits = value.dims == (flat(order), "e") and same_size(val.shape[2], before[1])
+    if not fits or not all(same_size(val.shape[i], sizes[d]) for i, d in enumerate(order)):
+        return None
+    return replace(value, dims=(*order, "e"))
+
+
+def flat(order: tuple[Dim, ...]) -> str:
+    """The name of two dimensions in one."""
+    return "".join(map(str, order))
 
 
 def moved(call: Call) -> Value | None:
     """places - 1, places + mask.sum(0)."""
     places, other = call.arg(0), call.number(1, "other")
-    if not isinstance(places, Places) or places.masked or places.below is not None or places.dims != (0, "e"):
+    if not isinstance(places, Places) or places.masked or places.below is not None or places.dims[-1] != "e":
         return None
-    if call.number(2, "alpha", 1) != 1 or call.val().dtype not in EXACT or call.val().dim() != 2:
+    if call.number(2, "alpha", 1) != 1 or call.val().dtype not in EXACT or call.val().dim() != len(places.dims):
         return None
     count, more = places.count, call.arg(1)
     if type(other) in (int, float) and math.isfinite(other) and other == int(other):
         shift = count.shift + (int(other) if call.op.startswith("add") else -int(other))
         return replace(places, count=replace(count, shift=shift)) if max(abs(other), abs(shift)) < FAR else None
-    total = isinstance(more, Member) and more.kind == "count" and more.dims in (("e",), ("one", "e"))
-    if not total or not _counts_exactly(call.node.args[1]) or not same_size(_last(call, 1), _last(call, 0)):
+    if not isinstance(more, Member) or more.kind != "count" or more.expert is not None:
         return None
-    if call.op.startswith("add") and more.expert is None and more.ids.meta["val"].dim() == 1:
+    if not _counts_exactly(call.node.args[1]) or not same_size(_last(call, 1), _last(call, 0)):
+        return None
+    rank = more.ids.meta["val"].dim()
+    if rank == 1:
+        fits = more.dims in (("e",), ("one", "e")) and places.dims == (0, "e")
+    else:  # the totals of each group
+        fits = type(count.along) is int and places.dims == (0, 1, "e") and len(more.dims) == 3
+        fits = fits and more.dims == tuple("one" if d == count.along else d for d in places.dims)
+    if call.op.startswith("add") and fits and rank == count.ids.meta["val"].dim():
         return replace(places, count=replace(count, base=(*count.base, more.ids)))
     return None
 
@@ -157,14 +217,23 @@ def own(call: Call) -> Value | None:
     """places * mask: zero for the experts that the token did not choose."""
     for i in (0, 1):
         places, mask = call.arg(i), call.arg(1 - i)
-        if not isinstance(places, Places) or not is_table(mask) or places.dims != (0, "e") or mask.dims != (0, "e"):
+        if not isinstance(places, Places) or not is_table(mask, any_order=True):
+            continue
+        if not fits_mask(places.count, places.dims, mask.dims):
             continue
         if call.val().dtype not in EXACT or (i and in_place(call)) or not some_of(call.run, mask.ids, places.valid):
             continue
         if not same_size(_last(call, 0), _last(call, 1)):
             continue  # a mask of one class alone, for all experts
-        return replace(places, valid=mask.ids, masked=True)
+        if call.val().dim() != len(mask.dims):
+            continue
+        return replace(places, valid=mask.ids, masked=True, dims=mask.dims)
     return None
+
+
+def fits_mask(count: Count, places: tuple[Dim, ...], mask: tuple[Dim, ...]) -> bool:
+    """Whether places stand beside the entries of a mask that they count; those of tokens are the same for each k."""
+    return places == mask or (count.along == "any" and places == tuple("one" if d == 1 else d for d in mask))
 
 
 def clamped(call: Call) -> Value | None:
@@ -218,7 +287,7 @@ def bound_of(call: Call) -> Any:
 def one_hot(call: Call) -> Value | None:
     """one_hot(at, C): the place of each token, none of which is outside of [0, C)."""
     at, slots = call.arg(0), call.val()
-    if not isinstance(at, Places) or at.dims not in ((0,), (0, "e")) or not isinstance(slots, Tensor):
+    if not isinstance(at, Places) or "one" in at.dims[-1:] or not isinstance(slots, Tensor):
         return None
     capacity, bound = slots.shape[-1], cut_of(call.run, at.valid, at.count)
     inside = at.masked and bound is not None and at_most(bound, capacity) and at.count.shift >= -1
@@ -231,7 +300,7 @@ def is_place(call: Call) -> Value | None:
     """at[:, None] == arange(C)."""
     for at, slots in ((call.arg(0), call.arg(1)), (call.arg(1), call.arg(0))):
         if isinstance(at, Places) and isinstance(slots, Positions) and slots.shape == "all":
-            if at.dims not in ((0, "one"), (0, "e", "one")) or call.val().dim() != len(at.dims):
+            if at.dims[-1] != "one" or at.dims[-2:] == ("one", "one") or call.val().dim() != len(at.dims):
                 return None
             at = replace(at, dims=at.dims[:-1])
             return Slots((*at.dims, "c"), (Term(None, Number("one", torch.bool), place=at),))
@@ -241,11 +310,13 @@ def is_place(call: Call) -> Value | None:
 # -- help -----------------------------------------------------------------------------------
 
 
-def is_table(value: Any, *more: str) -> bool:
-    """A mask of zeros and ones [T, E]."""
+def is_table(value: Any, *more: str, any_order: bool = False) -> bool:
+    """A mask of zeros and ones [T, E] or [T, K, E]."""
     if not isinstance(value, Member) or value.expert is not None or value.kind != "mask":
         return False
-    return tuple(d for d in value.dims if d not in more) == (0, "e")
+    dims = tuple(d for d in value.dims if d not in more)
+    tokens = tuple(range(value.ids.meta["val"].dim()))
+    return dims == (*tokens, "e") or (any_order and dims == (*tokens[::-1], "e"))
 
 
 def in_place(call: Call) -> bool:
@@ -259,13 +330,17 @@ def at_most(a: Any, b: Any) -> bool:
 
 
 def cut_of(run: Interpreter, ids: Node | None, count: Count) -> Any:
-    """The place from which on tokens of `ids` are nobody's, or None."""
+    """The place from which on entries of `ids` are nobody's, or None."""
     while ids is not None and ids.target is ids_kept:
         table, before = ids.args[1], run.written.get(ids)
+        rank = ids.meta["val"].dim()
+        dims: tuple[Dim, ...] = (*range(rank), "e")
+        if isinstance(table, Node) and table in run.written:  # turned, so that its dimensions are those of the ids
+            table, dims = table.args[0], (1, 0, "e")
         for factor in table.all_input_nodes if isinstance(table, Node) else []:
             value = run.values.get(factor)
-            if isinstance(value, Early) and value.count == count and value.dims == (0, "e"):
-                if some_of(run, before, value.valid):
+            if isinstance(value, Early) and value.count == count and fits_mask(count, value.dims, dims):
+                if some_of(run, before, value.valid) and factor.meta["val"].dim() == len(dims):
                     return value.bound
         ids = before
     return None
@@ -279,4 +354,5 @@ RULES: dict[str, tuple[Rule, ...]] = {
     **{op: (early,) for op in ("lt", "less", "le", "less_equal")},
     "one_hot": (one_hot,),
     "eq": (is_place,),
+    **{op: (flattened_mask,) for op in ("view", "reshape")},
 }

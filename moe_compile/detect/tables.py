@@ -62,7 +62,8 @@ def keep(call: Call) -> Value | None:
             continue
         ids, out = mask.ids, call.val()
         rank = ids.meta["val"].dim()
-        whole = mask.kind == "mask" and mask.dims == (*range(rank), "e")
+        turned = mask.kind == "mask" and mask.dims == (1, 0, "e")
+        whole = turned or (mask.kind == "mask" and mask.dims == (*range(rank), "e"))
         by_token = mask.kind in ("count", "any") and mask.dims == (0, "e") and rank == 2
         kind = mask.kind
         if kind == "count" and "mul" not in call.op:  # 2 & 1 is nothing
@@ -76,7 +77,12 @@ def keep(call: Call) -> Value | None:
             continue
         if out.dim() != before.dim() or not equal_sizes(call.run, out.shape, before.shape):
             return None
-        kept = call.run.write_ids(call.node, ids_kept, (ids, call.node), ids.meta["val"], ids)
+        entries = call.node
+        if turned:
+            entries = call.run.write_ids(
+                call.node, aten.permute.default, (call.node, [1, 0, 2]), out.permute(1, 0, 2), None
+            )
+        kept = call.run.write_ids(entries, ids_kept, (ids, entries), ids.meta["val"], ids)
         return Member(kept, mask.dims, None, None, kind)
     return None
 
@@ -194,6 +200,8 @@ def _is_truth(call: Call, value: Any, node: Node) -> bool:
 def written_out(graph: Graph, ids: Node, like: Node) -> Node:
     """The ids as ATen ops, in the place of the node that stood for them."""
     if ids.target not in _WRITTEN:
+        if ids.target is aten.reshape.default and isinstance(ids.args[0], Node):  # of groups of tokens, in one
+            written_out(graph, ids.args[0], like)
         return ids
     before: Any = ids.args[0]
     if ids.target is ids_stacked:
@@ -221,7 +229,7 @@ def _stacked(graph: Graph, ids: Any, like: Node) -> Node:
     wide = [
         i if i.meta["val"].dtype == torch.int64 else emit(graph, aten.to.dtype, i, torch.int64, like=like) for i in ids
     ]
-    return emit(graph, aten.stack.default, wide, 1, like=like)
+    return emit(graph, aten.stack.default, wide, -1, like=like)
 
 
 def _by_sizes(graph: Graph, sizes: Node, rows: Node, whole: bool, like: Node) -> Node:

@@ -401,6 +401,8 @@ class Every(Dense):
 
     ids: it is zero for the experts that a token did not choose by them; None if that is not shown.
     slots: the table by which tokens were laid out in C slots an expert (`slots.Slots`); then T is C.
+    groups: G and C, of tokens in groups that have C slots each at an expert, so that T is G * C.  apart: it is
+    [num, G, C, ...].
     """
 
     expr: Expr
@@ -408,6 +410,8 @@ class Every(Dense):
     flat: bool
     ids: Node | None = None
     slots: Any = None
+    groups: tuple[Any, Any] | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True)

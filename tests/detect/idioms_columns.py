@@ -96,3 +96,17 @@ class ColumnsThenSum(Listed):
                 t = (ids[:, k] == e).nonzero().flatten()
                 out = out.index_add(0, t, self.run(e, x[t].view(-1, D)) * weights[:, k].unsqueeze(-1)[t])
         return out
+
+
+@idiom(distinct=False)
+class ZippedRange(Listed):
+    """A range and a list of experts, side by side."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in zip(range(E), self.experts, strict=False):
+            t, k = torch.where(ids == e)
+            if t.numel() == 0:
+                continue
+            out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
+        return out

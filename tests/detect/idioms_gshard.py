@@ -231,3 +231,73 @@ class GShardChunks(GShardListed):
 class GShardListedFirst(GShardUnbound):
     def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return GShard.combine(self, x, ids, weights)
+
+
+class Experts(nn.Module):
+    """As DeepSpeed and fairscale run them: on pieces [1, 1, C, D] of all slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_local_experts = E
+        self.deepspeed_experts = nn.ModuleList(Mlp() for _ in range(E))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        chunks = inputs.chunk(self.num_local_experts, dim=1)
+        outputs: list[Tensor] = []
+        for chunk, expert in zip(chunks, self.deepspeed_experts, strict=False):
+            out = expert(chunk)
+            if isinstance(out, tuple):
+                out = out[0]
+            outputs += [out]
+        return torch.cat(outputs, dim=1)
+
+
+@idiom(distinct=False)
+class GShardOfDeepSpeed(GShardOfTwo):
+    """Its layer: experts in a list, on [groups of ranks, experts of a rank, C, D], here with one rank."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.experts = Experts()
+
+    def laid(self, rows: Tensor) -> Tensor:
+        return rows.reshape(1, E, -1, D)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        combine = self.combine(x, ids, weights)
+        dispatched = torch.einsum("sec,sm->ecm", combine.bool().type_as(x), x)
+        made = self.experts(self.laid(dispatched)).reshape(E, -1, D)
+        return torch.einsum("sec,ecm->sm", combine.type_as(x), made)
+
+
+class Gated(nn.Module):
+    """An expert that slices, normalises, and adds what it got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 2 * FF), nn.Linear(FF, D)
+
+    def forward(self, x: Tensor) -> Any:
+        gate, up = self.up(self.norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up).mul_(0.5), None
+
+
+@idiom(flat=True, distinct=False)
+class GShardOfDeepSpeedGated(GShardOfDeepSpeed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts.deepspeed_experts = nn.ModuleList(Gated() for _ in range(E))
+
+    def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return GShard.combine(self, x, ids, weights)
+
+
+@idiom(distinct=False)
+class GShardPieces(GShardListed):
+    """Pieces [1, C, D], joined as they are."""
+
+    def parts(self, rows: Tensor) -> Any:
+        return rows.split(1)
+
+    def join(self, made: list[Tensor]) -> Tensor:
+        return torch.cat(made, 0)

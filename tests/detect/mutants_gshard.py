@@ -476,14 +476,14 @@ class SlotsWithPlaces(GShard):
         return super().made(rows) + torch.arange(CAPACITY, dtype=rows.dtype)[:, None]
 
 
-@mutant(NOTHING)
+@mutant("mean along dimension 0 lets rows depend on each other")
 class SlotsListedMeans(GShardUnbound):
     def run(self, e: int, rows: Tensor) -> Tensor:
         made = super().run(e, rows)
         return made - made.mean(0)
 
 
-@mutant(NOTHING)
+@mutant("expert 0 runs on other rows than those of its slots")
 class SlotsRotated(GShardListed):
     """Experts on the slots of others."""
 

@@ -8,35 +8,33 @@ from tests.detect.idioms_choice import best, scores
 from tests.detect.idioms_slots import Slots, slots
 from tests.detect.loops import FF, D, E, mutant, weight
 
-NOTHING = "nothing is summed over experts"
 
-
-@mutant(NOTHING)
+@mutant("mean along dimension 0 lets rows depend on each other")
 class SlotMeans(Slots):
     def run(self, e: int, x: Tensor) -> Tensor:
         y = super().run(e, x)
         return y - y.mean(0)
 
 
-@mutant(NOTHING)
+@mutant("expert 1 differs from expert 0: 2 where that has 1")
 class SlotsOfOther(Slots):
     def run(self, e: int, x: Tensor) -> Tensor:
         return super().run(e, x) * (2 if e == 1 else 1)
 
 
-@mutant(NOTHING)
+@mutant("no weight belongs to an expert")
 class SlotsOfOne(Slots):
     def run(self, e: int, x: Tensor) -> Tensor:
         return super().run(0, x)
 
 
-@mutant(NOTHING)
+@mutant("dropout with p = 0.5 draws random numbers expert by expert")
 class SlotsDropout(Slots):
     def run(self, e: int, x: Tensor) -> Tensor:
         return F.dropout(super().run(e, x), 0.5)
 
 
-@mutant(NOTHING)
+@mutant("expert 1 runs on other rows than those of its slots")
 class SlotsForAll(Slots):
     """Every expert on the same rows: a batch would copy them."""
 
@@ -44,7 +42,7 @@ class SlotsForAll(Slots):
         return dispatched[0]
 
 
-@mutant(NOTHING)
+@mutant("linear_1 is not shown to be one value for each token of an expert's list")
 class SlotsInChain(Slots):
     """Each expert reads what the one before it made."""
 
@@ -71,7 +69,8 @@ class Batched(nn.Module):
         self.up, self.down = weight(E, D, FF), weight(E, FF, D)
 
 
-@mutant("aten.einsum at file.py multiplies the rows of all experts at once already")
+@mutant("an expert that a token chose twice has one place for both: the ids (ids) are not shown to be distinct, as those "
+        "of topk are", distinct=False)  # fmt: skip
 class SlotsInOneBatch(Batched):
     """As GShard writes it: there is nothing to gather in the experts' products."""
 

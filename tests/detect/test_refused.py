@@ -26,6 +26,7 @@ from tests.detect import (  # noqa: F401
     mutants_families,
     mutants_forms,
     mutants_grids,
+    mutants_groups,
     mutants_gshard,
     mutants_helpers,
     mutants_index,

@@ -18,6 +18,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_every,
     idioms_forms,
     idioms_grids,
+    idioms_groups,
     idioms_gshard,
     idioms_helpers,
     idioms_listings,
@@ -161,6 +162,23 @@ def test_ids_out_of_range_add_nothing(name: str) -> None:
         assert not differences(
             outcome(run, module, (x, wrong, weights)), outcome(module, module, (x, wrong, weights)), 1e-5
         )
+
+
+@pytest.mark.parametrize("name", ["PickedWeights", "PickedWithBias", "PickedTransposed"])
+def test_ids_from_the_end(name: str) -> None:
+    """w[ids] counts negative ids from the end, and raises for others."""
+    case = IDIOMS[name]
+    module = case.make()
+    x, ids, weights = arguments(case)
+    run = Proof(module, (x, ids, weights), case.distinct)
+    for wrong in (ids - E, torch.where(ids == 1, -1, ids), torch.where(ids > 1, ids - E, ids)):
+        args = (x, wrong, weights)
+        assert not differences(outcome(run, module, args), outcome(module, module, args), 1e-5)
+    for bad in (E, -E - 1):
+        wrong = torch.where(ids == 1, bad, ids)
+        for call in (module, run):
+            with pytest.raises((RuntimeError, IndexError)):
+                call(x, wrong, weights)
 
 
 @pytest.mark.parametrize("name", ["ChosenOnly", "OldMixtral"])
