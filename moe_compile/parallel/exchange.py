@@ -6,7 +6,8 @@ Message    What a rank tells each other about the rows to come: [P, M + 2], one 
            then how many rows no expert takes: they travel with those of the last rank, behind which they are sorted,
            and come back as zeros; then a fingerprint of what its experts compute and by which strategy, which has to be
            the same everywhere.  All strategies that move tokens begin with a message of this shape, so that ranks
-           which disagree hear of it.
+           which disagree hear of it.  Of several chunks it is that of the first: a second one has the lines of the
+           others, and is sent when it is known that all ranks have as many.
 """
 
 import hashlib
@@ -58,11 +59,11 @@ def host_read(sent: Tensor, received: Tensor, rows_RD: Tensor | None, ranks: int
     return send, numbers[ranks:]
 
 
-def host_reads(sent: Tensor, received: Tensor, rows: list[Tensor | None], ranks: int) -> list[list[int]]:
+def host_reads(sent: list[Tensor], received: list[Tensor], rows: list[Tensor | None], ranks: int) -> list[list[int]]:
     """What `host_read` says for each of several chunks, one after the other, with one read: to each rank, from each."""
     chunks = len(rows)
-    lines = torch.cat([sent, received]).to("cpu").view(2, ranks, chunks, -1).transpose(1, 2)
-    numbers: list[int] = torch.ops.moe_ep.check_messages(lines.reshape(-1), chunks * ranks).tolist()
+    lines = torch.cat([*sent, *received]).to("cpu")
+    numbers: list[int] = torch.ops.moe_ep.check_messages(lines, ranks, chunks).tolist()
     for n in numbers:
         torch._check(n >= 0)
     found = []
@@ -84,6 +85,26 @@ def message_of(joined: Tensor, index: int, chunks: int, ranks: int) -> Tensor:
     return joined.view(ranks, chunks, -1)[:, index].reshape(-1)
 
 
+@custom_op("moe_ep::of_same_experts", mutates_args=())
+def of_same_experts(rows: Tensor, received: Tensor, sent: Tensor, ranks: int) -> Tensor:
+    """A copy of `rows`, for a collective whose size depends on the number of chunks; an error on all ranks, before it
+    begins, if the messages say that they compute something else or in other chunks.
+
+    On an accelerator the check runs there, and fails at the next synchronisation: the host reads nothing.
+    """
+    marks, mark = received.view(ranks, -1)[:, -1], sent[-1]
+    if rows.device.type != "cpu":
+        torch._assert_async((marks == mark).all())
+    else:
+        _same_experts(marks, mark)
+    return rows.clone()
+
+
+@of_same_experts.register_fake
+def _(rows: Tensor, received: Tensor, sent: Tensor, ranks: int) -> Tensor:
+    return torch.empty_like(rows)
+
+
 def token_chunks(rows: Tensor, chunks: int) -> list[Tensor]:
     """Rows [T, ...] in parts whose sizes differ by one at most; some are empty where there are fewer rows."""
     ends = [i * rows.shape[0] // chunks for i in range(chunks + 1)]
@@ -91,25 +112,28 @@ def token_chunks(rows: Tensor, chunks: int) -> list[Tensor]:
 
 
 @custom_op("moe_ep::check_messages", mutates_args=())
-def check_messages(messages: Tensor, ranks: int) -> Tensor:
-    """[2P]: rows to each rank, then from each; a line of a rank whose experts compute something else is an error."""
-    lines = messages.view(2 * ranks, -1)
-    _same_experts(lines[ranks:, -1], lines[0, -1])
+def check_messages(messages: Tensor, ranks: int, chunks: int = 1) -> Tensor:
+    """[2 * chunks * P]: rows to each rank, chunk by chunk, then from each; a line of a rank whose experts compute
+    something else is an error."""
+    lines = messages.view(2 * chunks * ranks, -1)
+    _same_experts(lines[chunks * ranks :, -1].view(chunks, ranks), lines[0, -1])
     return lines[:, :-1].sum(1)
 
 
-def _same_experts(marks_P: Tensor, mark: Tensor) -> None:
-    differ = (marks_P != mark).nonzero().flatten().tolist()
+def _same_experts(marks: Tensor, mark: Tensor) -> None:
+    """Raise if the marks [..., P] of other ranks are not that of this one."""
+    differ = (marks != mark).reshape(-1, marks.shape[-1]).any(0).nonzero().flatten().tolist()
     if differ:
         raise RuntimeError(
             f"experts compute something else on ranks {differ} of the expert-parallel group than on this one: their "
-            f"graphs were made for other modes, dtypes, strategies or batch sizes that the experts read"
+            f"graphs were made for other modes, dtypes, strategies, numbers of chunks or batch sizes that the experts "
+            f"read"
         )
 
 
 @check_messages.register_fake
-def _(messages: Tensor, ranks: int) -> Tensor:
-    return messages.new_empty(2 * ranks, dtype=torch.int64)
+def _(messages: Tensor, ranks: int, chunks: int = 1) -> Tensor:
+    return messages.new_empty(2 * chunks * ranks, dtype=torch.int64)
 
 
 def expert_of_row(received: Tensor, rows_SD: Tensor, ranks: int) -> Tensor:
