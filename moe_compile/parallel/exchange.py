@@ -50,13 +50,8 @@ def _lines(first_P: Tensor, most: int, mark: int) -> Tensor:
 
 def host_read(sent: Tensor, received: Tensor, rows_RD: Tensor | None, ranks: int) -> tuple[list[int], list[int]]:
     """(rows to each rank, rows from each): the one read of data by the host.  All of `rows_RD` travel, if given."""
-    numbers: list[int] = torch.ops.moe_ep.check_messages(torch.cat([sent, received]).to("cpu"), ranks).tolist()
-    for n in numbers:
-        torch._check(n >= 0)
-    if rows_RD is None:
-        return numbers[:ranks], numbers[ranks:]
-    send = [*numbers[: ranks - 1], rows_RD.shape[0] - sum(numbers[: ranks - 1])]  # that all rows travel is known
-    return send, numbers[ranks:]
+    send, receive = host_reads([sent], [received], [rows_RD], ranks)
+    return send, receive
 
 
 def host_reads(sent: list[Tensor], received: list[Tensor], rows: list[Tensor | None], ranks: int) -> list[list[int]]:
@@ -69,10 +64,16 @@ def host_reads(sent: list[Tensor], received: list[Tensor], rows: list[Tensor | N
     found = []
     for i, x in enumerate(rows):
         send, receive = (numbers[j * ranks : (j + 1) * ranks] for j in (i, chunks + i))
-        if x is not None:
-            send = [*send[: ranks - 1], x.shape[0] - sum(send[: ranks - 1])]  # that all rows travel is known
-        found += [send, receive]
+        all_sent = send[-1] if x is None else x.shape[0]
+        found += [_with_last(send, all_sent), _with_last(receive, receive[-1])]
     return found
+
+
+def _with_last(numbers: list[int], total: int) -> list[int]:
+    """All but the last, and what it is.  So their sum is one symbol, and no sum of as many as there are ranks: to
+    reason about those takes the compiler the square of the time."""
+    first = numbers[:-1]
+    return [*first, total - sum(first)]
 
 
 def joined_messages(messages: list[Tensor], ranks: int) -> Tensor:
@@ -113,11 +114,13 @@ def token_chunks(rows: Tensor, chunks: int) -> list[Tensor]:
 
 @custom_op("moe_ep::check_messages", mutates_args=())
 def check_messages(messages: Tensor, ranks: int, chunks: int = 1) -> Tensor:
-    """[2 * chunks * P]: rows to each rank, chunk by chunk, then from each; a line of a rank whose experts compute
-    something else is an error."""
+    """[2 * chunks * P]: rows to each rank, chunk by chunk, then from each; in the place of the last rank, the sum of
+    all.  A line of a rank whose experts compute something else is an error."""
     lines = messages.view(2 * chunks * ranks, -1)
     _same_experts(lines[chunks * ranks :, -1].view(chunks, ranks), lines[0, -1])
-    return lines[:, :-1].sum(1)
+    rows = lines[:, :-1].sum(1).view(2 * chunks, ranks)
+    rows[:, -1] = rows.sum(1)
+    return rows.view(-1)
 
 
 def _same_experts(marks: Tensor, mark: Tensor) -> None:
