@@ -104,7 +104,7 @@ def place(
     if placement.ranks == 1 or not sites:
         return Placed(passes["alltoall"](gm), "grouped", passes["alltoall"].local)
     families = passes["alltoall"].read_by(sites[0])
-    sizes = sizes_of(sites[0], placement, families)
+    sizes = sizes_of(sites[0], placement, families, chunks)
     machine = MACHINES["cuda" if sites[0].meta["val"].device.type == "cuda" else "cpu"]
     reasons = {s: next(filter(None, (pass_.refuse((n,)) for n in sites)), None) for s, pass_ in passes.items()}
     near = int(os.environ.get("LOCAL_WORLD_SIZE", placement.ranks))

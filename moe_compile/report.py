@@ -16,8 +16,8 @@ class RegionReport:
     reason: the first thing that could not be shown, if not matched.  before, after: the graphs, "" if there are none.
     body: the ops that an expert runs on its rows.  strategy: how experts meet tokens now, "" if not rewritten.
     gain: what the rewrite is estimated to save, None if not rewritten.
-    estimates: if experts are sharded, what each strategy would cost this rank a forward (parallel/costs.py), in one
-    chunk.  chunks: of the tokens that travel.
+    estimates: if experts are sharded, what each strategy would cost this rank a forward (parallel/costs.py), with so
+    many chunks.  chunks: of the tokens that travel.
     """
 
     matched: bool

@@ -11,11 +11,12 @@ After:
     y_1     = experts(ids_C[1], [x_C[1]], [w_C[1]], [w13, w2], [], body, E)
     out     = aten.cat([y_0, y_1])
 
-Stage      place; before place_experts, which places the chunks of a region together: one message and one host read for
-           all, and what brings the tokens of every chunk before the products of the first.
+Stage      place; before place_experts, which places the chunks of a region together: one host read for all, and what
+           brings the tokens of every chunk before the products of the first.
 Numerics   the same rows and sums of a token's results.  What belongs to experts gets its gradient as a sum over chunks.
 Why        a rank waits for its rows only until the first chunk is there; overlap_collectives then has products to put
-           under the collectives of the others.  As many rows travel; the message has a line for each chunk.
+           under the collectives of the others.  As many rows travel.  What ranks tell each other has a line for each
+           chunk, those of all but the first in a second message: ranks might have been given other numbers of chunks.
 Refuses    nothing.  Where numerics is "exact" and such gradients are recorded, it is an error (pipeline.py).
 """
 

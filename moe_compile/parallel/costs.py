@@ -2,13 +2,16 @@
 
 Bytes, FLOPs and times are sympy expressions of what a region is (`Sizes`); `Machine` has the numbers of the hardware.
 Routing is taken to be balanced: every expert is chosen as often as every other, a token's experts are distinct.  Bytes
-are those that one rank sends to others; a backward sends as many again.
+are those that one rank sends to others; a backward sends as many again.  Of the tokens of a tensor-parallel group a
+rank runs a part, and T are those of the part.
 
     T tokens of this rank   K experts per token   E experts   P ranks   L experts of this rank   M the most of a rank
     t  bytes of what experts read of a token        q  of a pair (t, k)     r  of a pair, below the routing weights
     y  bytes of one result, below routing weights    z  with them     w  of one expert's weights
     f  FLOPs of one row                             n, a, b, g  tensors of tokens, of pairs, of those below, of weights
     s  ranks over which the same experts are split ("edp"), h  tensors that are gathered over these
+    c  chunks of the tokens     p  ranks that share their tokens ("tp")
+    o  bytes of a token's result, u  of what these ranks tell each other of their tokens
 
 Experts that are an MLP with a gate, routed by one weight a pair, in numbers of s bytes:
 t = y = z = s*D, q = s, r = 0, w = 3*s*D*F, f = 6*D*F.
@@ -35,10 +38,12 @@ aten = torch.ops.aten
 
 T, K, E, P, L, M = sympy.symbols("T K E P L M", positive=True)
 t, q, r, y, z, w, f, n, a, b, g, h = sympy.symbols("t q r y z w f n a b g h", nonnegative=True)
-s = sympy.symbols("s", positive=True)
+s, c, p = sympy.symbols("s c p", positive=True)
+o, u = sympy.symbols("o u", nonnegative=True)
 
 ID = 4  # bytes of an id that travels (exchange.on_the_wire)
-MESSAGE = 4 * (P - 1) * (M + 2)  # exchange.message
+MESSAGE = 4 * c * (P - 1) * (M + 2)  # exchange.message, a line for each chunk
+MESSAGES = sympy.Min(c, 2)  # writer.write
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,10 @@ class Sizes:
     g: int
     s: int = 1
     h: int = 0
+    c: int = 1
+    p: int = 1
+    o: int = 0
+    u: int = 0
 
     def put(self, expression: sympy.Expr) -> float:
         """The value of an expression."""
@@ -124,20 +133,22 @@ _met = P * T * _meets(L)  # tokens that they get
 _reach = T * ((P - 1) * _meets(M) + _meets(_last))  # ranks that the tokens of one go to, itself among them
 _rows = 4 * (t + y)  # read and write on the way into the order of the experts, and back
 
+_weights = c * L * w  # each chunk reads those of all experts of the rank
+
 TRAFFIC: dict[tuple[str, str], Traffic] = {
     ("alltoall", "exact"): Traffic(
         MESSAGE + T * K * (E - L) / E * (t + r) + (P - 1) * T * K * L / E * y,
-        n + b + 2, 1, L * w + (T * K + _arrive) * _rows,
+        MESSAGES + c * (n + b + 1), 1, _weights + (T * K + _arrive) * _rows,
     ),
     ("dedup", "fast"): Traffic(
         MESSAGE + (_reach - T * _meets(L)) * (t + K * (q + ID)) + (P - 1) * T * _meets(L) * z,
-        n + a + 3, 1, L * w + (T * K + _arrive) * _rows,
+        MESSAGES + c * (n + a + 2), 1, _weights + (T * K + _arrive) * _rows,
     ),
     ("allgather", "exact"): Traffic(
-        MESSAGE + (P - 1) * T * K * (t + r + ID + y), n + b + 3, 0, L * w + (P + 1) * T * K * _rows
+        MESSAGE + (P - 1) * T * K * (t + r + ID + y), MESSAGES + c * (n + b + 2), 0, _weights + (P + 1) * T * K * _rows
     ),
     ("allgather", "fast"): Traffic(
-        MESSAGE + (P - 1) * T * (t + K * (q + ID) + z), n + a + 3, 0, L * w + P * T * K * _rows
+        MESSAGE + (P - 1) * T * (t + K * (q + ID) + z), MESSAGES + c * (n + a + 2), 0, _weights + P * T * K * _rows
     ),
     ("gather_weights", "exact"): Traffic((P - 1) * M * w, g, 0, 3 * E * w + T * K * _rows),
 }  # fmt: skip
@@ -145,7 +156,10 @@ TRAFFIC["alltoall", "fast"] = TRAFFIC["alltoall", "exact"]
 TRAFFIC["grouped", "exact"] = Traffic(sympy.Integer(0), sympy.Integer(0), 0, E * w + T * K * _rows)  # on one rank
 TRAFFIC["gather_weights", "fast"] = TRAFFIC["gather_weights", "exact"]
 
-WHOLE = Traffic(L * w * (s - 1) / s, h, 0, 2 * L * w)  # over "edp", by every strategy, if experts are split there
+# By every strategy: over "edp", if experts are split there, once for all chunks; over "tp", if tokens are shared there:
+# what ranks tell each other, and the results (passes/split_tokens.py).
+WHOLE = Traffic(L * w * (s - 1) / s, h, 0, 2 * L * w)
+SHARED = Traffic((p - 1) * (T * o + u), sympy.Integer(2), 0, 2 * T * (t + K * q) + 3 * p * T * o)
 
 FLOPS = {True: _arrive * f, False: T * K * f}  # of the experts that a rank has; of the tokens that it has
 
@@ -167,27 +181,40 @@ class Estimate:
 
 
 def estimate(strategy: str, numerics: str, sizes: Sizes, machine: Machine, ranks_a_node: int) -> Estimate:
-    """What a forward costs this rank, without overlap of compute and communication."""
+    """What a forward costs this rank; of compute and communication nothing overlaps but chunks."""
     times = forward_times(strategy, numerics, sizes, machine, ranks_a_node)
-    return Estimate(strategy, times.bytes_sent, times.host_reads, times.waits_us + times.wire_us + times.run_us)
+    return Estimate(strategy, times.bytes_sent, times.host_reads, times.total_us)
 
 
 @dataclass(frozen=True)
 class Times:
-    """What a forward's time is made of.  Waits: latencies of collectives and the host's reads."""
+    """What a forward's time is made of.  Waits: latencies of collectives and the host's reads.
+
+    wire_us, run_us: of what is cut into `chunks`.  rest_us: of what stands before or behind all of them.
+    """
 
     bytes_sent: float
     host_reads: int
     waits_us: float
     wire_us: float
     run_us: float
+    rest_us: float = 0.0
+    chunks: int = 1
+
+    @property
+    def total_us(self) -> float:
+        """Rows of one chunk travel while another is computed; beside those of the first and the last runs nothing."""
+        alone = (self.wire_us + self.run_us) / self.chunks
+        return self.waits_us + self.rest_us + alone + (1 - 1 / self.chunks) * max(self.wire_us, self.run_us)
 
 
 def forward_times(strategy: str, numerics: str, sizes: Sizes, machine: Machine, ranks_a_node: int) -> Times:
     """The parts of `estimate`: a backward sends as many bytes again, and computes twice as much."""
+    if strategy == "gather_weights":
+        sizes = replace(sizes, c=1)
     traffic = TRAFFIC.get((strategy, numerics)) or TRAFFIC[strategy, "fast"]
     sent = sizes.put(traffic.sent)
-    near = min(ranks_a_node, sizes.P)
+    near = max(1, min(ranks_a_node // sizes.p, sizes.P))  # "tp" is innermost
     if strategy == "gather_weights" or strategy == "allgather":  # rings: each byte passes every link
         wire = sent / (machine.within if near == sizes.P else machine.between)
     else:
@@ -196,13 +223,15 @@ def forward_times(strategy: str, numerics: str, sizes: Sizes, machine: Machine, 
     flops = sizes.put(FLOPS[strategy != "gather_weights"])
     run = max(flops / machine.gflops, sizes.put(traffic.moved) / machine.memory)
     waits = sizes.put(traffic.collectives) * machine.latency_us + traffic.host_reads * machine.host_read_us
-    if sizes.s > 1:
-        gathered = sizes.put(WHOLE.sent)
-        sent += gathered
-        wire += gathered / (machine.within if sizes.s * sizes.P <= ranks_a_node else machine.between)
-        waits += sizes.put(WHOLE.collectives) * machine.latency_us
-        run += sizes.put(WHOLE.moved) / machine.memory
-    return Times(sent, traffic.host_reads, waits, 1e-3 * wire, 1e-3 * run)
+    rest = 0.0
+    for more, ranks, apart in ((WHOLE, sizes.s, sizes.P * sizes.p), (SHARED, sizes.p, 1)):
+        if ranks > 1:
+            travels = sizes.put(more.sent)
+            sent += travels
+            waits += sizes.put(more.collectives) * machine.latency_us
+            rest += travels / (machine.within if ranks * apart <= ranks_a_node else machine.between)
+            rest += sizes.put(more.moved) / machine.memory
+    return Times(sent, traffic.host_reads, waits, 1e-3 * wire, 1e-3 * run, 1e-3 * rest, sizes.c)
 
 
 def choose(estimates: Sequence[Estimate], sizes: Sizes) -> tuple[list[Estimate], str]:
@@ -222,7 +251,7 @@ def _unasked(strategy: str, sizes: Sizes) -> str:
     return ""
 
 
-def sizes_of(node: Node, placement: Placement, families: Mapping[Family, torch.Tensor]) -> Sizes:
+def sizes_of(node: Node, placement: Placement, families: Mapping[Family, torch.Tensor], chunks: int = 1) -> Sizes:
     """The sizes of an `experts` node.  `families`: those that it reads, with one member each.
 
     Sizes that vary count as they are in the call at hand.
@@ -243,6 +272,7 @@ def sizes_of(node: Node, placement: Placement, families: Mapping[Family, torch.T
         w=sum(_of_expert(f, x) for f, x in families.items()),
         f=sum(2 * value(x).numel() for x in weights), n=len(tokens), a=len(pairs), b=len(carried), g=len(families),
         s=placement.edp, h=len(families) if placement.edp > 1 else 0,
+        c=chunks, p=placement.tp, o=_bytes(node, 1), u=_told(ids) if placement.tp > 1 else 0,
     )  # fmt: skip
 
 
@@ -250,9 +280,17 @@ def _bytes(node: Node, skipped: int) -> int:
     return cost.hint(value(node).shape[skipped:].numel()) * value(node).element_size()
 
 
+def _told(ids: Node) -> int:
+    """Bytes of what ranks that share their tokens tell each other of them, at the part of the ids that one runs."""
+    checked: Any = ids.args[0]  # own_rows(check_shared(ids, messages of all, P), ..)
+    _, messages, ranks = checked.args
+    return int(value(messages).numel() * value(messages).element_size()) // int(ranks)
+
+
 def _of_expert(family: Family, example: torch.Tensor) -> int:
     numbers = example.shape[1:].numel() if len(family.members) == 1 else example.numel()
     return int(numbers * example.element_size())
 
 
-assert {x.name for x in fields(Sizes)} == {str(s) for s in (T, K, E, P, L, M, t, q, r, y, z, w, f, n, a, b, g, s, h)}
+LETTERS = (T, K, E, P, L, M, t, q, r, y, z, w, f, n, a, b, g, s, h, c, p, o, u)
+assert {x.name for x in fields(Sizes)} == {str(x) for x in LETTERS}

@@ -6,7 +6,8 @@ Message    What a rank tells each other about the rows to come: [P, M + 2], one 
            then how many rows no expert takes: they travel with those of the last rank, behind which they are sorted,
            and come back as zeros; then a fingerprint of what its experts compute and by which strategy, which has to be
            the same everywhere.  All strategies that move tokens begin with a message of this shape, so that ranks
-           which disagree hear of it.
+           which disagree hear of it.  Of several chunks it is that of the first: a second one has the lines of the
+           others, and is sent when it is known that all ranks have as many.
 """
 
 import hashlib
@@ -49,29 +50,30 @@ def _lines(first_P: Tensor, most: int, mark: int) -> Tensor:
 
 def host_read(sent: Tensor, received: Tensor, rows_RD: Tensor | None, ranks: int) -> tuple[list[int], list[int]]:
     """(rows to each rank, rows from each): the one read of data by the host.  All of `rows_RD` travel, if given."""
-    numbers: list[int] = torch.ops.moe_ep.check_messages(torch.cat([sent, received]).to("cpu"), ranks).tolist()
-    for n in numbers:
-        torch._check(n >= 0)
-    if rows_RD is None:
-        return numbers[:ranks], numbers[ranks:]
-    send = [*numbers[: ranks - 1], rows_RD.shape[0] - sum(numbers[: ranks - 1])]  # that all rows travel is known
-    return send, numbers[ranks:]
+    send, receive = host_reads([sent], [received], [rows_RD], ranks)
+    return send, receive
 
 
-def host_reads(sent: Tensor, received: Tensor, rows: list[Tensor | None], ranks: int) -> list[list[int]]:
+def host_reads(sent: list[Tensor], received: list[Tensor], rows: list[Tensor | None], ranks: int) -> list[list[int]]:
     """What `host_read` says for each of several chunks, one after the other, with one read: to each rank, from each."""
     chunks = len(rows)
-    lines = torch.cat([sent, received]).to("cpu").view(2, ranks, chunks, -1).transpose(1, 2)
-    numbers: list[int] = torch.ops.moe_ep.check_messages(lines.reshape(-1), chunks * ranks).tolist()
+    lines = torch.cat([*sent, *received]).to("cpu")
+    numbers: list[int] = torch.ops.moe_ep.check_messages(lines, ranks, chunks).tolist()
     for n in numbers:
         torch._check(n >= 0)
     found = []
     for i, x in enumerate(rows):
         send, receive = (numbers[j * ranks : (j + 1) * ranks] for j in (i, chunks + i))
-        if x is not None:
-            send = [*send[: ranks - 1], x.shape[0] - sum(send[: ranks - 1])]  # that all rows travel is known
-        found += [send, receive]
+        all_sent = send[-1] if x is None else x.shape[0]
+        found += [_with_last(send, all_sent), _with_last(receive, receive[-1])]
     return found
+
+
+def _with_last(numbers: list[int], total: int) -> list[int]:
+    """All but the last, and what it is.  So their sum is one symbol, and no sum of as many as there are ranks: to
+    reason about those takes the compiler the square of the time."""
+    first = numbers[:-1]
+    return [*first, total - sum(first)]
 
 
 def joined_messages(messages: list[Tensor], ranks: int) -> Tensor:
@@ -84,6 +86,26 @@ def message_of(joined: Tensor, index: int, chunks: int, ranks: int) -> Tensor:
     return joined.view(ranks, chunks, -1)[:, index].reshape(-1)
 
 
+@custom_op("moe_ep::of_same_experts", mutates_args=())
+def of_same_experts(rows: Tensor, received: Tensor, sent: Tensor, ranks: int) -> Tensor:
+    """A copy of `rows`, for a collective whose size depends on the number of chunks; an error on all ranks, before it
+    begins, if the messages say that they compute something else or in other chunks.
+
+    On an accelerator the check runs there, and fails at the next synchronisation: the host reads nothing.
+    """
+    marks, mark = received.view(ranks, -1)[:, -1], sent[-1]
+    if rows.device.type != "cpu":
+        torch._assert_async((marks == mark).all())
+    else:
+        _same_experts(marks, mark)
+    return rows.clone()
+
+
+@of_same_experts.register_fake
+def _(rows: Tensor, received: Tensor, sent: Tensor, ranks: int) -> Tensor:
+    return torch.empty_like(rows)
+
+
 def token_chunks(rows: Tensor, chunks: int) -> list[Tensor]:
     """Rows [T, ...] in parts whose sizes differ by one at most; some are empty where there are fewer rows."""
     ends = [i * rows.shape[0] // chunks for i in range(chunks + 1)]
@@ -91,25 +113,30 @@ def token_chunks(rows: Tensor, chunks: int) -> list[Tensor]:
 
 
 @custom_op("moe_ep::check_messages", mutates_args=())
-def check_messages(messages: Tensor, ranks: int) -> Tensor:
-    """[2P]: rows to each rank, then from each; a line of a rank whose experts compute something else is an error."""
-    lines = messages.view(2 * ranks, -1)
-    _same_experts(lines[ranks:, -1], lines[0, -1])
-    return lines[:, :-1].sum(1)
+def check_messages(messages: Tensor, ranks: int, chunks: int = 1) -> Tensor:
+    """[2 * chunks * P]: rows to each rank, chunk by chunk, then from each; in the place of the last rank, the sum of
+    all.  A line of a rank whose experts compute something else is an error."""
+    lines = messages.view(2 * chunks * ranks, -1)
+    _same_experts(lines[chunks * ranks :, -1].view(chunks, ranks), lines[0, -1])
+    rows = lines[:, :-1].sum(1).view(2 * chunks, ranks)
+    rows[:, -1] = rows.sum(1)
+    return rows.view(-1)
 
 
-def _same_experts(marks_P: Tensor, mark: Tensor) -> None:
-    differ = (marks_P != mark).nonzero().flatten().tolist()
+def _same_experts(marks: Tensor, mark: Tensor) -> None:
+    """Raise if the marks [..., P] of other ranks are not that of this one."""
+    differ = (marks != mark).reshape(-1, marks.shape[-1]).any(0).nonzero().flatten().tolist()
     if differ:
         raise RuntimeError(
             f"experts compute something else on ranks {differ} of the expert-parallel group than on this one: their "
-            f"graphs were made for other modes, dtypes, strategies or batch sizes that the experts read"
+            f"graphs were made for other modes, dtypes, strategies, numbers of chunks or batch sizes that the experts "
+            f"read"
         )
 
 
 @check_messages.register_fake
-def _(messages: Tensor, ranks: int) -> Tensor:
-    return messages.new_empty(2 * ranks, dtype=torch.int64)
+def _(messages: Tensor, ranks: int, chunks: int = 1) -> Tensor:
+    return messages.new_empty(2 * chunks * ranks, dtype=torch.int64)
 
 
 def expert_of_row(received: Tensor, rows_SD: Tensor, ranks: int) -> Tensor:

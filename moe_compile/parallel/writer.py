@@ -178,7 +178,7 @@ class Writer(ABC):
 
 
 def write(writers: Sequence[Writer]) -> list[Node]:
-    """The results of regions that are written side by side: one message and one read of the splits for all.
+    """The results of regions that are written side by side: one read of the splits for all, and two messages.
 
     What brings tokens stands before anything that runs, so a collective of one chunk may run under products of another.
     """
@@ -203,21 +203,34 @@ def write(writers: Sequence[Writer]) -> list[Node]:
     return results
 
 
-def _tell(writer: Writer, sent: list[Node]) -> tuple[tuple[Node, Node], list[Any]]:
-    """((what this rank tells the others, what they tell it), the latter for each chunk)."""
-    number, ranks, width = len(sent), writer.ranks, writer.sizes[0] + 2
-    mine = sent[0] if number == 1 else writer.call(joined_messages, sent, ranks)
-    equal, val = [number * width] * ranks, mine.meta["val"]
-    theirs = writer.call(all_to_all, mine, equal, equal, writer.placement.group, val=val)
-    theirs = writer.call(wait, theirs, val=val)
-    parts = [theirs] if number == 1 else [writer.call(message_of, theirs, i, number, ranks) for i in range(number)]
-    return (mine, theirs), parts
+def _tell(writer: Writer, sent: list[Node]) -> tuple[tuple[list[Node], list[Node]], list[Any]]:
+    """((what this rank tells the others, what they tell it), the latter), chunk by chunk.
+
+    The first message has the shape that it has everywhere.  The others, whose number ranks might disagree on, are sent
+    together, once it is known from the first that they do not.
+    """
+    ranks, rest = writer.ranks, sent[1:]
+    theirs = [_exchanged(writer, sent[0], 1)]
+    if rest:
+        mine = rest[0] if len(rest) == 1 else writer.call(joined_messages, rest, ranks)
+        mine = writer.call(moe_ep.of_same_experts.default, mine, theirs[0], sent[0], ranks)
+        other = _exchanged(writer, mine, len(rest))
+        single = len(rest) == 1
+        theirs += [other] if single else [writer.call(message_of, other, i, len(rest), ranks) for i in range(len(rest))]
+    return (sent, theirs), theirs
 
 
-def _read(writer: Writer, sent: Node, received: Node, rows: list[Node | None]) -> list[Any]:
+def _exchanged(writer: Writer, mine: Node, chunks: int) -> Node:
+    """What the others tell this rank of so many chunks."""
+    equal = [chunks * (writer.sizes[0] + 2)] * writer.ranks
+    theirs = writer.call(all_to_all, mine, equal, equal, writer.placement.group, val=mine.meta["val"])
+    return writer.call(wait, theirs, val=mine.meta["val"])
+
+
+def _read(writer: Writer, sent: list[Node], received: list[Node], rows: list[Node | None]) -> list[Any]:
     """For each chunk (rows to each rank, rows from each), on the host; all of its `rows` travel, if given."""
     if len(rows) == 1:
-        splits = writer.call(host_read, sent, received, rows[0], writer.ranks)
+        splits = writer.call(host_read, sent[0], received[0], rows[0], writer.ranks)
         return [(writer.item(splits, 0), writer.item(splits, 1))]
     splits = writer.call(host_reads, sent, received, rows, writer.ranks)
     found = [writer.item(splits, i) for i in range(2 * len(rows))]

@@ -134,6 +134,7 @@ def parity(
     expect: str = "alltoall",
     optimizer: Callable[[Any], torch.optim.Optimizer] = SGD,
     experts: str = "replicated",
+    chunks: int = 1,
     **options: Any,
 ) -> nn.Module:
     """Losses, gradients and weights after `steps` steps are those of one process.  Returns the sharded model.
@@ -148,7 +149,7 @@ def parity(
         parallelize_module(model, mesh["tp"], plan)
     moe_compile.parallelize(model, mesh, experts=experts)
     batches = batches[: ranks.size // tp]
-    options = {"strategy": expect or "auto", **options}
+    options = {"strategy": expect or "auto", **({"chunks": chunks} if chunks > 1 else {}), **options}
     call = run(model) if run else compiled(model, inner, fullgraph=True, **options)
     mine, theirs = (optimizer(m.parameters()) for m in (model, reference))
     with regions() as found:
@@ -166,6 +167,7 @@ def parity(
                 steps_of.step()
                 steps_of.zero_grad()
         same(own_names(model, lambda p: p.data), own_names(reference, lambda p: p.data), "weight after the last step")
+    assert {r.chunks for r in found if r.matched} <= {chunks}, [str(r) for r in found]
     strategies = {r.strategy for r in found if r.matched}
     wanted = {"grouped" if mesh["ep"].size() == 1 and expect else expect} - {""}
     assert strategies == wanted, (strategies, [str(r) for r in found])
@@ -251,6 +253,19 @@ def without_gradients(ranks: Ranks) -> None:
         with context(), regions() as found:
             assert close(call(*batches[ranks.rank]), reference(*batches[ranks.rank]))
         assert all(r.matched for r in found)
+
+
+def generates(ranks: Ranks) -> None:
+    """Prompts of other lengths on each rank, as many tokens for all, as every rank takes part in every forward."""
+    model = mixtral("eager").eval()
+    prompt = torch.randint(0, 32, (2, 5 + ranks.rank))
+    settings: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    want = copy.deepcopy(model).generate(prompt, **settings)
+    moe_compile.parallelize(model, moe_compile.build_mesh())
+    model.compile(backend="moe_ep", options={"inner": "eager", "strategy": "alltoall"})
+    with regions() as found:
+        assert torch.equal(model.generate(prompt, **settings), want)
+    assert found and {r.strategy for r in found} == {"alltoall"}
 
 
 def sizes_that_vary(ranks: Ranks) -> None:
@@ -672,11 +687,12 @@ CHECKS = {
     1: [stacked_loop, uncompiled, bitwise],
     2: [
         stacked_loop, module_list, mixtral_eager, mixtral_grouped, inductor, a_rank_without_tokens,
-        experts_nobody_chose, everybody_chose_one, gradient_accumulation, without_gradients, frozen_experts,
+        experts_nobody_chose, everybody_chose_one, gradient_accumulation, without_gradients, generates, frozen_experts,
         sizes_that_vary, autocast,
         activation_checkpointing, mixtral_checkpointing, layer_by_layer, weights_travel, bitwise, uncompiled, refused,
         one_refused, another_backend, everything_of_an_expert, a_value_of_each_rank, experts_in_another_order,
         ids_of_no_expert, states, different_dense_weights, sabotage, ranks_that_compute_something_else,
     ],
     4: [misfits, stacked_loop, unequal_batches, copies_of_experts, bitwise],
+    8: [stacked_loop, bitwise],
 }  # fmt: skip

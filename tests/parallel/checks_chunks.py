@@ -2,15 +2,21 @@
 
 import copy
 import functools
+import itertools
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor, nn
 
 import moe_compile
-from tests.parallel import checks
-from tests.parallel.checks import Batches, Biased, Fixed, agree, listed, parity, stacked, tokens
+from moe_compile import kinds, pipeline
+from tests.parallel import checks, checks_tp
+from tests.parallel.checks import FOUR_IDS, Batches, Biased, Fixed, Four, agree, listed, parity, stacked, tokens
+from tests.parallel.checks_edp import SPLIT
 from tests.parallel.ranks import Ranks
-from tests.parallel.strategies import Every, traffic
+from tests.parallel.strategies import Every, cut, traffic
 from tests.tiny import Block, D, Experts, Net, compiled, graphs, regions
 
 FAST: dict[str, Any] = {"numerics": "fast", "inner": "aot_eager"}
@@ -100,24 +106,141 @@ def exact(ranks: Ranks) -> None:
     assert results[0] is not None and results[1] is not None and torch.equal(*results)
 
 
+# -- beside other ways to split -------------------------------------------------------------
+
+
+def chunked(model: nn.Module) -> Any:
+    """Several graphs, as FSDP's hooks want it; the regions in two chunks."""
+    return compiled(model, strategy="alltoall", chunks=2, **FAST)
+
+
+def of_shared_tokens(ranks: Ranks) -> None:
+    """A rank's part of what it shares along "tp", in chunks: some are empty, and some of the part is nobody's."""
+    net = functools.partial(checks_tp.split, ranks, steps=2, chunks=2, **FAST)
+    net(checks_tp.model(2), tokens(ranks, [9, 1]))
+    torch._dynamo.reset()
+    net(checks_tp.model(1, lambda: Block(Biased(), num_experts=checks.E)), tokens(ranks, [5, 8]), expect="dedup")
+
+
+def with_fsdp(ranks: Ranks) -> None:
+    """Dense parameters under FSDP; experts beside them whole, then split over "edp", then with shared tokens."""
+    batches = tokens(ranks, [5, 8, 3, 0])
+    parity(ranks, stacked(2), batches, dp_shard=ranks.size, run=chunked, chunks=2, steps=2)
+    torch._dynamo.reset()
+    parity(ranks, stacked(2), batches, run=chunked, chunks=2, steps=2, **SPLIT)
+    torch._dynamo.reset()
+    shared = {"ep": 2, "dp_shard": 2, "tp": 2, "plan": checks_tp.PLAN}
+    parity(ranks, checks_tp.model(), tokens(ranks, [5, 8]), run=chunked, chunks=2, steps=1, **shared)
+
+
+# -- what is sent ---------------------------------------------------------------------------
+
+
+def report_of(ranks: Ranks, call: Any, x: Tensor, ids: Tensor, strategy: str) -> tuple[int, int]:
+    """(bytes, host reads) of a call, which have to be those of the report."""
+    with torch.no_grad():
+        with regions() as found:
+            call(x, ids)
+        seen = traffic(ranks, functools.partial(call, x, ids))
+    estimate = next(e for e in found[0].estimates if e.strategy == strategy)
+    assert seen == (estimate.bytes_sent, estimate.host_reads), (seen, estimate)
+    return seen
+
+
+def every_set() -> Tensor:
+    """Each set of two experts once: routing as balanced as the estimates take it to be."""
+    return torch.tensor(list(itertools.combinations(range(checks.E), 2)))
+
+
 def sent(ranks: Ranks) -> None:
-    """As many rows travel; the message has a line for each chunk; the host reads once."""
-    x, ids = torch.randn(7, D), torch.randint(0, checks.E, (7, 2))
-    for strategy, numerics in (("alltoall", "exact"), ("dedup", "fast")):
+    """As many rows travel; there is a line for each chunk; the host reads once.  The report knows it."""
+    ids = every_set()
+    x = torch.randn(len(ids), D)
+    for strategy, numerics in (("alltoall", "exact"), ("dedup", "fast"), ("allgather", "fast")):
         found = []
+        torch._dynamo.reset()
         for chunks in (1, 2, 3):
             model = moe_compile.parallelize(copy.deepcopy(Fixed()), moe_compile.build_mesh())
             call = compiled(model, "aot_eager", fullgraph=True, strategy=strategy, numerics=numerics, chunks=chunks)
-            with torch.no_grad():
-                call(x, ids)
-                found.append(traffic(ranks, functools.partial(call, x, ids)))
+            found.append(report_of(ranks, call, x, ids, strategy))
         most = -(-checks.E // ranks.size)
         line = 4 * (ranks.size - 1) * (most + 2)
         assert [n - i * line for i, (n, _) in enumerate(found)] == [found[0][0]] * 3, found
-        assert [reads for _, reads in found] == [1, 1, 1]
+        assert [reads for _, reads in found] == [int(strategy != "allgather")] * 3
+
+
+def sent_beside_others(ranks: Ranks) -> None:
+    """The gathering of weights over "edp", of results over "tp": what it sends is in the report."""
+    ids = every_set()
+    for degrees, experts in (({"ep": 2, "dp_shard": 4}, "sharded"), ({"ep": 2, "tp": 2}, "replicated")):
+        mesh = moe_compile.build_mesh(**degrees)
+        mine = ids.repeat(degrees.get("tp", 1), 1)  # so that each part of it is balanced
+        torch.manual_seed(0)
+        x = torch.randn(len(mine), D)
+        for chunks in (1, 2):
+            torch._dynamo.reset()
+            model = moe_compile.parallelize(Fixed(), mesh, experts=experts)
+            call = compiled(model, "aot_eager", strategy="alltoall", chunks=chunks)
+            group = Ranks(mesh["ep"].get_local_rank(), 2)
+            report_of(group, call, x, mine, "alltoall")
+
+
+# -- what is noticed ------------------------------------------------------------------------
+
+
+def numbers_that_differ(ranks: Ranks) -> None:
+    """Ranks that were given different numbers of chunks hear of it, all of them, and go on."""
+    x = torch.randn(9, D)
+    for numbers, strategy in (((1, 2), "alltoall"), ((3, 2, 2, 1), "dedup"), ((2, 1), "allgather")):
+        torch._dynamo.reset()
+        model = moe_compile.parallelize(stacked(), moe_compile.build_mesh())
+        mine = [numbers[r % len(numbers)] for r in range(ranks.size)]
+        settings: dict[str, Any] = {"fullgraph": True, "strategy": strategy, **FAST}
+        call = compiled(model, chunks=mine[ranks.rank], **settings)
+        differ = [r for r, n in enumerate(mine) if n != mine[ranks.rank]]
+        for _ in range(2):
+            try:
+                call(x)
+            except RuntimeError as error:
+                assert f"something else on ranks {differ} of" in str(error), error
+                assert "numbers of chunks" in str(error), error
+            else:
+                raise AssertionError(f"{numbers} chunks were mixed")
+    assert compiled(model, chunks=2, **settings)(x).shape == x.shape
+
+
+def sabotage(ranks: Ranks) -> None:
+    """Without any of the collectives of a chunk nothing is right: of ranks alone, and beside other ways to split."""
+    meshes: list[tuple[dict[str, int], str]] = [({}, "replicated")]
+    if ranks.size == 4:
+        meshes = [({"ep": 2, "tp": 2}, "replicated"), ({"ep": 2, "dp_shard": 4}, "sharded")]
+    for degrees, experts in meshes:
+        tp = degrees.get("tp", 1)
+        batches: Batches = [(torch.randn(6 * tp, D), FOUR_IDS.repeat(2 * tp, 1)) for _ in range(ranks.size // tp)]
+        batches = [b for b in batches for _ in range(tp)]
+        right = functools.partial(_right, ranks, batches, degrees, experts)
+        assert right(), degrees
+        # what is told, for the first chunk and the second; rows there; rows back
+        for number in range(6) if ranks.size == 2 else (1, 3, 4):
+            with mock.patch.object(pipeline, "PlaceExperts", cut(ranks.rank, number)):
+                assert not right(), f"{degrees} without collective {number}"
+        assert right(), degrees
+
+
+def _right(ranks: Ranks, batches: Batches, degrees: dict[str, int], experts: str) -> bool:
+    torch._dynamo.reset()
+    kinds.forget()
+    torch.manual_seed(0)
+    reference = Four()
+    model = moe_compile.parallelize(copy.deepcopy(reference), moe_compile.build_mesh(**degrees), experts=experts)
+    loss: Callable[..., Tensor] = lambda m, x, ids: m(x, ids).square().sum()  # noqa: E731
+    return agree(ranks, model, chunked(model), reference, batches, loss=loss)
 
 
 CHECKS = {
-    2: [steps, by_each_way, bodies, inductor, checkpointed, skewed, sizes_that_vary, exact, sent],
-    4: [steps, sent],
-}
+    2: [
+        steps, by_each_way, bodies, inductor, checkpointed, skewed, sizes_that_vary, exact, sent, numbers_that_differ,
+        sabotage,
+    ],
+    4: [steps, sent, of_shared_tokens, with_fsdp, sent_beside_others, numbers_that_differ, sabotage],
+}  # fmt: skip

@@ -140,11 +140,14 @@ def ids_by_each_way(ranks: Ranks) -> None:
 # -- what is sent ---------------------------------------------------------------------------
 
 
-SIZES = {"float": 4, "int": 4, "long int": 8}
+SIZES = {"float": 4, "double": 8, "int": 4, "long int": 8}
 
 
 def traffic(ranks: Ranks, run: Callable[[], Any]) -> tuple[int, int]:
-    """(bytes that this rank sends to others, reads of splits by the host), as the profiler saw it."""
+    """(bytes that this rank sends to others, reads of splits by the host), as the profiler saw it.
+
+    `ranks`: of the group of the all-to-alls; other collectives name the number of theirs.
+    """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         run()
     sent, reads, calls, below = 0, 0, 0, 0
@@ -158,9 +161,10 @@ def traffic(ranks: Ranks, run: Callable[[], Any]) -> tuple[int, int]:
                 case "all_to_all_single":
                     others = shape[0] - event.concrete_inputs()[2][ranks.rank]
                 case "all_gather_into_tensor":
-                    others = shape[0] * (ranks.size - 1)
+                    others = shape[0] * (event.concrete_inputs()[1] - 1)
                 case "reduce_scatter_tensor":
-                    others = shape[0] // ranks.size * (ranks.size - 1)
+                    size = event.concrete_inputs()[2]
+                    others = shape[0] // size * (size - 1)
                 case _:
                     raise AssertionError(name)
             sent += others * math.prod(shape[1:]) * SIZES[event.dtypes()[0]]

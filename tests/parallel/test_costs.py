@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from moe_compile.parallel.costs import MACHINES, TRAFFIC, Estimate, Sizes, choose, estimate
+from moe_compile.parallel.costs import MACHINES, TRAFFIC, Estimate, Sizes, choose, estimate, forward_times
 from moe_compile.report import RegionReport, Report
 
 
@@ -74,6 +74,39 @@ def test_what_auto_does_not_choose_by_itself() -> None:
     refused[-1] = dataclasses.replace(refused[-1], why_not="")
     assert choose(refused, sizes)[1] == "gather_weights"  # where tokens must not travel
     assert choose([dataclasses.replace(e, why_not="no") for e in judged], sizes)[1] == ""
+
+
+def test_chunks() -> None:
+    """A line for each in what is told, a latency for each launch, weights read for each; rows under products."""
+    whole = mlp(T=4096, **QWEN)
+    cut, gpu = dataclasses.replace(whole, c=4), dataclasses.replace(MACHINES["cuda"], memory=1e9)
+    one, four = (forward_times("alltoall", "fast", x, gpu, 8) for x in (whole, cut))
+    assert four.bytes_sent - one.bytes_sent == 3 * 4 * 7 * 18 and four.host_reads == 1
+    assert one.waits_us == 3 * 20 + 40 and four.waits_us == (2 + 4 * 2) * 20 + 40
+    assert four.run_us == one.run_us and one.total_us == one.waits_us + one.wire_us + one.run_us
+    beside = max(four.wire_us, four.run_us)
+    assert four.total_us == pytest.approx(four.waits_us + (four.wire_us + four.run_us) / 4 + 3 / 4 * beside)
+    slow = dataclasses.replace(MACHINES["cuda"], gflops=1e12, memory=1.0)
+    one, four = (forward_times("alltoall", "fast", x, slow, 8) for x in (whole, cut))
+    assert four.run_us - one.run_us == pytest.approx(1e-3 * 3 * 16 * 3 * 2 * 2048 * 768)
+    for strategy, launches in (("dedup", 5), ("allgather", 5)):  # tokens, pairs, ids, results of each; what is told
+        waits = [forward_times(strategy, "fast", x, gpu, 8).waits_us for x in (whole, cut)]
+        assert waits[1] - waits[0] == 20 * (2 + 4 * (launches - 1) - launches)
+    assert all_of(cut)["gather_weights"] == all_of(whole)["gather_weights"]  # there is nothing to cut
+
+
+def test_tokens_that_are_shared() -> None:
+    """Over "tp": what ranks tell each other and the results, on the way home; fewer ranks of "ep" are in a node."""
+    alone = mlp(T=4096, **QWEN)
+    shared = dataclasses.replace(alone, p=2, o=4096, u=224)
+    one, two = (forward_times("alltoall", "fast", x, MACHINES["cuda"], 16) for x in (alone, shared))
+    assert two.bytes_sent - one.bytes_sent == 4096 * 4096 + 224
+    assert two.waits_us - one.waits_us == 40 and (two.wire_us, two.run_us) == (one.wire_us, one.run_us)
+    moved = 2 * 4096 * (4096 + 8 * 2) + 3 * 2 * 4096 * 4096
+    rest = 1e-3 * ((4096 * 4096 + 224) / MACHINES["cuda"].within + moved / MACHINES["cuda"].memory)
+    assert two.rest_us == pytest.approx(rest) and two.total_us == pytest.approx(one.total_us + 40 + rest)
+    near, far = (forward_times("alltoall", "fast", shared, MACHINES["cuda"], ranks) for ranks in (16, 8))
+    assert far.wire_us > near.wire_us
 
 
 def test_the_report_has_a_line_for_each() -> None:

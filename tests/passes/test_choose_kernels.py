@@ -214,7 +214,7 @@ return combine_default""",
         )
 
     def test_decides_every_op_that_carries_values(self):
-        one_form = {"check_ids", "check_messages", "fit_rows", "of_equal_sizes", "sort_by_expert"}
+        one_form = {"check_ids", "check_messages", "fit_rows", "of_equal_sizes", "of_same_experts", "sort_by_expert"}
         one_form |= {"check_shared", "join_shards", "joined", "own_rows", "read_by_parts", "token_message"}
         decided = {*OPS, *FUSED, *one_form}
         mine = {

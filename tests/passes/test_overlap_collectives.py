@@ -100,17 +100,19 @@ addmm
 launch 0
 wait 0
 launch 1
-launch 2
-addmm
 wait 1
-expert_mlp
+launch 2
 launch 3
+addmm
 wait 2
 expert_mlp
 launch 4
 wait 3
-combine
+expert_mlp
+launch 5
 wait 4
+combine
+wait 5
 combine
 addmm
 --
@@ -187,17 +189,19 @@ addmm
 launch 0
 wait 0
 launch 1
-launch 2
-addmm
 wait 1
-expert_mlp
+launch 2
 launch 3
+addmm
 wait 2
 expert_mlp
 launch 4
 wait 3
-combine
+expert_mlp
+launch 5
 wait 4
+combine
+wait 5
 combine
 addmm
 --

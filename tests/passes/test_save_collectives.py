@@ -49,21 +49,22 @@ class Checkpointed(Block):
 
 
 @pytest.mark.usefixtures("fresh", "two_ranks")
+@pytest.mark.parametrize("chunks", [1, 2, 3])
 @pytest.mark.parametrize(
     ("block", "skip", "again"),
-    [(Block, [], 0), (Checkpointed, [], 0), (Checkpointed, ["save_collectives"], 3)],
+    [(Block, [], False), (Checkpointed, [], False), (Checkpointed, ["save_collectives"], True)],
     ids=["not checkpointed", "checkpointed", "without the pass"],
 )
 def test_a_step_repeats_no_collective(
-    block: type[Block], skip: list[str], again: int, monkeypatch: pytest.MonkeyPatch
+    block: type[Block], skip: list[str], again: bool, chunks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counts there, rows there, rows back; then the gradients of both ways."""
+    """Counts there, and those of all chunks but the first; rows there, rows back; then the gradients of both ways."""
     graphs: list[GraphModule] = []
     run_as_it_is = lower.boxed_nop
     monkeypatch.setattr(lower, "boxed_nop", lambda gm, inputs: graphs.append(gm) or run_as_it_is(gm, inputs))
     model = moe_compile.parallelize(Net(1, lambda: block(Experts(4), num_experts=4)), moe_compile.build_mesh(ep=2))
-    compiled(model, "aot_eager", fullgraph=True, skip=skip, strategy="alltoall")(
-        torch.randn(6, D, requires_grad=True)
-    ).sum().backward()
+    call = compiled(model, "aot_eager", fullgraph=True, skip=skip, strategy="alltoall", numerics="fast", chunks=chunks)
+    call(torch.randn(6, D, requires_grad=True)).sum().backward()
     calls = [sum("all_to_all_single" in str(n.target) for n in g.graph.nodes) for g in graphs]
-    assert calls == [3, 2 + again]
+    forward = min(chunks, 2) + 2 * chunks
+    assert calls == [forward, 2 * chunks + again * forward]

@@ -41,6 +41,24 @@ def test_the_compiled_graphs_send_what_the_plan_says(monkeypatch: pytest.MonkeyP
             count(graphs, shape, layout, TOKENS, 0.0)
 
 
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("ep", [4, 1])
+def test_weights_are_gathered_as_the_plan_says(ep: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts split over "edp": two weights a layer, gathered forward and backward; their gradients are scattered."""
+    shape, layout = from_config(MIXTRAL), Layout(ep, 1, 16, 192, True)
+    whole = Layout(ep, 1, 16, 192)
+    with scale.ranks(3072):
+        found = scale.compile_step(MIXTRAL, shape, layout, TOKENS)
+        planned, copied = (step(shape, x, CLUSTER, Setup(TOKENS, TOKENS)) for x in (layout, whole))
+    assert found.weights_sent == scale.weights(shape, layout) == planned.fsdp_sent - copied.fsdp_sent > 0
+    assert found.gathers == 4 * 2 * 3 and found.host_reads == planned.host_reads == (4 if ep > 1 else 0)
+    message = experts(shape, layout, TOKENS).put(MESSAGE)
+    assert found.bytes_sent == planned.exchange_sent - 4 * message
+    with scale.ranks(3072), pytest.raises(RuntimeError, match="not counted"):
+        monkeypatch.setattr(scale, "GATHERS", ())
+        scale.compile_step(MIXTRAL, shape, layout, TOKENS)
+
+
 @pytest.mark.parametrize("splits", [False, True])
 @pytest.mark.parametrize(("ep", "dp_shard", "replicas"), [(8, 16, 192), (4, 64, 1), (2, 8, 1), (3, 6, 2)])
 def test_every_rank_holds_what_the_plan_says(ep: int, dp_shard: int, replicas: int, splits: bool) -> None:
