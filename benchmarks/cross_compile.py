@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
     setting: str
     kernel: JITFunction
-    args: dict[str, str]  # name -> type; the other parameters are constants
+    args: dict[str, str | tuple[str, ...]]  # name -> type, or those of a tuple; the other parameters are constants
     constants: dict[str, object]
     num_warps: int
     num_stages: int
@@ -85,7 +85,7 @@ def compile_case(case: Case, arch: str) -> Row:
     name = kernel.__name__.strip("_").removesuffix("_kernel")
     signature = {n: case.args.get(n, "constexpr") for n in kernel.arg_names}
     # Tensors come from PyTorch's allocator, so every pointer is a multiple of 16.
-    pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
+    pointers = [i for i, n in enumerate(kernel.arg_names) if str(signature[n]).startswith("*")]
     attrs = {(i,): [["tt.divisibility", 16]] for i in pointers}
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     source = ASTSource(kernel, signature, case.constants, attrs)

@@ -1,4 +1,4 @@
-"""Triton kernels for `moe_ep.grouped_gemm` with one stacked weight.
+"""Triton kernels for `moe_ep.grouped_gemm`, with one stacked weight or with separate ones (weights.py).
 
     y_RF[r, f] = sum over d of x_RD[r, d] * w_EFD[e, f, d]
     for the expert e with offsets_E[e-1] <= r < offsets_E[e]; zero for r >= offsets_E[E-1]
@@ -27,6 +27,7 @@ import moe_compile.ops
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 from moe_compile.kernels.tiles import GROUP_M, program_tile, row_tiles, rows_per_expert, sum_products
+from moe_compile.kernels.weights import Weights, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -48,6 +49,7 @@ def _grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    MULTIPLE: tl.constexpr,
 ):
     num_col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
@@ -63,7 +65,7 @@ def _grouped_gemm_kernel(
         return
     d = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + r[:, None] * D + d[None, :]
-    w_ptrs = w_ptr + e * STRIDE_E + f.to(tl.int64)[None, :] * STRIDE_F
+    w_ptrs = weight_of(w_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
     w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
     acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
@@ -76,18 +78,24 @@ def _grouped_gemm_kernel(
 def grouped_gemm(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> Tensor:
     if reason := why_not(x_RD, w_EFD, offsets_E):
         raise ValueError(f"moe_ep_triton.grouped_gemm: {reason}")
-    x_RD, R, (E, F, D) = x_RD.contiguous(), x_RD.shape[0], map(int, w_EFD.shape)
-    y_RF = x_RD.new_empty(R, F)
-    rows, form = rows_per_expert(R, E), "d packed" if w_EFD.stride(2) == 1 else "f packed"
+    return launch(x_RD, stacked(w_EFD), offsets_E)
+
+
+def launch(x_RD: Tensor, w: Weights, offsets_E: Tensor) -> Tensor:
+    """y_RF, of arguments that `why_not` does not object to."""
+    x_RD, R, (E, F, D) = x_RD.contiguous(), x_RD.shape[0], w.shape
+    y_RF, rows = x_RD.new_empty(R, F), rows_per_expert(R, E)
     seed = _seed(rows, x_RD.dtype, torch.version.hip is not None)
-    setting = settings.choose("grouped_gemm", form, x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
+    setting = settings.choose("grouped_gemm", w.packed(), x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
     block_m, block_n, block_k, warps, stages = setting
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
     run: Any = _grouped_gemm_kernel
     run = wrap_triton(_grouped_gemm_kernel) if compiled(run) else run
-    arguments = (x_RD, w_EFD, tiles, y_RF, num_row_tiles, E, D, F, *map(int, w_EFD.stride()))
     run[(num_row_tiles * triton.cdiv(F, block_n),)](
-        *arguments, block_m, block_n, block_k, GROUP_M, num_warps=warps, num_stages=stages
+        *(x_RD, w.pointer, tiles, y_RF, num_row_tiles, E, D, F, *w.stride),
+        *(block_m, block_n, block_k, GROUP_M, w.multiple),
+        num_warps=warps,
+        num_stages=stages,
     )
     return y_RF
 
@@ -127,16 +135,17 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
     E, F, D = 128, 1536, 2048
     cases: list[tuple] = []
-    sizes = {"E": E, "D": D, "F": F, "STRIDE_E": F * D, "GROUP_M": GROUP_M}
+    sizes = {"E": E, "D": D, "F": F, "GROUP_M": GROUP_M}
     strides = {"d": {"STRIDE_F": D, "STRIDE_D": 1}, "f": {"STRIDE_F": 1, "STRIDE_D": F}}
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for rows in (256, 32, 1):
             m, n, k, warps, stages = _seed(rows, dtype, hip)
-            for packed in "df":
+            for packed, multiple in (("d", 0), ("f", 0), ("d", 16), ("f", 16)):
                 args = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{short}")
-                args |= {"tiles_ptr": "*i32", "num_row_tiles": "i32"}
-                setting = f"{short} {m}x{n}x{k} w{warps} s{stages}, {packed} packed"
+                args |= {"tiles_ptr": "*i32", "num_row_tiles": "i32"} | ({"w_ptr": "*i64"} if multiple else {})
+                setting = f"{short} {m}x{n}x{k} w{warps} s{stages}, {packed} packed{', separate' if multiple else ''}"
                 constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k} | sizes | strides[packed]
+                constants |= {"STRIDE_E": 0 if multiple else F * D, "MULTIPLE": multiple}
                 cases.append((setting, _grouped_gemm_kernel, args, constants, warps, stages))
     return cases
 
