@@ -32,8 +32,17 @@ from moe_compile.expert_mlp import ACTIVATIONS, activate
 from moe_compile.kernels import settings
 from moe_compile.kernels.activation import activated
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
+from moe_compile.kernels.grouped_gemm import _seed as first_product_seed
 from moe_compile.kernels.grouped_gemm import grouped_gemm_reference
-from moe_compile.kernels.tiles import GROUP_M, program_tile, row_tiles, rows_per_expert, store_columns, sum_products
+from moe_compile.kernels.tiles import (
+    GROUP_M,
+    fills,
+    program_tile,
+    row_tiles,
+    rows_per_expert,
+    store_columns,
+    sum_products,
+)
 from moe_compile.kernels.weights import Weights, restrided, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
@@ -154,7 +163,8 @@ def launch(
     a_RF, h_RG = _outputs(x_TD, F, order_R, gated, keep_h)
     up_start = F * up.stride[1] if gated and gate is None else 0
     rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
-    seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None)
+    filled = fills(R, E, F, 32 if gated else 64)
+    seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None, filled)
     setting = settings.choose("gated_gemm", form, x_TD.device, x_TD.dtype, rows, D, F, seed=seed)
     block_m, block_f, block_k, warps, stages = setting
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
@@ -180,14 +190,10 @@ def _outputs(x_TD: Tensor, F: int, order_R: Tensor, gated: bool, keep_h: bool) -
     return x_TD.new_empty(R, F), x_TD.new_empty(R, 2 * F if gated else F) if keep_h else x_TD.new_empty(0)
 
 
-def _seed(rows: int, dtype: torch.dtype, gated: bool, hip: bool) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_F, BLOCK_K, num_warps, num_stages); the LDS of gfx942 holds 64 KiB."""
-    halves = 2 if gated else 1
-    if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
-        return (64, 64 // halves, 16, 8, 2) if rows >= 32 else (16, 64 // halves, 16, 4, 2)
-    if rows >= 64:
-        return (128, 128 // halves, 64, 8, 2 if hip else 3)
-    return (64, 128 // halves, 64, 4, 2 if hip else 4) if rows >= 16 else (16, 64 // halves, 128, 4, 2 if hip else 4)
+def _seed(rows: int, dtype: torch.dtype, gated: bool, hip: bool, filled: bool = True) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_F, BLOCK_K, num_warps, num_stages), as those of grouped_gemm; gate and up share the columns."""
+    m, n, *rest = first_product_seed(rows, dtype, hip, filled)
+    return m, n // (2 if gated else 1), *rest  # type: ignore[return-value]
 
 
 @gated_gemm.register_fake
@@ -246,8 +252,9 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         form: str = "one",
         how: str = "silu",
         multiple: int = 0,
+        filled: bool = True,
     ) -> None:
-        m, f, k, warps, stages = _seed(rows, dtype, gated, hip)
+        m, f, k, warps, stages = _seed(rows, dtype, gated, hip, filled)
         short = "bf16" if dtype == torch.bfloat16 else "fp32"
         args = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "a_ptr", "h_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "num_row_tiles": "i32"}
@@ -271,6 +278,8 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         case(torch.bfloat16, rows, True, True, form="two")
         case(torch.bfloat16, rows, True, True, form="two", multiple=16)
         case(torch.float32, rows, True, True)
+    for dtype, gated, multiple in ((torch.bfloat16, True, 0), (torch.bfloat16, False, 16), (torch.float32, True, 0)):
+        case(dtype, 1, gated, False, multiple=multiple, filled=False)
     case(torch.bfloat16, 256, True, True, packed="f")
     case(torch.bfloat16, 256, True, True, packed="f", form="two", multiple=16)
     case(torch.bfloat16, 256, True, False, multiple=16)

@@ -26,7 +26,7 @@ from torch.library import triton_op, wrap_triton
 import moe_compile.ops
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
-from moe_compile.kernels.tiles import GROUP_M, program_tile, row_tiles, rows_per_expert, sum_products
+from moe_compile.kernels.tiles import GROUP_M, fills, program_tile, row_tiles, rows_per_expert, sum_products
 from moe_compile.kernels.weights import Weights, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def launch(x_RD: Tensor, w: Weights, offsets_E: Tensor) -> Tensor:
     """y_RF, of arguments that `why_not` does not object to."""
     x_RD, R, (E, F, D) = x_RD.contiguous(), x_RD.shape[0], w.shape
     y_RF, rows = x_RD.new_empty(R, F), rows_per_expert(R, E)
-    seed = _seed(rows, x_RD.dtype, torch.version.hip is not None)
+    seed = _seed(rows, x_RD.dtype, torch.version.hip is not None, fills(R, E, F, 64))
     setting = settings.choose("grouped_gemm", w.packed(), x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
     block_m, block_n, block_k, warps, stages = setting
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
@@ -100,13 +100,19 @@ def launch(x_RD: Tensor, w: Weights, offsets_E: Tensor) -> Tensor:
     return y_RF
 
 
-def _seed(rows: int, dtype: torch.dtype, hip: bool) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); the LDS of gfx942 holds 64 KiB."""
+def _seed(rows: int, dtype: torch.dtype, hip: bool, filled: bool = True) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); the LDS of gfx942 holds 64 KiB.
+
+    filled: with few rows, whether 64 columns a program are programs enough; else each takes half of them, and twice
+    their length at a time.  A split along D would need a second pass, or atomics, for numbers that are the same twice.
+    """
     if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
-        return (64, 64, 16, 8, 2) if rows >= 32 else (16, 64, 16, 4, 2)
+        return (64, 64, 16, 8, 2) if rows >= 32 else (16, 64 if filled else 32, 16, 4, 2)
     if rows >= 64:
         return (128, 128, 64, 8, 2 if hip else 3)
-    return (64, 128, 64, 4, 2 if hip else 4) if rows >= 16 else (16, 64, 128, 4, 2 if hip else 4)
+    if rows >= 16:
+        return (64, 128, 64, 4, 2 if hip else 4)
+    return (16, *((64, 128) if filled else (32, 256)), 4, 2 if hip else 4)
 
 
 @grouped_gemm.register_fake
@@ -138,8 +144,8 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     sizes = {"E": E, "D": D, "F": F, "GROUP_M": GROUP_M}
     strides = {"d": {"STRIDE_F": D, "STRIDE_D": 1}, "f": {"STRIDE_F": 1, "STRIDE_D": F}}
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for rows in (256, 32, 1):
-            m, n, k, warps, stages = _seed(rows, dtype, hip)
+        for rows, filled in ((256, True), (32, True), (1, True), (1, False)):
+            m, n, k, warps, stages = _seed(rows, dtype, hip, filled)
             for packed, multiple in (("d", 0), ("f", 0), ("d", 16), ("f", 16)):
                 args = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{short}")
                 args |= {"tiles_ptr": "*i32", "num_row_tiles": "i32"} | ({"w_ptr": "*i64"} if multiple else {})

@@ -31,7 +31,7 @@ def grouped_gemm(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor) -> 
     if len({(w.dtype, w.shape) for w in weights}) > 1 or kernel.why_not(x_RD, _one_shape(weights), offsets_E):
         return ops.grouped_gemm_reference(x_RD, weights, offsets_E)
     with set_wrap_triton_enabled(False):
-        return kernel.launch(x_RD, *_weights(weights), offsets_E)
+        return kernel.launch(x_RD, _weights(weights)[0], offsets_E)
 
 
 def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def mlp(
         first = _weights(gate, up)
         routing = (offsets_E, order_R, K, activation, gated, True)
         a_RF, h_RG = gated_gemm.launch(x_TD, first[0] if gate else None, first[-1], *routing)
-        y_RD = grouped_gemm.launch(a_RF, *_weights(down), offsets_E)
+        y_RD = grouped_gemm.launch(a_RF, _weights(down)[0], offsets_E)
     return combine.combine(y_RD, weights_TK, order_R, offsets_E, K), h_RG, offsets_E, order_R
 
 
@@ -162,8 +162,8 @@ def mlp_backward(
     dout_TD, routing, first = dout_TD.to(x_TD.dtype), (offsets_E, order_R), [w for w in (gate, up) if w]
     dx_TD, dgate, dup, ddown = (x_TD.new_empty(0) for _ in range(4))
     with set_wrap_triton_enabled(False):
-        asked = K, activation, gated, len(gate) > 0, of_params, scale_a
-        dh, a_RF, dots_R = gated_gemm_backward.launch(dout_TD, *_weights(down), h_RG, weights_TK, *routing, *asked)
+        asked: Any = (K, activation, gated, len(gate) > 0, of_params, scale_a)
+        dh, a_RF, dots_R = gated_gemm_backward.launch(dout_TD, _weights(down)[0], h_RG, weights_TK, *routing, *asked)
         if of_x:
             parts = [(d, _weights(expert_mlp.transposed(w))[0]) for d, w in zip(dh, first, strict=True)]
             dx_RD, *other = (grouped_gemm.launch(d, w, offsets_E) for d, w in parts)

@@ -96,8 +96,8 @@ class ChooseKernels(RewritePass[Site]):
         one call too, which reads them by their addresses."""
         node, forward = site.node, site.op == "expert_mlp"
         reason = _why_not_fused(node, forward)
-        x, *groups = map_arg((node.args[0], *node.args[3:6]), lambda n: n.meta["val"])  # type: ignore[misc]
-        apart = forward and any(cuda.takes_addresses(x, w) for w in groups)
+        vals: Any = map_arg(node.args, lambda n: n.meta["val"])
+        apart = forward and any(cuda.takes_addresses(vals[0], w) for w in vals[3:6])
         read = [n for n in node.users if n.users]
         results = [n for n in read if n.target is operator.getitem and n.args[1] == 0]
         if reason is None and forward and results == read and not apart:
