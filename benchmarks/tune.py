@@ -51,6 +51,8 @@ class Job(NamedTuple):
 
 def candidates(job: Job, shared_bytes: int) -> list[Setting]:
     """Settings worth trying, nearest to the kernel's own guess first."""
+    ours = job.problem.device
+    tma = ours.startswith("sm_") and int(ours[3:]) >= 90 and "TMA" in settings.NAMES[job.problem.kernel]
     kernel, halves = job.problem.kernel, 2 if (job.problem.kernel, job.problem.form) == ("gated_gemm", "gated") else 1
     found: list[Setting] = []
     for m, n, k, warps, stages in itertools.product(BLOCKS_M, BLOCKS_N, BLOCKS_K, WARPS, STAGES):
@@ -63,10 +65,10 @@ def candidates(job: Job, shared_bytes: int) -> list[Setting]:
         if kernel == "gated_gemm_backward":
             found += [(m, n, k, parts, warps, stages) for parts in (1, 2, 4) if n // parts >= 32]
         else:
-            found.append((m, n // halves, k, warps, stages))
+            found += [(m, n // halves, k, warps, stages, *rest) for rest in ((), (1,))[: 1 + tma]]
 
     def far(setting: Setting) -> float:
-        return sum(abs(math.log2(a / b)) for a, b in zip(setting, job.seed, strict=True))
+        return sum(abs(math.log2(a / b)) for a, b in zip(setting, job.seed, strict=False))
 
     return sorted((s for s in found if s != job.seed), key=far)
 

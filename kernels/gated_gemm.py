@@ -41,9 +41,10 @@ from moe_compile.kernels.tiles import (
     row_tiles,
     rows_per_expert,
     store_columns,
+    sum_described_products,
     sum_products,
 )
-from moe_compile.kernels.weights import Weights, restrided, stacked, weight_of
+from moe_compile.kernels.weights import Weights, described, descriptor_type, restrided, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -74,8 +75,9 @@ def _gated_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     MULTIPLE: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """UP_START: where the rows of up begin behind up_ptr, in elements."""
+    """UP_START: where the rows of up begin behind up_ptr, in elements.  TMA: gate_ptr is a descriptor of both."""
     num_col_tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     if e > E:
@@ -94,17 +96,21 @@ def _gated_gemm_kernel(
     t = (tl.load(order_ptr + r, mask=r_in, other=0) // K).to(tl.int64)
     d = tl.arange(0, BLOCK_K)
     BLOCK_N: tl.constexpr = 2 * BLOCK_F if GATED else BLOCK_F
-    n = tl.arange(0, BLOCK_N)
-    f = column * BLOCK_F + n % BLOCK_F
-    f_in = f < F
-    offset = f.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
     x_ptrs = x_ptr + t[:, None] * D + d[None, :]
-    w_ptrs = weight_of(gate_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + offset
-    if GATED:
-        up_ptrs = weight_of(up_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + UP_START + offset
-        w_ptrs = tl.where((n < BLOCK_F)[None, :], w_ptrs, up_ptrs)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
+    if TMA:
+        first = column * BLOCK_F
+        acc = sum_described_products(acc, x_ptrs, gate_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
+    else:
+        n = tl.arange(0, BLOCK_N)
+        f = column * BLOCK_F + n % BLOCK_F
+        f_in = f < F
+        offset = f.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
+        w_ptrs = weight_of(gate_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + offset
+        if GATED:
+            up_ptrs = weight_of(up_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + UP_START + offset
+            w_ptrs = tl.where((n < BLOCK_F)[None, :], w_ptrs, up_ptrs)
+        acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
     if GATED:
         # A row of the accumulator lies in one group of threads: the halves part without a move.
         gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_F]), [0, 2, 1]))
@@ -166,14 +172,17 @@ def launch(
     filled = fills(R, E, F, 32 if gated else 64)
     seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None, filled)
     setting = settings.choose("gated_gemm", form, x_TD.device, x_TD.dtype, rows, D, F, seed=seed)
-    block_m, block_f, block_k, warps, stages = setting
+    block_m, block_f, block_k, warps, stages = setting[:5]
+    wanted = setting[5:] == (1,) and gate is None
+    pointer = described(up, 2 if gated else 1, block_f, block_k) if wanted else None
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
     run: Any = wrap_triton(_gated_gemm_kernel) if compiled(_gated_gemm_kernel) else _gated_gemm_kernel
-    arguments = (x_TD, first.pointer, up.pointer, order_R, tiles, a_RF, h_RG if keep_h else a_RF, num_row_tiles)
+    first_pointer = first.pointer if pointer is None else pointer
+    arguments = (x_TD, first_pointer, up.pointer, order_R, tiles, a_RF, h_RG if keep_h else a_RF, num_row_tiles)
     run[(num_row_tiles * triton.cdiv(F, block_f),)](
         *arguments,
         *(E, top_k, D, F, up_start, *up.stride, activation, gated, keep_h),
-        *(block_m, block_f, block_k, GROUP_M, min(first.multiple, up.multiple)),
+        *(block_m, block_f, block_k, GROUP_M, min(first.multiple, up.multiple), pointer is not None),
         num_warps=warps,
         num_stages=stages,
     )
@@ -253,22 +262,24 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         how: str = "silu",
         multiple: int = 0,
         filled: bool = True,
+        tma: bool = False,
     ) -> None:
         m, f, k, warps, stages = _seed(rows, dtype, gated, hip, filled)
         short = "bf16" if dtype == torch.bfloat16 else "fp32"
         args = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "a_ptr", "h_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "num_row_tiles": "i32"}
         args |= dict.fromkeys(("gate_ptr", "up_ptr"), "*i64") if multiple else {}
+        args |= {"gate_ptr": descriptor_type(short, 1 + gated, f, k, packed == "f")} if tma else {}
         G = 2 * F if gated and form == "one" else F
         strides = {"d": (G * D, D, 1), "f": (G * D, 1, G)}[packed]
         constants = dict(zip(("STRIDE_E", "STRIDE_F", "STRIDE_D"), strides, strict=True))
         constants |= {"E": E, "K": K, "D": D, "F": F, "UP_START": F * strides[1] if G > F else 0}
         constants |= {"ACTIVATION": how, "GATED": gated, "KEEP_H": keep, "GROUP_M": GROUP_M}  # type: ignore[dict-item]
-        constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "MULTIPLE": multiple}
+        constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "MULTIPLE": multiple, "TMA": tma}
         constants |= {"STRIDE_E": 0} if multiple else {}
         tile = f"{m}x{'2x' if gated else ''}{f}x{k} w{warps} s{stages}"
         rest = f"{' h' if keep else ''}{', f packed' if packed == 'f' else ''}{', two' if form == 'two' else ''}"
-        rest += f"{', separate' if multiple else ''}{'' if how == 'silu' else f', {how}'}"
+        rest += f"{', separate' if multiple else ''}{', TMA' if tma else ''}{'' if how == 'silu' else f', {how}'}"
         cases.append((f"{short} {tile}{rest}", _gated_gemm_kernel, args, constants, warps, stages))
 
     for rows in (256, 32, 1):
@@ -283,6 +294,10 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     case(torch.bfloat16, 256, True, True, packed="f")
     case(torch.bfloat16, 256, True, True, packed="f", form="two", multiple=16)
     case(torch.bfloat16, 256, True, False, multiple=16)
+    for rows in () if hip else (256, 32, 1):
+        case(torch.bfloat16, rows, True, True, tma=True)
+        case(torch.bfloat16, rows, True, False, packed="f", tma=True)
+        case(torch.bfloat16, rows, False, True, tma=True)
     for how in ACTIVATIONS[1:]:
         case(torch.bfloat16, 256, True, True, how=how)
     return cases

@@ -26,8 +26,16 @@ from torch.library import triton_op, wrap_triton
 import moe_compile.ops
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
-from moe_compile.kernels.tiles import GROUP_M, fills, program_tile, row_tiles, rows_per_expert, sum_products
-from moe_compile.kernels.weights import Weights, stacked, weight_of
+from moe_compile.kernels.tiles import (
+    GROUP_M,
+    fills,
+    program_tile,
+    row_tiles,
+    rows_per_expert,
+    sum_described_products,
+    sum_products,
+)
+from moe_compile.kernels.weights import Weights, described, descriptor_type, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -50,6 +58,7 @@ def _grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     MULTIPLE: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     num_col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
@@ -65,9 +74,13 @@ def _grouped_gemm_kernel(
         return
     d = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + r[:, None] * D + d[None, :]
-    w_ptrs = weight_of(w_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
-    w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
-    acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
+    if TMA:
+        first = column * BLOCK_N
+        acc = sum_described_products(acc, x_ptrs, w_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
+    else:
+        w_ptrs = weight_of(w_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
+        w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
+        acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
 
 
@@ -87,13 +100,14 @@ def launch(x_RD: Tensor, w: Weights, offsets_E: Tensor) -> Tensor:
     y_RF, rows = x_RD.new_empty(R, F), rows_per_expert(R, E)
     seed = _seed(rows, x_RD.dtype, torch.version.hip is not None, fills(R, E, F, 64))
     setting = settings.choose("grouped_gemm", w.packed(), x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
-    block_m, block_n, block_k, warps, stages = setting
+    block_m, block_n, block_k, warps, stages = setting[:5]
+    pointer = described(w, 1, block_n, block_k) if setting[5:] == (1,) else None
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
     run: Any = _grouped_gemm_kernel
     run = wrap_triton(_grouped_gemm_kernel) if compiled(run) else run
     run[(num_row_tiles * triton.cdiv(F, block_n),)](
-        *(x_RD, w.pointer, tiles, y_RF, num_row_tiles, E, D, F, *w.stride),
-        *(block_m, block_n, block_k, GROUP_M, w.multiple),
+        *(x_RD, w.pointer if pointer is None else pointer, tiles, y_RF, num_row_tiles, E, D, F, *w.stride),
+        *(block_m, block_n, block_k, GROUP_M, w.multiple, pointer is not None),
         num_warps=warps,
         num_stages=stages,
     )
@@ -146,12 +160,15 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for rows, filled in ((256, True), (32, True), (1, True), (1, False)):
             m, n, k, warps, stages = _seed(rows, dtype, hip, filled)
-            for packed, multiple in (("d", 0), ("f", 0), ("d", 16), ("f", 16)):
+            ways = [("d", 0, 0), ("f", 0, 0), ("d", 16, 0), ("f", 16, 0)]
+            for packed, multiple, tma in ways + [("d", 0, 1), ("f", 0, 1)] * (short == "bf16" and not hip):
                 args = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{short}")
                 args |= {"tiles_ptr": "*i32", "num_row_tiles": "i32"} | ({"w_ptr": "*i64"} if multiple else {})
-                setting = f"{short} {m}x{n}x{k} w{warps} s{stages}, {packed} packed{', separate' if multiple else ''}"
+                args |= {"w_ptr": descriptor_type(short, 1, n, k, packed == "f")} if tma else {}
+                setting = f"{short} {m}x{n}x{k} w{warps} s{stages}, {packed} packed"
+                setting += ", separate" if multiple else ", TMA" if tma else ""
                 constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k} | sizes | strides[packed]
-                constants |= {"STRIDE_E": 0 if multiple else F * D, "MULTIPLE": multiple}
+                constants |= {"STRIDE_E": 0 if multiple else F * D, "MULTIPLE": multiple, "TMA": bool(tma)}
                 cases.append((setting, _grouped_gemm_kernel, args, constants, warps, stages))
     return cases
 

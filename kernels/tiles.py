@@ -82,6 +82,26 @@ def sum_products(
     return acc
 
 
+@triton.jit
+def sum_described_products(
+    acc, x_ptrs, w, e, f, r_in, D: tl.constexpr, F_PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """As `sum_products`, of weights by a descriptor (`described`), from column f of each half on."""
+    d, expert = tl.arange(0, BLOCK_K), e.to(tl.int32)
+    for first in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0:
+            x = tl.load(x_ptrs, mask=r_in[:, None], other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask=r_in[:, None] & (first + d < D)[None, :], other=0.0)
+        if F_PACKED:
+            tile = tl.reshape(w.load([expert, first, 0, f]), [BLOCK_K, BLOCK_N])
+        else:
+            tile = tl.trans(tl.reshape(w.load([expert, 0, f, first]), [BLOCK_N, BLOCK_K]))
+        acc = tl.dot(x, tile, acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+    return acc
+
+
 # -- launching ------------------------------------------------------------------------------
 
 

@@ -18,6 +18,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._library.triton import is_wrap_triton_enabled
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_compile.kernels.dispatch import compiled
 
 CHUNK, HIP_CHUNK = 128, 32  # addresses of a launch: 1 KiB of 4 for arguments; on AMD they all lie in scalar registers
 
@@ -88,6 +92,35 @@ def separate(weights: Sequence[Tensor]) -> Weights:
     (F, D), (of_f, of_d) = map(int, weights[0].shape), map(int, weights[0].stride())
     multiple = next(n for n in (16, 8, 4, 2, 1) if all(a % n == 0 for a in addresses))
     return Weights(table, (len(weights), F, D), (0, of_f, of_d), multiple)
+
+
+def described(w: Weights, halves: int, block_f: int, block_k: int) -> TensorDescriptor | None:
+    """A descriptor of a stack [E, halves * F, D] as [E, halves, F, D], or [E, D, halves, F] where f is packed, whose
+    tiles are `block_f` rows of each half by `block_k` numbers, zeros beyond F and D; None where there is none.
+
+    TMA is that of Hopper and later.  It wants 16-bit numbers here, and addresses and strides of 16 bytes.  It needs the
+    real address: a launch that a compiler traces takes pointers.
+    """
+    device, ((E, G, D), (of_e, of_f, of_d)) = w.pointer.device, w[1:3]
+    if w.multiple or (is_wrap_triton_enabled() and compiled(_table_kernel)) or w.pointer.element_size() != 2:
+        return None
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9):
+        return None
+    F = G // halves
+    of_half = F * of_f if halves > 1 else of_e
+    shape, stride, block = [E, halves, F, D], [of_e, of_half, of_f, of_d], [1, halves, block_f, block_k]
+    if of_d != 1:
+        shape, stride, block = ([v[0], v[3], v[1], v[2]] for v in (shape, stride, block))
+    strides_fit = stride[-1] == 1 and all(n > 0 and n % 8 == 0 for n in stride[:-1])
+    if not strides_fit or min(shape) < 1 or max(block) > 256 or w.pointer.data_ptr() % 16:
+        return None
+    return TensorDescriptor(w.pointer, shape, stride, block)
+
+
+def descriptor_type(dtype: str, halves: int, block_f: int, block_k: int, f_packed: bool) -> str:
+    """The type of such a descriptor, for `compile_cases`."""
+    block = [1, block_k, halves, block_f] if f_packed else [1, halves, block_f, block_k]
+    return f"tensordesc<{dtype}{block}>"
 
 
 def why_not_separate(weights: Sequence[Tensor]) -> str | None:
