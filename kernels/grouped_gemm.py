@@ -117,8 +117,8 @@ def launch(x_RD: Tensor, w: Weights, offsets_E: Tensor) -> Tensor:
 def _seed(rows: int, dtype: torch.dtype, hip: bool, filled: bool = True) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); the LDS of gfx942 holds 64 KiB.
 
-    filled: with few rows, whether 64 columns a program are programs enough; else each takes half of them, and twice
-    their length at a time.  A split along D would need a second pass, or atomics, for numbers that are the same twice.
+    filled: with few rows, whether 64 columns a program are programs enough; else each takes half of them, with as many
+    bytes on their way.  A split along D would need a second pass, or atomics, for numbers that are the same twice.
     """
     if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
         return (64, 64, 16, 8, 2) if rows >= 32 else (16, 64 if filled else 32, 16, 4, 2)
@@ -126,7 +126,9 @@ def _seed(rows: int, dtype: torch.dtype, hip: bool, filled: bool = True) -> tupl
         return (128, 128, 64, 8, 2 if hip else 3)
     if rows >= 16:
         return (64, 128, 64, 4, 2 if hip else 4)
-    return (16, *((64, 128) if filled else (32, 256)), 4, 2 if hip else 4)
+    if filled:
+        return (16, 64, 128, 4, 2 if hip else 4)
+    return (16, 32, 256, 4, 2) if hip else (16, 32, 128, 4, 6)
 
 
 @grouped_gemm.register_fake

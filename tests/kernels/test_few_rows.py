@@ -83,7 +83,7 @@ def test_more_columns_where_programs_are_few() -> None:
     """For one token, Mixtral's last product has 2 tiles of 4096 columns, Qwen3's 8 of 2048; for eight, Qwen3's has 64."""
     assert not fills(2, 8, 4096, 64) and not fills(8, 128, 2048, 64) and fills(64, 128, 2048, 64)
     bf16 = torch.bfloat16
-    assert _seed(0, bf16, False, True) == (16, 64, 128, 4, 4) and _seed(0, bf16, False, False) == (16, 32, 256, 4, 4)
+    assert _seed(0, bf16, False, True) == (16, 64, 128, 4, 4) and _seed(0, bf16, False, False) == (16, 32, 128, 4, 6)
     assert _seed(512, bf16, False, False) == _seed(512, bf16, False, True) == (128, 128, 64, 8, 3)
     for filled in (False, True):
         for dtype in (torch.float32, bf16):
