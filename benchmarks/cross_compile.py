@@ -32,6 +32,7 @@ TARGETS = {
 }
 # What one block may have, in bytes (CUDA programming guide, compute capabilities; CDNA3 LDS).
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+TMA_LOAD = "cp.async.bulk.tensor"
 MATRIX = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
 
@@ -40,10 +41,14 @@ class Case(NamedTuple):
 
     setting: str
     kernel: JITFunction
-    args: dict[str, str]  # name -> type; the other parameters are constants
+    args: dict[str, str | tuple[str, ...]]  # name -> type, or those of a tuple; the other parameters are constants
     constants: dict[str, object]
     num_warps: int
     num_stages: int
+
+    def described(self) -> bool:
+        """Whether an argument is a tensor descriptor, which Hopper and later can read."""
+        return any(str(kind).startswith("tensordesc") for kind in self.args.values())
 
 
 @dataclass(frozen=True)
@@ -68,16 +73,18 @@ class Row:
             return "spills"
         if self.serialised:
             return "serialised"
+        if self.matrix.endswith("no TMA"):
+            return "no TMA load"
         return "too much shared memory" if self.shared > SHARED_LIMIT[self.arch] else ""
 
     def __str__(self) -> str:
         return (
-            f"{self.kernel:<26}{self.setting:<38}{self.arch:<8}{self.registers:>5}{self.shared:>8}"
-            f"{self.spill_stores:>7}/{self.spill_loads:<6}{self.matrix:<17}{self.fault()}"
+            f"{self.kernel:<26}{self.setting:<50}{self.arch:<8}{self.registers:>5}{self.shared:>8}"
+            f"{self.spill_stores:>7}/{self.spill_loads:<6}{self.matrix:<21}{self.fault()}"
         )
 
 
-HEADER = f"{'kernel':<26}{'setting':<38}{'target':<8}{'regs':>5}{'shared':>8}{'spills st/ld':>14}{'matrix op':<17}fault"
+HEADER = f"{'kernel':<26}{'setting':<50}{'target':<8}{'regs':>5}{'shared':>8}{'spills st/ld':>14}{'matrix op':<21}fault"
 
 
 def compile_case(case: Case, arch: str) -> Row:
@@ -85,7 +92,7 @@ def compile_case(case: Case, arch: str) -> Row:
     name = kernel.__name__.strip("_").removesuffix("_kernel")
     signature = {n: case.args.get(n, "constexpr") for n in kernel.arg_names}
     # Tensors come from PyTorch's allocator, so every pointer is a multiple of 16.
-    pointers = [i for i, n in enumerate(kernel.arg_names) if signature[n].startswith("*")]
+    pointers = [i for i, n in enumerate(kernel.arg_names) if str(signature[n]).startswith("*")]
     attrs = {(i,): [["tt.divisibility", 16]] for i in pointers}
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     source = ASTSource(kernel, signature, case.constants, attrs)
@@ -97,6 +104,8 @@ def compile_case(case: Case, arch: str) -> Row:
     found = measure(compiled, arch)
     text = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     matrix = next((m for m in MATRIX if m in text), "-")
+    if case.described():
+        matrix += " TMA" if TMA_LOAD in text else " no TMA"
     shared = compiled.metadata.shared
     return Row(name, case.setting, arch, shared=shared, matrix=matrix, **found)
 
@@ -163,6 +172,8 @@ def main() -> int:
         for case in cases(TARGETS[arch].backend == "hip", options.kernel, options.first):
             if not isinstance(case.kernel, JITFunction):
                 parser.error("unset TRITON_INTERPRET")
+            if case.described() and arch not in ("sm_90", "sm_100"):
+                continue
             rows.append(compile_case(case, arch))
             print(rows[-1], flush=True)
     faults = sum(bool(row.fault()) for row in rows)

@@ -28,7 +28,13 @@ from moe_compile.kernels import settings
 from moe_compile.kernels.settings import Entry, Problem, Setting
 
 DTYPE = torch.bfloat16
-BLOCKS_M, BLOCKS_N, BLOCKS_K, WARPS, STAGES = (16, 32, 64, 128), (64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4, 5)
+BLOCKS_M, BLOCKS_N, BLOCKS_K, WARPS, STAGES = (
+    (16, 32, 64, 128),
+    (32, 64, 128, 256),
+    (32, 64, 128, 256),
+    (4, 8),
+    (2, 3, 4, 5),
+)
 ACCUMULATORS = 128  # registers of a thread that the sum may take
 
 Call = Callable[[Tensor, Tensor], Tensor]
@@ -45,9 +51,13 @@ class Job(NamedTuple):
 
 def candidates(job: Job, shared_bytes: int) -> list[Setting]:
     """Settings worth trying, nearest to the kernel's own guess first."""
+    ours = job.problem.device
+    tma = ours.startswith("sm_") and int(ours[3:]) >= 90 and "TMA" in settings.NAMES[job.problem.kernel]
     kernel, halves = job.problem.kernel, 2 if (job.problem.kernel, job.problem.form) == ("gated_gemm", "gated") else 1
     found: list[Setting] = []
     for m, n, k, warps, stages in itertools.product(BLOCKS_M, BLOCKS_N, BLOCKS_K, WARPS, STAGES):
+        if (n == 32 or k == 256) and m > 16:
+            continue  # for few rows: more programs, each with as many bytes on their way
         if m * n > ACCUMULATORS * 32 * warps or stages * (m + n) * k * DTYPE.itemsize > shared_bytes:
             continue
         if kernel != "grouped_gemm_dw" and m > max(16, 2 * job.problem.rows):
@@ -55,10 +65,10 @@ def candidates(job: Job, shared_bytes: int) -> list[Setting]:
         if kernel == "gated_gemm_backward":
             found += [(m, n, k, parts, warps, stages) for parts in (1, 2, 4) if n // parts >= 32]
         else:
-            found.append((m, n // halves, k, warps, stages))
+            found += [(m, n // halves, k, warps, stages, *rest) for rest in ((), (1,))[: 1 + tma]]
 
     def far(setting: Setting) -> float:
-        return sum(abs(math.log2(a / b)) for a, b in zip(setting, job.seed, strict=True))
+        return sum(abs(math.log2(a / b)) for a, b in zip(setting, job.seed, strict=False))
 
     return sorted((s for s in found if s != job.seed), key=far)
 
@@ -78,6 +88,7 @@ def jobs(shape: str) -> Iterator[Job]:
     from moe_compile.kernels import gated_gemm_backward as b
     from moe_compile.kernels import grouped_gemm as g
     from moe_compile.kernels import grouped_gemm_dw as w
+    from moe_compile.kernels.tiles import fills
     from moe_compile.ops import dispatch
 
     T, H, W, E, K = map(int, shape.split(","))
@@ -95,11 +106,11 @@ def jobs(shape: str) -> Iterator[Job]:
         problem = Problem(kernel, form, settings.device_name(device), settings.DTYPES[DTYPE], rows, D, F)
         return Job(problem, seed, [functools.partial(call, ends, order) for ends, order in sorted_by])
 
-    yield job("gated_gemm", "gated", H, W, a._seed(rows, DTYPE, True, hip),
+    yield job("gated_gemm", "gated", H, W, a._seed(rows, DTYPE, True, hip, fills(R, E, W, 32)),
               lambda ends, order: a.gated_gemm(x, None, up, ends, order, K, "silu", True, True)[0])  # fmt: skip
-    yield job("grouped_gemm", "d packed", W, H, g._seed(rows, DTYPE, hip),
+    yield job("grouped_gemm", "d packed", W, H, g._seed(rows, DTYPE, hip, fills(R, E, H, 64)),
               lambda ends, order: g.grouped_gemm(act, down, ends))  # fmt: skip
-    yield job("grouped_gemm", "f packed", 2 * W, H, g._seed(rows, DTYPE, hip),
+    yield job("grouped_gemm", "f packed", 2 * W, H, g._seed(rows, DTYPE, hip, fills(R, E, H, 64)),
               lambda ends, order: g.grouped_gemm(h, up.mT, ends))  # fmt: skip
     yield job("gated_gemm_backward", "gated", H, W, b._seed(rows, DTYPE, hip),
               lambda ends, order: b.gated_gemm_backward(dout, down, h, weights, ends, order, K, "silu", True, False,

@@ -14,6 +14,7 @@ Numerics   h is rounded once, a is computed in f32 from the rounded h and rounde
            h, and the same as what the backward computes from h.
 Layout     x row-major (other strides are copied first).  One stack w_EGD, or two stacks [E, F, D] for gate and up, of
            any strides, fast where d or f is contiguous; two stacks of different strides are copied to those of gate.
+           Separate weights (weights.py) of the same strides as well.
 Cost       2*R*D*G FLOP; R*D elements gathered for each column tile, mostly from L2; E*G*D elements of w read;
            R*F + R*G written, R*F where nobody wants h.  No host read.
 Gradient   None here: `moe_ep.expert_mlp` has it (gated_gemm_backward.py).
@@ -31,8 +32,19 @@ from moe_compile.expert_mlp import ACTIVATIONS, activate
 from moe_compile.kernels import settings
 from moe_compile.kernels.activation import activated
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
+from moe_compile.kernels.grouped_gemm import _seed as first_product_seed
 from moe_compile.kernels.grouped_gemm import grouped_gemm_reference
-from moe_compile.kernels.tiles import GROUP_M, program_tile, row_tiles, rows_per_expert, store_columns, sum_products
+from moe_compile.kernels.tiles import (
+    GROUP_M,
+    fills,
+    program_tile,
+    row_tiles,
+    rows_per_expert,
+    store_columns,
+    sum_described_products,
+    sum_products,
+)
+from moe_compile.kernels.weights import Weights, described, descriptor_type, restrided, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -62,8 +74,10 @@ def _gated_gemm_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """UP_START: where the rows of up begin behind up_ptr, in elements."""
+    """UP_START: where the rows of up begin behind up_ptr, in elements.  TMA: gate_ptr is a descriptor of both."""
     num_col_tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     if e > E:
@@ -82,16 +96,21 @@ def _gated_gemm_kernel(
     t = (tl.load(order_ptr + r, mask=r_in, other=0) // K).to(tl.int64)
     d = tl.arange(0, BLOCK_K)
     BLOCK_N: tl.constexpr = 2 * BLOCK_F if GATED else BLOCK_F
-    n = tl.arange(0, BLOCK_N)
-    f = column * BLOCK_F + n % BLOCK_F
-    f_in = f < F
-    offset = e * STRIDE_E + f.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
     x_ptrs = x_ptr + t[:, None] * D + d[None, :]
-    w_ptrs = gate_ptr + offset
-    if GATED:
-        w_ptrs = tl.where((n < BLOCK_F)[None, :], w_ptrs, up_ptr + UP_START + offset)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
+    if TMA:
+        first = column * BLOCK_F
+        acc = sum_described_products(acc, x_ptrs, gate_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
+    else:
+        n = tl.arange(0, BLOCK_N)
+        f = column * BLOCK_F + n % BLOCK_F
+        f_in = f < F
+        offset = f.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
+        w_ptrs = weight_of(gate_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + offset
+        if GATED:
+            up_ptrs = weight_of(up_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + UP_START + offset
+            w_ptrs = tl.where((n < BLOCK_F)[None, :], w_ptrs, up_ptrs)
+        acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
     if GATED:
         # A row of the accumulator lies in one group of threads: the halves part without a move.
         gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_F]), [0, 2, 1]))
@@ -126,25 +145,44 @@ def gated_gemm(
     """(a_RF, h_RG); h is empty if nobody keeps it.  Without `gate_EFD`, `up_EGD` holds both if `gated`."""
     if reason := why_not(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated):
         raise ValueError(f"moe_ep_triton.gated_gemm: {reason}")
-    x_TD, order_R, R, F = x_TD.contiguous(), order_R.contiguous(), order_R.shape[0], _width(gate_EFD, up_EGD, gated)
-    E, D = int(up_EGD.shape[0]), int(up_EGD.shape[2])
-    a_RF, h_RG = _outputs(x_TD, gate_EFD, up_EGD, order_R, gated, keep_h)
-    first = up_EGD if gate_EFD is None else gate_EFD
-    stride = tuple(map(int, first.stride()))
-    if tuple(map(int, up_EGD.stride())) != stride:
-        up_EGD = torch.empty_strided(up_EGD.shape, stride, dtype=up_EGD.dtype, device=up_EGD.device).copy_(up_EGD)
-    up_start = F * stride[1] if gated and gate_EFD is None else 0
+    gate = None if gate_EFD is None else stacked(gate_EFD)
+    return launch(x_TD, gate, stacked(up_EGD), offsets_E, order_R, top_k, activation, gated, keep_h)
+
+
+def launch(
+    x_TD: Tensor,
+    gate: Weights | None,
+    up: Weights,
+    offsets_E: Tensor,
+    order_R: Tensor,
+    top_k: int,
+    activation: str,
+    gated: bool,
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
+    """(a_RF, h_RG), of arguments that `why_not` does not object to; gate and up are both stacked, or both separate."""
+    x_TD, order_R, R = x_TD.contiguous(), order_R.contiguous(), order_R.shape[0]
+    (E, G, D), first = up.shape, up if gate is None else gate
+    if up.stride != first.stride:
+        up = restrided(up, first.stride)
+    F = G // 2 if gated and gate is None else G
+    a_RF, h_RG = _outputs(x_TD, F, order_R, gated, keep_h)
+    up_start = F * up.stride[1] if gated and gate is None else 0
     rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
-    seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None)
+    filled = fills(R, E, F, 32 if gated else 64)
+    seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None, filled)
     setting = settings.choose("gated_gemm", form, x_TD.device, x_TD.dtype, rows, D, F, seed=seed)
-    block_m, block_f, block_k, warps, stages = setting
+    block_m, block_f, block_k, warps, stages = setting[:5]
+    wanted = setting[5:] == (1,) and gate is None
+    pointer = described(up, 2 if gated else 1, block_f, block_k) if wanted else None
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
     run: Any = wrap_triton(_gated_gemm_kernel) if compiled(_gated_gemm_kernel) else _gated_gemm_kernel
-    arguments = (x_TD, first, up_EGD, order_R, tiles, a_RF, h_RG if keep_h else a_RF, num_row_tiles)
+    first_pointer = first.pointer if pointer is None else pointer
+    arguments = (x_TD, first_pointer, up.pointer, order_R, tiles, a_RF, h_RG if keep_h else a_RF, num_row_tiles)
     run[(num_row_tiles * triton.cdiv(F, block_f),)](
         *arguments,
-        *(E, top_k, D, F, up_start, *stride, activation, gated, keep_h),
-        *(block_m, block_f, block_k, GROUP_M),
+        *(E, top_k, D, F, up_start, *up.stride, activation, gated, keep_h),
+        *(block_m, block_f, block_k, GROUP_M, min(first.multiple, up.multiple), pointer is not None),
         num_warps=warps,
         num_stages=stages,
     )
@@ -156,26 +194,20 @@ def _width(gate_EFD: Tensor | None, up_EGD: Tensor, gated: bool) -> int:
     return int(up_EGD.shape[1]) // (2 if gated and gate_EFD is None else 1)
 
 
-def _outputs(
-    x_TD: Tensor, gate_EFD: Tensor | None, up_EGD: Tensor, order_R: Tensor, gated: bool, keep_h: bool
-) -> tuple[Tensor, Tensor]:
-    R, F = order_R.shape[0], _width(gate_EFD, up_EGD, gated)
+def _outputs(x_TD: Tensor, F: int, order_R: Tensor, gated: bool, keep_h: bool) -> tuple[Tensor, Tensor]:
+    R = order_R.shape[0]
     return x_TD.new_empty(R, F), x_TD.new_empty(R, 2 * F if gated else F) if keep_h else x_TD.new_empty(0)
 
 
-def _seed(rows: int, dtype: torch.dtype, gated: bool, hip: bool) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_F, BLOCK_K, num_warps, num_stages); the LDS of gfx942 holds 64 KiB."""
-    halves = 2 if gated else 1
-    if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
-        return (64, 64 // halves, 16, 8, 2) if rows >= 32 else (16, 64 // halves, 16, 4, 2)
-    if rows >= 64:
-        return (128, 128 // halves, 64, 8, 2 if hip else 3)
-    return (64, 128 // halves, 64, 4, 2 if hip else 4) if rows >= 16 else (16, 64 // halves, 128, 4, 2 if hip else 4)
+def _seed(rows: int, dtype: torch.dtype, gated: bool, hip: bool, filled: bool = True) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_F, BLOCK_K, num_warps, num_stages), as those of grouped_gemm; gate and up share the columns."""
+    m, n, *rest = first_product_seed(rows, dtype, hip, filled)
+    return m, n // (2 if gated else 1), *rest  # type: ignore[return-value]
 
 
 @gated_gemm.register_fake
 def _(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated, keep_h):  # type: ignore[no-untyped-def]
-    return _outputs(x_TD, gate_EFD, up_EGD, order_R, gated, keep_h)
+    return _outputs(x_TD, _width(gate_EFD, up_EGD, gated), order_R, gated, keep_h)
 
 
 def why_not(
@@ -221,21 +253,33 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     cases: list[tuple] = []
 
     def case(
-        dtype: torch.dtype, rows: int, gated: bool, keep: bool, packed: str = "d", form: str = "one", how: str = "silu"
+        dtype: torch.dtype,
+        rows: int,
+        gated: bool,
+        keep: bool,
+        packed: str = "d",
+        form: str = "one",
+        how: str = "silu",
+        multiple: int = 0,
+        filled: bool = True,
+        tma: bool = False,
     ) -> None:
-        m, f, k, warps, stages = _seed(rows, dtype, gated, hip)
+        m, f, k, warps, stages = _seed(rows, dtype, gated, hip, filled)
         short = "bf16" if dtype == torch.bfloat16 else "fp32"
         args = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "a_ptr", "h_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "num_row_tiles": "i32"}
+        args |= dict.fromkeys(("gate_ptr", "up_ptr"), "*i64") if multiple else {}
+        args |= {"gate_ptr": descriptor_type(short, 1 + gated, f, k, packed == "f")} if tma else {}
         G = 2 * F if gated and form == "one" else F
         strides = {"d": (G * D, D, 1), "f": (G * D, 1, G)}[packed]
         constants = dict(zip(("STRIDE_E", "STRIDE_F", "STRIDE_D"), strides, strict=True))
         constants |= {"E": E, "K": K, "D": D, "F": F, "UP_START": F * strides[1] if G > F else 0}
         constants |= {"ACTIVATION": how, "GATED": gated, "KEEP_H": keep, "GROUP_M": GROUP_M}  # type: ignore[dict-item]
-        constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k}
+        constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "MULTIPLE": multiple, "TMA": tma}
+        constants |= {"STRIDE_E": 0} if multiple else {}
         tile = f"{m}x{'2x' if gated else ''}{f}x{k} w{warps} s{stages}"
         rest = f"{' h' if keep else ''}{', f packed' if packed == 'f' else ''}{', two' if form == 'two' else ''}"
-        rest += "" if how == "silu" else f", {how}"
+        rest += f"{', separate' if multiple else ''}{', TMA' if tma else ''}{'' if how == 'silu' else f', {how}'}"
         cases.append((f"{short} {tile}{rest}", _gated_gemm_kernel, args, constants, warps, stages))
 
     for rows in (256, 32, 1):
@@ -243,8 +287,17 @@ def compile_cases(hip: bool = False) -> list[tuple]:
             case(torch.bfloat16, rows, True, keep)
         case(torch.bfloat16, rows, False, True)
         case(torch.bfloat16, rows, True, True, form="two")
+        case(torch.bfloat16, rows, True, True, form="two", multiple=16)
         case(torch.float32, rows, True, True)
+    for dtype, gated, multiple in ((torch.bfloat16, True, 0), (torch.bfloat16, False, 16), (torch.float32, True, 0)):
+        case(dtype, 1, gated, False, multiple=multiple, filled=False)
     case(torch.bfloat16, 256, True, True, packed="f")
+    case(torch.bfloat16, 256, True, True, packed="f", form="two", multiple=16)
+    case(torch.bfloat16, 256, True, False, multiple=16)
+    for rows in () if hip else (256, 32, 1):
+        case(torch.bfloat16, rows, True, True, tma=True)
+        case(torch.bfloat16, rows, True, False, packed="f", tma=True)
+        case(torch.bfloat16, rows, False, True, tma=True)
     for how in ACTIVATIONS[1:]:
         case(torch.bfloat16, 256, True, True, how=how)
     return cases

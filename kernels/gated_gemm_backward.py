@@ -15,7 +15,8 @@ Types      dout, down, h, dh, a: bf16 | f16 | f32, all the same; w: bf16 | f16 |
            dots: f32.  order, offsets: i32.
 Numerics   Products, activation and dots in f32; what is written is rounded once.  Each column tile writes its part of
            the dots; they are added in a fixed order.  No atomics.
-Layout     dout and h row-major (other strides are copied first); down of any strides, fast where d or f is contiguous.
+Layout     dout and h row-major (other strides are copied first); down of any strides, fast where d or f is contiguous,
+           one stack or separate (weights.py).
            dh is [1, R, G], or [2, R, F] with gate's and up's apart, as two stacks of weights want them.
 Cost       2*R*D*F FLOP; R*D elements gathered for each column tile; E*D*F of down, R*G of h read; R*G + R*F written.
            The epilogue works on a part of the columns at a time: on the whole tile it would spill.  No host read.
@@ -36,6 +37,7 @@ from moe_compile.kernels.activation import activated, slope
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 from moe_compile.kernels.grouped_gemm import grouped_gemm_reference
 from moe_compile.kernels.tiles import GROUP_M, program_tile, row_tiles, rows_per_expert, store_columns, sum_products
+from moe_compile.kernels.weights import Weights, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -71,6 +73,7 @@ def _gated_gemm_backward_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
     GROUP_M: tl.constexpr,
+    MULTIPLE: tl.constexpr,
 ):
     num_col_tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
@@ -96,7 +99,7 @@ def _gated_gemm_backward_kernel(
     f_in = f < F
     d = tl.arange(0, BLOCK_K)
     dout_ptrs = dout_ptr + t[:, None] * D + d[None, :]
-    w_ptrs = down_ptr + e * STRIDE_E + f.to(tl.int64)[None, :] * STRIDE_F
+    w_ptrs = weight_of(down_ptr, e, dout_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
     w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
     acc = sum_products(acc, dout_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
     weight = tl.full([BLOCK_M], 1.0, tl.float32)
@@ -182,7 +185,26 @@ def gated_gemm_backward(
     """
     if reason := why_not(dout_TD, down_EDF, h_RG, weights_TK, offsets_E, order_R, top_k, activation, gated):
         raise ValueError(f"moe_ep_triton.gated_gemm_backward: {reason}")
-    order_R, R, (E, D, F) = order_R.contiguous(), order_R.shape[0], map(int, down_EDF.shape)
+    down = stacked(down_EDF)
+    return launch(dout_TD, down, h_RG, weights_TK, offsets_E, order_R, top_k, activation, gated, apart, keep_a, scale_a)
+
+
+def launch(
+    dout_TD: Tensor,
+    down: Weights,
+    h_RG: Tensor,
+    weights_TK: Tensor | None,
+    offsets_E: Tensor,
+    order_R: Tensor,
+    top_k: int,
+    activation: str,
+    gated: bool,
+    apart: bool,
+    keep_a: bool,
+    scale_a: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dh, a_RF, dots_R), of arguments that `why_not` does not object to."""
+    order_R, R, (E, D, F) = order_R.contiguous(), order_R.shape[0], down.shape
     dh, a_RF, dots_R = _outputs(h_RG, F, weights_TK, gated and apart, keep_a)
     rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
     seed = _seed(rows, h_RG.dtype, torch.version.hip is not None)
@@ -195,11 +217,11 @@ def gated_gemm_backward(
     run: Any = _gated_gemm_backward_kernel
     run = wrap_triton(_gated_gemm_backward_kernel) if compiled(run) else run
     run[(num_row_tiles * num_col_tiles,)](
-        *(dout_TD.contiguous(), down_EDF, h_RG.contiguous(), weights, order_R, tiles),
+        *(dout_TD.contiguous(), down.pointer, h_RG.contiguous(), weights, order_R, tiles),
         *(dh, a_RF if keep_a else dh, dots, R, num_row_tiles),
-        *(E, top_k, D, F, *map(int, down_EDF.stride())),
+        *(E, top_k, D, F, *down.stride),
         *(activation, gated, weights_TK is not None, gated and apart, keep_a, scale_a and weights_TK is not None),
-        *(block_m, block_f, block_k, parts, GROUP_M),
+        *(block_m, block_f, block_k, parts, GROUP_M, down.multiple),
         num_warps=warps,
         num_stages=stages,
     )
@@ -264,18 +286,27 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     cases: list[tuple] = []
 
     def case(
-        dtype: torch.dtype, rows: int, gated: bool = True, apart: bool = False, packed: str = "f", how: str = "silu"
+        dtype: torch.dtype,
+        rows: int,
+        gated: bool = True,
+        apart: bool = False,
+        packed: str = "f",
+        how: str = "silu",
+        multiple: int = 0,
     ) -> None:
         m, f, k, parts, warps, stages = _seed(rows, dtype, hip)
         short = "bf16" if dtype == torch.bfloat16 else "fp32"
         args = dict.fromkeys(("dout_ptr", "down_ptr", "h_ptr", "weights_ptr", "dh_ptr", "a_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "dots_ptr": "*fp32", "R": "i32", "num_row_tiles": "i32"}
+        args |= {"down_ptr": "*i64"} if multiple else {}
         strides = (F * D, F, 1) if packed == "f" else (F * D, 1, D)
         constants = dict(zip(("STRIDE_E", "STRIDE_D", "STRIDE_F"), strides, strict=True))
         constants |= {"E": E, "K": K, "D": D, "F": F, "GROUP_M": GROUP_M, "ACTIVATION": how}  # type: ignore[dict-item]
         constants |= {"GATED": gated, "WEIGHTED": True, "APART": apart, "KEEP_A": True, "SCALE_A": True}
-        constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "PARTS": parts}
-        rest = f"{'' if gated else ' plain'}{' apart' if apart else ''}{' d packed' if packed == 'd' else ''}"
+        constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "PARTS": parts, "MULTIPLE": multiple}
+        constants |= {"STRIDE_E": 0} if multiple else {}
+        rest = f"{' separate' if multiple else ''}{'' if gated else ' plain'}{' apart' if apart else ''}"
+        rest += " d packed" if packed == "d" else ""
         setting = f"{short} {m}x{f}x{k}/{parts} w{warps} s{stages}{rest}{'' if how == 'silu' else f' {how}'}"
         cases.append((setting, _gated_gemm_backward_kernel, args, constants, warps, stages))
 
@@ -283,6 +314,7 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         case(torch.bfloat16, rows)
         case(torch.bfloat16, rows, gated=False)
         case(torch.float32, rows)
+        case(torch.bfloat16, rows, apart=True, multiple=16)
     case(torch.bfloat16, 256, apart=True)
     case(torch.bfloat16, 256, packed="d")
     for how in ACTIVATIONS[1:]:

@@ -1,4 +1,4 @@
-"""Triton kernels for `moe_ep.grouped_gemm` with one stacked weight.
+"""Triton kernels for `moe_ep.grouped_gemm`, with one stacked weight or with separate ones (weights.py).
 
     y_RF[r, f] = sum over d of x_RD[r, d] * w_EFD[e, f, d]
     for the expert e with offsets_E[e-1] <= r < offsets_E[e]; zero for r >= offsets_E[E-1]
@@ -26,7 +26,16 @@ from torch.library import triton_op, wrap_triton
 import moe_compile.ops
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
-from moe_compile.kernels.tiles import GROUP_M, program_tile, row_tiles, rows_per_expert, sum_products
+from moe_compile.kernels.tiles import (
+    GROUP_M,
+    fills,
+    program_tile,
+    row_tiles,
+    rows_per_expert,
+    sum_described_products,
+    sum_products,
+)
+from moe_compile.kernels.weights import Weights, described, descriptor_type, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -48,6 +57,8 @@ def _grouped_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     num_col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
@@ -63,9 +74,13 @@ def _grouped_gemm_kernel(
         return
     d = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + r[:, None] * D + d[None, :]
-    w_ptrs = w_ptr + e * STRIDE_E + f.to(tl.int64)[None, :] * STRIDE_F
-    w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
-    acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
+    if TMA:
+        first = column * BLOCK_N
+        acc = sum_described_products(acc, x_ptrs, w_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
+    else:
+        w_ptrs = weight_of(w_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
+        w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
+        acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
 
 
@@ -76,29 +91,44 @@ def _grouped_gemm_kernel(
 def grouped_gemm(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> Tensor:
     if reason := why_not(x_RD, w_EFD, offsets_E):
         raise ValueError(f"moe_ep_triton.grouped_gemm: {reason}")
-    x_RD, R, (E, F, D) = x_RD.contiguous(), x_RD.shape[0], map(int, w_EFD.shape)
-    y_RF = x_RD.new_empty(R, F)
-    rows, form = rows_per_expert(R, E), "d packed" if w_EFD.stride(2) == 1 else "f packed"
-    seed = _seed(rows, x_RD.dtype, torch.version.hip is not None)
-    setting = settings.choose("grouped_gemm", form, x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
-    block_m, block_n, block_k, warps, stages = setting
+    return launch(x_RD, stacked(w_EFD), offsets_E)
+
+
+def launch(x_RD: Tensor, w: Weights, offsets_E: Tensor) -> Tensor:
+    """y_RF, of arguments that `why_not` does not object to."""
+    x_RD, R, (E, F, D) = x_RD.contiguous(), x_RD.shape[0], w.shape
+    y_RF, rows = x_RD.new_empty(R, F), rows_per_expert(R, E)
+    seed = _seed(rows, x_RD.dtype, torch.version.hip is not None, fills(R, E, F, 64))
+    setting = settings.choose("grouped_gemm", w.packed(), x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
+    block_m, block_n, block_k, warps, stages = setting[:5]
+    pointer = described(w, 1, block_n, block_k) if setting[5:] == (1,) else None
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
     run: Any = _grouped_gemm_kernel
     run = wrap_triton(_grouped_gemm_kernel) if compiled(run) else run
-    arguments = (x_RD, w_EFD, tiles, y_RF, num_row_tiles, E, D, F, *map(int, w_EFD.stride()))
     run[(num_row_tiles * triton.cdiv(F, block_n),)](
-        *arguments, block_m, block_n, block_k, GROUP_M, num_warps=warps, num_stages=stages
+        *(x_RD, w.pointer if pointer is None else pointer, tiles, y_RF, num_row_tiles, E, D, F, *w.stride),
+        *(block_m, block_n, block_k, GROUP_M, w.multiple, pointer is not None),
+        num_warps=warps,
+        num_stages=stages,
     )
     return y_RF
 
 
-def _seed(rows: int, dtype: torch.dtype, hip: bool) -> tuple[int, int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); the LDS of gfx942 holds 64 KiB."""
+def _seed(rows: int, dtype: torch.dtype, hip: bool, filled: bool = True) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages); the LDS of gfx942 holds 64 KiB.
+
+    filled: with few rows, whether 64 columns a program are programs enough; else each takes half of them, with as many
+    bytes on their way.  A split along D would need a second pass, or atomics, for numbers that are the same twice.
+    """
     if dtype == torch.float32:  # no tensor cores: small tiles, operands in registers
-        return (64, 64, 16, 8, 2) if rows >= 32 else (16, 64, 16, 4, 2)
+        return (64, 64, 16, 8, 2) if rows >= 32 else (16, 64 if filled else 32, 16, 4, 2)
     if rows >= 64:
         return (128, 128, 64, 8, 2 if hip else 3)
-    return (64, 128, 64, 4, 2 if hip else 4) if rows >= 16 else (16, 64, 128, 4, 2 if hip else 4)
+    if rows >= 16:
+        return (64, 128, 64, 4, 2 if hip else 4)
+    if filled:
+        return (16, 64, 128, 4, 2 if hip else 4)
+    return (16, 32, 256, 4, 2) if hip else (16, 32, 128, 4, 6)
 
 
 @grouped_gemm.register_fake
@@ -127,16 +157,20 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
     E, F, D = 128, 1536, 2048
     cases: list[tuple] = []
-    sizes = {"E": E, "D": D, "F": F, "STRIDE_E": F * D, "GROUP_M": GROUP_M}
+    sizes = {"E": E, "D": D, "F": F, "GROUP_M": GROUP_M}
     strides = {"d": {"STRIDE_F": D, "STRIDE_D": 1}, "f": {"STRIDE_F": 1, "STRIDE_D": F}}
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for rows in (256, 32, 1):
-            m, n, k, warps, stages = _seed(rows, dtype, hip)
-            for packed in "df":
+        for rows, filled in ((256, True), (32, True), (1, True), (1, False)):
+            m, n, k, warps, stages = _seed(rows, dtype, hip, filled)
+            ways = [("d", 0, 0), ("f", 0, 0), ("d", 16, 0), ("f", 16, 0)]
+            for packed, multiple, tma in ways + [("d", 0, 1), ("f", 0, 1)] * (short == "bf16" and not hip):
                 args = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{short}")
-                args |= {"tiles_ptr": "*i32", "num_row_tiles": "i32"}
+                args |= {"tiles_ptr": "*i32", "num_row_tiles": "i32"} | ({"w_ptr": "*i64"} if multiple else {})
+                args |= {"w_ptr": descriptor_type(short, 1, n, k, packed == "f")} if tma else {}
                 setting = f"{short} {m}x{n}x{k} w{warps} s{stages}, {packed} packed"
+                setting += ", separate" if multiple else ", TMA" if tma else ""
                 constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k} | sizes | strides[packed]
+                constants |= {"STRIDE_E": 0 if multiple else F * D, "MULTIPLE": multiple, "TMA": bool(tma)}
                 cases.append((setting, _grouped_gemm_kernel, args, constants, warps, stages))
     return cases
 

@@ -33,12 +33,13 @@ VARIABLE = "MOE_COMPILE_SETTINGS"
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 NAMES = {
-    "grouped_gemm": TILE,
+    "grouped_gemm": (*TILE, "TMA"),
     "grouped_gemm_dw": TILE,
-    "gated_gemm": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "num_warps", "num_stages"),
+    "gated_gemm": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "num_warps", "num_stages", "TMA"),
     "gated_gemm_backward": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "PARTS", "num_warps", "num_stages"),
 }
-"""What the numbers of a setting are, kernel by kernel."""
+"""What the numbers of a setting are, kernel by kernel.  TMA: 1 if tiles of weights come by tensor descriptors, where
+the device and the weights allow it (tiles.py); 0, or left out, if by pointers."""
 
 Pins = Mapping[tuple[str, str], Setting]
 _pinned: ContextVar[Pins] = ContextVar("pinned settings", default={})  # noqa: B039  (never changed in place)
@@ -134,10 +135,13 @@ def checked(kernel: str, setting: Setting) -> Setting:
     """The setting, if it is one for this kernel; else `MoeCompileError`."""
     if kernel not in NAMES:
         raise MoeCompileError(f"unknown kernel {kernel!r}; there are settings for {', '.join(NAMES)}")
-    names = NAMES[kernel]
-    if len(setting) != len(names) or any(not isinstance(n, int) or n < 1 for n in setting):
+    names = [name for name in NAMES[kernel] if name != "TMA"]
+    rest = setting[len(names) :] if "TMA" in NAMES[kernel] else ()
+    if len(setting) - len(rest) != len(names) or any(not isinstance(n, int) or n < 1 for n in setting[: len(names)]):
         raise MoeCompileError(f"setting {list(setting)} of {kernel}: expected {', '.join(names)}, each at least 1")
-    for name, value in zip(names, setting, strict=True):
+    if rest not in ((), (0,), (1,)):
+        raise MoeCompileError(f"setting {list(setting)} of {kernel}: TMA is {list(rest)}, expected 0 or 1")
+    for name, value in zip(names, setting, strict=False):
         if name != "num_stages" and value & (value - 1):
             raise MoeCompileError(f"setting {list(setting)} of {kernel}: {name} is {value}, no power of two")
         if name.startswith("BLOCK") and value < 16:

@@ -1,8 +1,9 @@
 """Row tiles: how the grouped products share rows of experts out among programs.
 
-A small kernel writes the expert and the rows of each tile of BLOCK_M rows, ceil(R/BLOCK_M) + E of them at most; a tile
-has rows of one expert only, tiles left over do nothing, and the rows behind the last offset are a group of their own,
-with number E.  No host read; the number of tiles depends on R and E alone.
+A small kernel writes the expert and the rows of each tile of BLOCK_M rows; a tile has rows of one expert only, tiles
+left over do nothing, and the rows behind the last offset are a group of their own, with number E.  Of n groups that
+have rows no routing makes more than n + (R - n) // BLOCK_M tiles, and n is R or E + 1 at most.  No host read; the
+number of tiles depends on R and E alone, and with few rows it is R.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from torch.library import wrap_triton
 from moe_compile.kernels.dispatch import compiled
 
 GROUP_M = 8  # row tiles that take turns before the next column tile
+FILL = 264  # programs: two for each of 132 multiprocessors
 
 # -- kernels --------------------------------------------------------------------------------
 
@@ -80,13 +82,34 @@ def sum_products(
     return acc
 
 
+@triton.jit
+def sum_described_products(
+    acc, x_ptrs, w, e, f, r_in, D: tl.constexpr, F_PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """As `sum_products`, of weights by a descriptor (`described`), from column f of each half on."""
+    d, expert = tl.arange(0, BLOCK_K), e.to(tl.int32)
+    for first in range(0, D, BLOCK_K):
+        if D % BLOCK_K == 0:
+            x = tl.load(x_ptrs, mask=r_in[:, None], other=0.0)
+        else:
+            x = tl.load(x_ptrs, mask=r_in[:, None] & (first + d < D)[None, :], other=0.0)
+        if F_PACKED:
+            tile = tl.reshape(w.load([expert, first, 0, f]), [BLOCK_K, BLOCK_N])
+        else:
+            tile = tl.trans(tl.reshape(w.load([expert, 0, f, first]), [BLOCK_N, BLOCK_K]))
+        acc = tl.dot(x, tile, acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+    return acc
+
+
 # -- launching ------------------------------------------------------------------------------
 
 
 def row_tiles(offsets_E: Tensor, R: int | torch.SymInt, block_m: int) -> tuple[Tensor, int | torch.SymInt]:
     """(i32[tiles, 3], number of tiles): expert, first row and end of its rows of each tile of `block_m` rows."""
     E = int(offsets_E.shape[0])
-    num_row_tiles = (R + block_m - 1) // block_m + E
+    groups_with_rows = torch.sym_min(R, E + 1)
+    num_row_tiles = torch.sym_max(groups_with_rows + (R - groups_with_rows) // block_m, 1)
     tiles = offsets_E.new_empty(num_row_tiles, 3)
     make: Any = wrap_triton(_row_tiles_kernel) if compiled(_row_tiles_kernel) else _row_tiles_kernel
     groups = triton.next_power_of_2(E + 1)
@@ -94,11 +117,21 @@ def row_tiles(offsets_E: Tensor, R: int | torch.SymInt, block_m: int) -> tuple[T
     return tiles, num_row_tiles
 
 
-def rows_per_expert(R: int | torch.SymInt, E: int) -> int:
-    """About how many rows an expert has; a guess that adds no guard where R is symbolic."""
+def hint(R: int | torch.SymInt, E: int) -> int:
+    """R, or a guess that adds no guard where it is symbolic."""
     if isinstance(R, torch.SymInt):
         R = R.node.hint if R.node.has_hint() else 256 * E
-    return int(R) // E
+    return int(R)
+
+
+def rows_per_expert(R: int | torch.SymInt, E: int) -> int:
+    """About how many rows an expert has."""
+    return hint(R, E) // E
+
+
+def fills(R: int | torch.SymInt, E: int, F: int, block_n: int) -> bool:
+    """Whether tiles of 16 rows by `block_n` columns are enough programs for a device, if rows are few."""
+    return min(hint(R, E), E) * triton.cdiv(F, block_n) >= FILL
 
 
 def compile_cases(hip: bool = False) -> list[tuple]:

@@ -1,7 +1,8 @@
 """The ops on CUDA where nobody compiles: our Triton kernels, or the definitions where a kernel's `why_not` objects.
 
-Under Inductor `choose_kernels` decides instead, with a cost table; a node that it leaves comes here.  A list of
-separate weights is stacked for each call.
+Under Inductor `choose_kernels` decides instead, with a cost table; a node that it leaves comes here.  Separate weights
+are read where they are, by a table of their addresses (kernels/weights.py), if they are alike in strides; else they are
+stacked for the call.
 
 `expert_mlp` is four kernels: sort, gather with the first product and the activation, last product, combine.  No row of
 tokens is copied, and nothing between the products is written but what the backward or the last product reads.
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.triton import set_wrap_triton_enabled
 
 from moe_compile import expert_mlp, ops
 
@@ -22,9 +24,14 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
 
 
 def grouped_gemm(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor) -> Tensor:
-    w_EFD = weights[0] if weights[0].dim() == 3 else torch.stack(list(weights))
-    reference = lambda x, w, offsets: ops.grouped_gemm_reference(x, [w], offsets)  # noqa: E731
-    return _run("grouped_gemm", reference, x_RD, w_EFD, offsets_E)  # type: ignore[no-any-return]
+    try:
+        from moe_compile.kernels import grouped_gemm as kernel
+    except ImportError:  # no Triton
+        return ops.grouped_gemm_reference(x_RD, weights, offsets_E)
+    if len({(w.dtype, w.shape) for w in weights}) > 1 or kernel.why_not(x_RD, _one_shape(weights), offsets_E):
+        return ops.grouped_gemm_reference(x_RD, weights, offsets_E)
+    with set_wrap_triton_enabled(False):
+        return kernel.launch(x_RD, _weights(weights)[0], offsets_E)
 
 
 def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
@@ -86,8 +93,7 @@ def why_not_mlp(
         return f"{top_k} experts a token, expected {combine.MAX_TOP_K} at most"
     if 0 in down[0].shape:
         return f"down is {tuple(down[0].shape)}"
-    first, second = ((w[0] if w[0].dim() == 3 else w[0].expand(num_experts, -1, -1)) if w else None for w in (gate, up))
-    assert second is not None
+    first, second = _one_shape(gate) if gate else None, _one_shape(up)
     return gated_gemm.why_not_weights(x_TD, first, second, top_k, activation, gated)
 
 
@@ -120,10 +126,11 @@ def mlp(
 
     K = ids_TK.shape[1]
     order_R, offsets_E = dispatch.sort_by_expert(ids_TK, num_experts)
-    a_RF, h_RG = gated_gemm.gated_gemm(
-        x_TD, _stack(gate), _stack(up), offsets_E, order_R, K, activation, gated, True
-    )  # fmt: skip
-    y_RD = grouped_gemm.grouped_gemm(a_RF, _stack(down), offsets_E)
+    with set_wrap_triton_enabled(False):
+        first = _weights(gate, up)
+        routing = (offsets_E, order_R, K, activation, gated, True)
+        a_RF, h_RG = gated_gemm.launch(x_TD, first[0] if gate else None, first[-1], *routing)
+        y_RD = grouped_gemm.launch(a_RF, _weights(down)[0], offsets_E)
     return combine.combine(y_RD, weights_TK, order_R, offsets_E, K), h_RG, offsets_E, order_R
 
 
@@ -152,15 +159,15 @@ def mlp_backward(
 
     # a loses bits of f16 where a weight is small; there the gradient is scaled instead, as the definition does it
     scale_a = x_TD.dtype != torch.float16
-    dout_TD, last, routing = dout_TD.to(x_TD.dtype), _stack(down), (offsets_E, order_R)
-    dh, a_RF, dots_R = gated_gemm_backward.gated_gemm_backward(
-        dout_TD, last, h_RG, weights_TK, *routing, K, activation, gated, len(gate) > 0, of_params, scale_a
-    )
-    first = [_stack(w) for w in (gate, up) if w]
+    dout_TD, routing, first = dout_TD.to(x_TD.dtype), (offsets_E, order_R), [w for w in (gate, up) if w]
     dx_TD, dgate, dup, ddown = (x_TD.new_empty(0) for _ in range(4))
-    if of_x:
-        dx_RD, *other = (grouped_gemm.grouped_gemm(d, w.mT, offsets_E) for d, w in zip(dh, first, strict=True))
-        dx_TD = combine.combine(dx_RD.add_(other[0]) if other else dx_RD, None, order_R, offsets_E, K)
+    with set_wrap_triton_enabled(False):
+        asked: Any = (K, activation, gated, len(gate) > 0, of_params, scale_a)
+        dh, a_RF, dots_R = gated_gemm_backward.launch(dout_TD, _weights(down)[0], h_RG, weights_TK, *routing, *asked)
+        if of_x:
+            parts = [(d, _weights(expert_mlp.transposed(w))[0]) for d, w in zip(dh, first, strict=True)]
+            dx_RD, *other = (grouped_gemm.launch(d, w, offsets_E) for d, w in parts)
+            dx_TD = combine.combine(dx_RD.add_(other[0]) if other else dx_RD, None, order_R, offsets_E, K)
     if of_params:
         *before, dup = (grouped_gemm_dw.grouped_gemm_dw(d, x_TD, *routing, 0, K) for d in dh)
         dgate = before[0] if before else dgate
@@ -176,11 +183,37 @@ def mlp_backward(
     return dx_TD, dweights_TK, dgate, dup, ddown
 
 
-def _stack(weights: Sequence[Tensor]) -> Any:
-    """[E, F, D], or None of no weights."""
-    if not weights:
-        return None
-    return weights[0] if weights[0].dim() == 3 else torch.stack(list(weights))
+def _one_shape(weights: Sequence[Tensor]) -> Tensor:
+    """The stack, or one matrix as if it were that of all experts, for a kernel's `why_not`."""
+    return weights[0] if weights[0].dim() == 3 else weights[0].expand(len(weights), -1, -1)
+
+
+def takes_addresses(x_RD: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a product of these rows reads these weights by their addresses.  The tensors may be fakes."""
+    try:
+        from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS
+        from moe_compile.kernels.weights import why_not_separate
+    except ImportError:  # no Triton
+        return False
+    return (
+        1 < len(weights) <= MAX_EXPERTS
+        and x_RD.dtype in FLOATS
+        and {x_RD.dtype} == {w.dtype for w in weights}
+        and why_not_separate(weights) is None
+    )
+
+
+def _weights(*groups: Sequence[Tensor]) -> list[Any]:
+    """What a kernel takes for each group that is not empty, all in one layout: stacks, or tables of addresses."""
+    from moe_compile.kernels.weights import separate, stacked, why_not_separate
+
+    groups = tuple(w for w in groups if w)
+    if all(w[0].dim() == 3 for w in groups):
+        return [stacked(w[0]) for w in groups]
+    each = [ops.per_expert(w) for w in groups]
+    if why_not_separate([m for matrices in each for m in matrices]):
+        return [stacked(torch.stack(list(matrices))) for matrices in each]
+    return [separate(matrices) for matrices in each]
 
 
 def register() -> None:

@@ -9,7 +9,8 @@ After:
                                                        # or, under max_autotune, moe_ep_timed's: Inductor times both
     o = moe_ep_triton.combine(y, weights, order, offsets, K)
     # on CUDA, `expert_mlp` whose products before the activation nobody keeps is written as its four kernels;
-    # otherwise it stays one call of the op, which runs them (moe_compile/cuda.py)
+    # otherwise it stays one call of the op, which runs them (moe_compile/cuda.py); so does any product with separate
+    # weights, [w0, w1, ...], which it reads where they are
     # on a CPU the nodes stay: each op has its CPU form (moe_compile/ops.py, moe_compile/cpu.py)
 
 Stage      lower; runs on Inductor's forward and backward graphs, after autograd and the partitioner.
@@ -69,6 +70,10 @@ class ChooseKernels(RewritePass[Site]):
     def _on_cuda(self, graph: Graph, site: Site) -> None:
         node, op = site.node, site.op
         args = list(node.args)
+        vals: Any = map_arg(node.args[:2], lambda n: n.meta["val"])
+        if op == "grouped_gemm" and cuda.takes_addresses(*vals):
+            self.chosen.append((node.name, "triton, by addresses", ""))
+            return
         with graph.inserting_before(node):
             if op == "grouped_gemm":
                 weights: Any = args[1]
@@ -91,12 +96,15 @@ class ChooseKernels(RewritePass[Site]):
 
     def _fused_on_cuda(self, graph: Graph, site: Site) -> None:
         """One call for a training step: Inductor could fuse nothing into its kernels, and what they hand each other is
-        freed inside.  An inference does without one output, which a call cannot know."""
+        freed inside.  An inference does without one output, which a call cannot know; with separate weights it stays
+        one call too, which reads them by their addresses."""
         node, forward = site.node, site.op == "expert_mlp"
         reason = _why_not_fused(node, forward)
+        vals: Any = map_arg(node.args, lambda n: n.meta["val"])
+        apart = forward and any(cuda.takes_addresses(vals[0], w) for w in vals[3:6])
         read = [n for n in node.users if n.users]
         results = [n for n in read if n.target is operator.getitem and n.args[1] == 0]
-        if reason is None and forward and results == read:
+        if reason is None and forward and results == read and not apart:
             with graph.inserting_before(node):
                 out, name = _inference(graph, node)
             for result in results:

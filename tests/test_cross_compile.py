@@ -24,6 +24,7 @@ KERNELS = {
     "invert",
     "order",
     "row_tiles",
+    "table",
 }
 
 

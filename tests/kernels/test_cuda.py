@@ -44,8 +44,8 @@ def test_separate_weights() -> None:
 def test_who_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel for f32; the definition for f64, which no kernel takes."""
     kernels: list[torch.dtype] = []
-    run = grouped_gemm.grouped_gemm
-    monkeypatch.setattr(grouped_gemm, "grouped_gemm", lambda x, *more: (kernels.append(x.dtype), run(x, *more))[1])
+    run = grouped_gemm.launch
+    monkeypatch.setattr(grouped_gemm, "launch", lambda x, *more: (kernels.append(x.dtype), run(x, *more))[1])
     for dtype in (torch.float32, torch.float64):
         cuda.grouped_gemm(*arguments(dtype)["grouped_gemm"])
     assert kernels == [torch.float32]

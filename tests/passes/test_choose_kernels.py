@@ -78,12 +78,19 @@ return combine_default""",
         self.assertEqual(sorted(c[1] for c in choose(gm).chosen), ["triton", "triton"])
         self.assertFalse([n for n in gm.graph.nodes if str(n.target).startswith("moe_ep.")])
 
-    def test_stacks_separate_weights_for_triton(self):
+    def test_leaves_separate_weights_where_they_are(self):
+        shapes = (T, D), (F, D), (F, D), ((2,), torch.int32)
+        gm = trace(lambda x, a, b, offsets: moe_ep.grouped_gemm(x, [a, b], offsets), *shapes)
+        before = graph_text(gm.graph)
+        self.assertEqual(choose(gm).chosen, [("grouped_gemm", "triton, by addresses", "")])
+        self.assertEqual(graph_text(gm.graph), before)
+
+    def test_stacks_separate_weights_that_are_not_alike(self):
         gm = trace(
-            lambda x, a, b, offsets: moe_ep.grouped_gemm(x, [a, b], offsets),
+            lambda x, a, b, offsets: moe_ep.grouped_gemm(x, [a, b.t()], offsets),
             (T, D),
             (F, D),
-            (F, D),
+            (D, F),
             ((2,), torch.int32),
         )
         choose(gm)
@@ -92,9 +99,10 @@ return combine_default""",
             """\
 x_1: f32[64, 32]
 a_1: f32[48, 32]
-b_1: f32[48, 32]
+b_1: f32[32, 48]
 offsets_1: i32[2]
-stack_default: f32[2, 48, 32] = aten.stack([a_1, b_1])
+t: f32[48, 32] = aten.t(b_1)
+stack_default: f32[2, 48, 32] = aten.stack([a_1, t])
 grouped_gemm_default: f32[64, 48] = moe_ep_triton.grouped_gemm(x_1, stack_default, offsets_1)
 return grouped_gemm_default""",
         )
@@ -187,11 +195,15 @@ return combine_default""",
                 return moe_ep.expert_mlp(x, ids, None, [], *weights, 8, "silu", True)[0]
 
             gm = trace(layer, rows, ((65536, 2), torch.int64), *shapes, dtype=torch.bfloat16)
-            self.assertEqual(choose(gm).chosen[-1][1], "triton and aten._grouped_mm")
-            text = graph_text(gm.graph)
+            chosen, text = choose(gm).chosen[-1][1], graph_text(gm.graph)
+            if separate:  # it stays one call, which copies no weight
+                self.assertEqual(chosen, "triton, in one call")
+                self.assertIn("moe_ep.expert_mlp(", text)
+                self.assertNotIn("aten.stack(", text)
+                continue
+            self.assertEqual(chosen, "triton and aten._grouped_mm")
             self.assertNotIn("moe_ep.", text)
             self.assertIn("aten._grouped_mm(", text)
-            self.assertEqual(text.count("aten.stack("), 2 * separate)
             self.assertIn("gated_gemm(x_1, None, ", text)
 
     def test_a_training_step_stays_one_call(self):
