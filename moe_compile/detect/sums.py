@@ -28,9 +28,11 @@ from moe_compile.detect.values import (
     Unknown,
     Value,
 )
-from moe_compile.region import Expr, Leaf, outside_is_zero
+from moe_compile.region import Expr, Leaf, ids_above, ids_in, ids_kept, ids_stacked, ids_where, outside_is_zero
 
 aten = torch.ops.aten
+
+NOBODY = (ids_above, ids_in, ids_kept, ids_stacked, ids_where)  # ids that may be -1, of pairs without an expert
 
 # -- accumulation ---------------------------------------------------------------------------
 
@@ -328,6 +330,8 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
         shapes = tuple(here.shape), tuple(row.shape), tuple(ids.shape)
         return Unknown(f"the sum is {shapes[0]}, its terms are {shapes[1]}, the expert ids are {shapes[2]}")
     if experts is not None:
+        if run.facts.classes is not None and first.ids.target in NOBODY:
+            return Unknown(f"the loop fails at class {run.facts.classes}, which is not told from pairs that are dropped")
         classes = first.classes if run.facts.classes is None else run.facts.classes
         return Region(total, first.ids, number, classes, "number", body, families, tail)
     reads = how_weights_are_read(run, first.ids, number, body)
