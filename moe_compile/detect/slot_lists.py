@@ -181,7 +181,7 @@ def slots_of(run: Interpreter, node: Node) -> tuple[Every, int] | None:
     """The slots of all experts, and the expert whose part [C, ...], or [1, ..., C, ...], a node is."""
     if not isinstance(node.meta.get("val"), Tensor):
         return None
-    node = _without_ones(node)
+    node = _without_ones(run, node)
     source: Any = node.args[0] if node.args else None
     if op_of(node) == "select":
         at, e = node.args[1:3]
@@ -195,7 +195,9 @@ def slots_of(run: Interpreter, node: Node) -> tuple[Every, int] | None:
     else:
         return None
     rank = source.meta["val"].dim()
-    laid = _without_ones(source)
+    laid = _without_ones(run, source)
+    if {node, source, *(node.all_input_nodes)} & run.ungraded:
+        return None
     rows = run.values.get(laid)
     if not isinstance(rows, Every) or rows.slots is None or rows.flat or type(at) is not int:
         return None
@@ -206,12 +208,12 @@ def slots_of(run: Interpreter, node: Node) -> tuple[Every, int] | None:
     return (rows, e % rows.num) if type(e) is int and -rows.num <= e < rows.num else None
 
 
-def _without_ones(node: Node) -> Node:
-    """The value of which a node is a view with more or fewer dimensions of one in front."""
+def _without_ones(run: Interpreter, node: Node) -> Node:
+    """The value of which a node is a view, with its gradient, with more or fewer dimensions of one in front."""
     while isinstance(before := node.args[0] if node.args else None, Node):
         val, source = node.meta["val"], before.meta["val"]
         first = op_of(node) == "select" and node.args[1:] == (0, 0)
-        if op_of(node) not in ("squeeze", "unsqueeze", *VIEWS) and not first:
+        if (op_of(node) not in ("squeeze", "unsqueeze", *VIEWS) and not first) or node in run.ungraded:
             break
         if not isinstance(source, Tensor) or val.dtype != source.dtype or not _same_but_ones(val.shape, source.shape):
             break

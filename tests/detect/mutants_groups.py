@@ -171,6 +171,16 @@ class GroupsBehindOthers(GroupsOfTwo):
         return torch.cumsum(mask2, 1) - 1 + mask1.flip(0).sum(1, keepdim=True)
 
 
+@mutant(BATCH, flat=True)
+class GroupsMergedWithoutGradient(GroupsMerged):
+    """A view has no gradient either."""
+
+    def made(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            rows = rows.reshape(E, -1, D)
+        return super().made(rows)
+
+
 # -- all choices of a token -----------------------------------------------------------------
 
 
@@ -325,6 +335,15 @@ class PiecesOfTwo(Pieces):
 
     def join(self, made: list[Tensor]) -> Tensor:
         return torch.cat([a + b for a, b in zip(made, [*made[1:], made[0]], strict=True)], dim=1)
+
+
+@mutant("expert 0 runs on other rows than those of its slots")
+class PiecesWithoutGradient(Pieces):
+    """Laid out under no_grad: a view has no gradient either."""
+
+    def laid(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().laid(rows)
 
 
 # -- rows that are put into slots by index --------------------------------------------------
