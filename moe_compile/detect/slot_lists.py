@@ -86,7 +86,7 @@ class RowsOfSlots(RowsOfList):
         value = super()._value(node)
         if not self.lead or not isinstance(value, Rows | RowTuple):
             return value
-        if not _lets_ones_be(node) or not all(map(self.fits, leaves(node.meta["val"]))):
+        if not _lets_ones_be(node, self.lead) or not all(map(self.fits, leaves(node.meta["val"]))):
             return Unknown(f"{name_of(node)} is not known to leave the dimensions before the rows alone")
         return value
 
@@ -132,8 +132,8 @@ def leaves(val: Any) -> list[Any]:
     return list(val) if isinstance(val, (tuple, list)) else [val]
 
 
-def _lets_ones_be(node: Node) -> bool:
-    """Whether an op keeps the first dimensions of its rows, and names no other by a number from the front."""
+def _lets_ones_be(node: Node, lead: int) -> bool:
+    """Whether an op keeps the `lead` dimensions before its rows, and names those behind by numbers from the end."""
     op = op_of(node)
     if op in (*PRODUCTS, "layer_norm", "rms_norm", "getitem", "dropout") or op.rstrip("_") in POINTWISE:
         return True
@@ -141,7 +141,8 @@ def _lets_ones_be(node: Node) -> bool:
         return False
     at = 2 if op in ("chunk", "split", "split_with_sizes") else 1
     dim = node.args[at] if len(node.args) > at else node.kwargs.get("dim", -1 if op == "glu" else None)
-    return type(dim) is int and dim < 0
+    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    return type(dim) is int and lead - rank <= dim < 0
 
 
 def joined(made: Node, num: int, capacity: Any, rank: int) -> tuple[list[Node], int] | None:

@@ -316,6 +316,14 @@ class PiecesNormalisedFromTheFront(Pieces):
         return super().run(e, piece).softmax(2)
 
 
+@mutant("aten.softmax.int at file.py is not known to leave the dimensions before the rows alone")
+class PiecesNormalisedAlongOnes(Pieces):
+    """Along a dimension that rows of their own would not have."""
+
+    def run(self, e: int, piece: Tensor) -> Tensor:
+        return super().run(e, piece).softmax(-3)
+
+
 @mutant("mean along dimension 0 lets rows depend on each other")
 class PiecesCentred(Pieces):
     def run(self, e: int, piece: Tensor) -> Tensor:
