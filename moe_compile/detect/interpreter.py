@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from moe_compile.detect.values import (
     Buffer,
+    Column,
     Constant,
     Counts,
     Dense,
@@ -28,6 +29,7 @@ from moe_compile.detect.values import (
     FlatIds,
     Index,
     ListSum,
+    MaskedWeights,
     Permutation,
     Pieces,
     Plain,
@@ -105,6 +107,7 @@ class Interpreter:
         self.doubts: list[tuple[Node, str]] = []  # calls outside of all regions, and why they are in none
         self.hints: list[str] = []  # why an ordinary value is nothing of experts', if there is no region
         self.no_grad = False
+        self.ungraded: set[Node] = set()  # computed under no_grad
         self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
         self.reads: dict[Node, set[Any]] = {}  # ids -> how rows of all experts choose weights by them (Region.reads)
         self.empty: set[tuple[Node, int]] = set()  # (ids, expert) of experts that have no rows here
@@ -128,6 +131,8 @@ class Interpreter:
                     self.settle(source)
                 break
             self.values[node] = self._meaning(node)
+            if self.no_grad:
+                self.ungraded.add(node)
         self.refuse_lost_changes()
         self._report_unknown_sums()
 
@@ -276,9 +281,14 @@ class Interpreter:
 
     def _no_grad_check(self, node: Node, value: Value) -> Value:
         val = node.meta.get("val")
-        if self.no_grad and isinstance(value, Rows | Sum | Pieces | Filled) and isinstance(val, Tensor):
-            if val.is_floating_point() or val.is_complex():
+        vals = val if isinstance(val, (tuple, list)) else [val]
+        differs = any(isinstance(v, Tensor) and (v.is_floating_point() or v.is_complex()) for v in vals)
+        if self.no_grad and differs:
+            items = value.items if isinstance(value, RowTuple) else (value,)
+            if any(isinstance(v, Rows | Sum | Pieces | Filled) for v in items):
                 return Unknown(f"{name_of(node)} runs under no_grad inside the expert loop")
+            if any(isinstance(v, _OF_OTHERS) and getattr(v, "node", None) is not node for v in items):
+                return Plain(node)  # a view, too, has no gradient here, but what it is said to be may have one
         if (
             self.autocasts
             and isinstance(value, Rows | Sum | Slice | Pieces | Filled)
@@ -449,6 +459,7 @@ def source_line(node: Node) -> str | None:
     return None
 
 
+_OF_OTHERS = Dense | Slice | Column | MaskedWeights  # that say from which values a value is taken
 _INPUTS_STAY = Rows | Unknown | Permutation | FlatIds | Pieces | Filled | Index
 
 

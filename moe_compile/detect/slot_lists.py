@@ -86,7 +86,7 @@ class RowsOfSlots(RowsOfList):
         value = super()._value(node)
         if not self.lead or not isinstance(value, Rows | RowTuple):
             return value
-        if not _lets_ones_be(node) or not all(map(self.fits, leaves(node.meta["val"]))):
+        if not _lets_ones_be(node, self.lead) or not all(map(self.fits, leaves(node.meta["val"]))):
             return Unknown(f"{name_of(node)} is not known to leave the dimensions before the rows alone")
         return value
 
@@ -132,8 +132,8 @@ def leaves(val: Any) -> list[Any]:
     return list(val) if isinstance(val, (tuple, list)) else [val]
 
 
-def _lets_ones_be(node: Node) -> bool:
-    """Whether an op keeps the first dimensions of its rows, and names no other by a number from the front."""
+def _lets_ones_be(node: Node, lead: int) -> bool:
+    """Whether an op keeps the `lead` dimensions before its rows, and names those behind by numbers from the end."""
     op = op_of(node)
     if op in (*PRODUCTS, "layer_norm", "rms_norm", "getitem", "dropout") or op.rstrip("_") in POINTWISE:
         return True
@@ -141,7 +141,8 @@ def _lets_ones_be(node: Node) -> bool:
         return False
     at = 2 if op in ("chunk", "split", "split_with_sizes") else 1
     dim = node.args[at] if len(node.args) > at else node.kwargs.get("dim", -1 if op == "glu" else None)
-    return type(dim) is int and dim < 0
+    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    return type(dim) is int and lead - rank <= dim < 0
 
 
 def joined(made: Node, num: int, capacity: Any, rank: int) -> tuple[list[Node], int] | None:
@@ -181,7 +182,7 @@ def slots_of(run: Interpreter, node: Node) -> tuple[Every, int] | None:
     """The slots of all experts, and the expert whose part [C, ...], or [1, ..., C, ...], a node is."""
     if not isinstance(node.meta.get("val"), Tensor):
         return None
-    node = _without_ones(node)
+    node = _without_ones(run, node)
     source: Any = node.args[0] if node.args else None
     if op_of(node) == "select":
         at, e = node.args[1:3]
@@ -195,7 +196,9 @@ def slots_of(run: Interpreter, node: Node) -> tuple[Every, int] | None:
     else:
         return None
     rank = source.meta["val"].dim()
-    laid = _without_ones(source)
+    laid = _without_ones(run, source)
+    if {node, source, *(node.all_input_nodes)} & run.ungraded:
+        return None
     rows = run.values.get(laid)
     if not isinstance(rows, Every) or rows.slots is None or rows.flat or type(at) is not int:
         return None
@@ -206,12 +209,12 @@ def slots_of(run: Interpreter, node: Node) -> tuple[Every, int] | None:
     return (rows, e % rows.num) if type(e) is int and -rows.num <= e < rows.num else None
 
 
-def _without_ones(node: Node) -> Node:
-    """The value of which a node is a view with more or fewer dimensions of one in front."""
+def _without_ones(run: Interpreter, node: Node) -> Node:
+    """The value of which a node is a view, with its gradient, with more or fewer dimensions of one in front."""
     while isinstance(before := node.args[0] if node.args else None, Node):
         val, source = node.meta["val"], before.meta["val"]
         first = op_of(node) == "select" and node.args[1:] == (0, 0)
-        if op_of(node) not in ("squeeze", "unsqueeze", *VIEWS) and not first:
+        if (op_of(node) not in ("squeeze", "unsqueeze", *VIEWS) and not first) or node in run.ungraded:
             break
         if not isinstance(source, Tensor) or val.dtype != source.dtype or not _same_but_ones(val.shape, source.shape):
             break

@@ -171,6 +171,16 @@ class GroupsBehindOthers(GroupsOfTwo):
         return torch.cumsum(mask2, 1) - 1 + mask1.flip(0).sum(1, keepdim=True)
 
 
+@mutant(BATCH, flat=True)
+class GroupsMergedWithoutGradient(GroupsMerged):
+    """A view has no gradient either."""
+
+    def made(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            rows = rows.reshape(E, -1, D)
+        return super().made(rows)
+
+
 # -- all choices of a token -----------------------------------------------------------------
 
 
@@ -306,6 +316,14 @@ class PiecesNormalisedFromTheFront(Pieces):
         return super().run(e, piece).softmax(2)
 
 
+@mutant("aten.softmax.int at file.py is not known to leave the dimensions before the rows alone")
+class PiecesNormalisedAlongOnes(Pieces):
+    """Along a dimension that rows of their own would not have."""
+
+    def run(self, e: int, piece: Tensor) -> Tensor:
+        return super().run(e, piece).softmax(-3)
+
+
 @mutant("mean along dimension 0 lets rows depend on each other")
 class PiecesCentred(Pieces):
     def run(self, e: int, piece: Tensor) -> Tensor:
@@ -325,6 +343,15 @@ class PiecesOfTwo(Pieces):
 
     def join(self, made: list[Tensor]) -> Tensor:
         return torch.cat([a + b for a, b in zip(made, [*made[1:], made[0]], strict=True)], dim=1)
+
+
+@mutant("expert 0 runs on other rows than those of its slots")
+class PiecesWithoutGradient(Pieces):
+    """Laid out under no_grad: a view has no gradient either."""
+
+    def laid(self, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().laid(rows)
 
 
 # -- rows that are put into slots by index --------------------------------------------------

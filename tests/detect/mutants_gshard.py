@@ -411,6 +411,24 @@ class SlotsWithoutGradient(Parts):
             return super().combine(x, ids, weights)
 
 
+@mutant(BATCH, flat=True)
+class SlotsViewedWithoutGradient(Parts):
+    """A view has no gradient either."""
+
+    def total(self, combine: Tensor, made: Tensor) -> Tensor:
+        with torch.no_grad():
+            combine = combine.permute(1, 2, 0).permute(2, 0, 1)
+        return super().total(combine, made)
+
+
+@mutant(BATCH, flat=True)
+class SlotsMadeWithoutGradient(Parts):
+    def total(self, combine: Tensor, made: Tensor) -> Tensor:
+        with torch.no_grad():
+            made = made.reshape(E * made.shape[1], -1)
+        return super().total(combine, made.reshape(E, -1, made.shape[1]))
+
+
 @mutant(BATCH, flat=True, forward_only=True)
 class SlotsWhoseGatesChange(Parts):
     """After the table was made of them."""
