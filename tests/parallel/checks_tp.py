@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -32,6 +33,7 @@ from tests.parallel.checks import (
     Centred,
     Checkpointed,
     Listed,
+    Switched,
     agree,
     language,
     mixtral,
@@ -387,21 +389,6 @@ class Twice(pipeline.SplitTokens):
         return super().__call__(gm)
 
 
-def replaced(op: str, other: Any) -> Any:
-    """The pass, which then calls another function for one of its ops."""
-
-    class Replaced(pipeline.SplitTokens):
-        def __call__(self, gm: Any) -> Any:
-            report = super().__call__(gm)
-            for node in gm.graph.nodes:
-                if op in str(node.target):
-                    node.target = other
-            gm.recompile()
-            return report
-
-    return Replaced
-
-
 def own_only(rows: Tensor, ranks: int, group: str) -> Tensor:
     return rows.repeat(ranks, *[1] * (rows.dim() - 1))
 
@@ -409,31 +396,34 @@ def own_only(rows: Tensor, ranks: int, group: str) -> Tensor:
 def sabotage(ranks: Ranks) -> None:
     """A gather that is missing forward or backward, parts of parts, sums that are not: each is noticed."""
     batches = [b for b in tokens(ranks, [4])[: ranks.size // 2] for _ in range(2)]
+    reference = model(1, lambda: Block(Biased(), num_experts=checks.E))
 
-    def right() -> bool:
+    def compile_it() -> Callable[[], bool]:
         torch._dynamo.reset()
         kinds.forget()
-        torch.manual_seed(0)
-        reference = model(1, lambda: Block(Biased(), num_experts=checks.E))
         net = placed(ranks, copy.deepcopy(reference), PLAN)
-        return agree(ranks, net, compiled(net, fullgraph=True, strategy="alltoall"), reference, batches)
+        return functools.partial(
+            agree, ranks, net, compiled(net, fullgraph=True, strategy="alltoall"), reference, batches
+        )
 
-    assert right()
+    right, switched = compile_it(), Switched("_c10d_functional.all_gather")
+    with switched.compiling():
+        assert right()
+    assert len(switched.found) == 2, switched.found  # what is told of the tokens; results
     with mock.patch.object(shared_tokens, "TOLERANCE", 1e9), mock.patch.object(gradients, "TOLERANCE", 1e9):
-        for name, cls in (
-            ("gather", replaced("_c10d_functional.all_gather", own_only)),
-            ("twice", Twice),
-            ("uncut", Uncut),
-        ):
-            with mock.patch.object(pipeline, "SplitTokens", cls):
-                assert not right(), name
+        with switched.without(0, 1, other=own_only):
+            assert not right(), "gather"
         real = {n: getattr(shared_tokens.c10d, n) for n in ("all_gather_into_tensor", "all_reduce", "wait_tensor")}
         for name, other in (("all_gather_into_tensor", own_only), ("all_reduce", lambda value, *_: value.clone())):
             with mock.patch.object(shared_tokens, "c10d", SimpleNamespace(**{**real, name: other})):
                 assert not right(), f"gradients without {name}"
-        with mock.patch.object(gradients, "tp_mesh", lambda mesh: None):
-            assert not right(), "gradients of experts that are means over the parts"
     assert right()
+    with mock.patch.object(shared_tokens, "TOLERANCE", 1e9), mock.patch.object(gradients, "TOLERANCE", 1e9):
+        for name, cls in (("twice", Twice), ("uncut", Uncut)):
+            with mock.patch.object(pipeline, "SplitTokens", cls):
+                assert not compile_it()(), name
+        with mock.patch.object(gradients, "tp_mesh", lambda mesh: None):
+            assert not compile_it()(), "gradients of experts that are means over the parts"
 
 
 CHECKS = {
