@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from moe_compile.errors import MoeCompileError
 from moe_compile.parallel import fsdp, gather, gradients, state_dicts, tensor_parallel
 from moe_compile.parallel.expert_shards import part
-from moe_compile.parallel.find import Experts, find_experts
+from moe_compile.parallel.find import Experts, about_flat_weights, find_experts
 from moe_compile.parallel.mesh import check_mesh, dense_mesh, place_of, shard_sizes, split_mesh, tp_mesh
 from moe_compile.parallel.shards import ATTRIBUTE, Family, Shards
 
@@ -84,6 +84,7 @@ def parallelize(
     if not found:
         raise MoeCompileError(
             f"no experts found in {type(model).__name__}: no function of its modules sums over stacked weights or lists"
+            f"{about_flat_weights(model)}"
         )
     tensor_parallel.check_experts(found)
     for one in found:  # before anything changes

@@ -272,7 +272,7 @@ def sizes_of(node: Node, placement: Placement, families: Mapping[Family, torch.T
         w=sum(_of_expert(f, x) for f, x in families.items()),
         f=sum(2 * value(x).numel() for x in weights), n=len(tokens), a=len(pairs), b=len(carried), g=len(families),
         s=placement.edp, h=len(families) if placement.edp > 1 else 0,
-        c=chunks, p=placement.tp, o=_bytes(node, 1), u=_told(ids) if placement.tp > 1 else 0,
+        c=chunks, p=placement.tp, o=_bytes(node, 1), u=_told(ids) if placement.tp > 1 and ids.args else 0,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from moe_compile.python_state import code_names, is_torch
 
 # Ops that choose rows by a condition or an order; to stack or join results is what a loop over layers does too.
 CHOOSES = SELECTS - {"any", "stack", "einsum", "repeat_interleave", "scatter"}
+VIEWS = {"view", "reshape", "unflatten"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,27 @@ def find_experts(model: nn.Module) -> list[Experts]:
                     if module not in known:
                         known.append(module)
     return [Experts(h, found, tuple(readers[h])) for h, found in families.items()]
+
+
+def about_flat_weights(model: nn.Module) -> str:
+    """What to do about weights in two dimensions that a candidate function views as one matrix an expert, if any.
+
+    Their rows are not split: nothing but the function's own numbers says how many belong to an expert.
+    """
+    for path, module in model.named_modules():
+        for fn in _functions(module):
+            names = frozenset(code_names(fn.__code__))
+            if not names & VIEWS or not is_candidate(fn, module):
+                continue
+            for child, holder in (("", module), *((n, c) for n, c in module._modules.items() if n in names)):
+                for name, parameter in (holder._parameters if holder is not None else {}).items():
+                    if parameter is not None and parameter.dim() == 2 and name in names:
+                        full = ".".join(part for part in (path, child, name) if part)
+                        return (
+                            f"; {full} is {tuple(parameter.shape)}: if these are the weights of all experts, one below "
+                            "the other, make it a parameter of (experts, rows, columns), and read it without a view"
+                        )
+    return ""
 
 
 def _functions(module: nn.Module) -> Iterator[types.FunctionType]:

@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,7 @@ def layers(model: nn.Module) -> nn.Module:
 
 
 def whole_model(ranks: Ranks) -> None:
-    model = parity(ranks, stacked(2), tokens(ranks), dp_shard=ranks.size, run=lambda m: placed(m, "aot_eager"))
+    model = parity(ranks, stacked(), tokens(ranks), dp_shard=ranks.size, run=lambda m: placed(m, "aot_eager"))
     assert all(isinstance(p, DTensor) for p in model.parameters())
     assert isinstance(model.layers[0], FSDPModule) and isinstance(model.head.weight, DTensor)
     torch._dynamo.reset()
@@ -67,7 +68,7 @@ def whole_model(ranks: Ranks) -> None:
 
 
 def layer_by_layer(ranks: Ranks) -> None:
-    parity(ranks, stacked(2), tokens(ranks, [3, 5]), dp_shard=ranks.size, run=layers)
+    parity(ranks, stacked(2), tokens(ranks), dp_shard=ranks.size, run=layers)
 
 
 def module_list(ranks: Ranks) -> None:
@@ -82,19 +83,20 @@ def hybrid(ranks: Ranks) -> None:
 
 def mixtral_layers(ranks: Ranks) -> None:
     batches: Batches = [(torch.randint(0, 32, (2, 5)),) for _ in range(ranks.size)]
-    parity(ranks, mixtral("eager", tie_word_embeddings=True), batches, language, dp_shard=ranks.size, run=layers)
+    model = mixtral("eager", tie_word_embeddings=True, num_hidden_layers=1)
+    parity(ranks, model, batches, language, dp_shard=ranks.size, run=layers)
 
 
 def mixtral_checkpointing(ranks: Ranks) -> None:
-    model = mixtral("grouped_mm")
+    model = mixtral("grouped_mm", num_hidden_layers=1)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     batches: Batches = [(torch.randint(0, 32, (2, 5)),) for _ in range(ranks.size)]
-    parity(ranks, model, batches, language, dp_shard=ranks.size, steps=2, run=placed)
+    parity(ranks, model, batches, language, dp_shard=ranks.size, steps=1, run=placed)
 
 
 def inductor(ranks: Ranks) -> None:
-    parity(ranks, stacked(), tokens(ranks, [6, 4]), dp_shard=ranks.size, run=lambda m: placed(m, "inductor"))
+    parity(ranks, stacked(), tokens(ranks), dp_shard=ranks.size, steps=2, run=lambda m: placed(m, "inductor"))
 
 
 def gathered(ranks: Ranks) -> None:
@@ -102,7 +104,7 @@ def gathered(ranks: Ranks) -> None:
     for run in (lambda m: m, lambda m: torch.compile(m, backend="aot_eager")):
         torch._dynamo.reset()
         parity(ranks, stacked(), tokens(ranks, [6, 0, 3]), dp_shard=ranks.size, run=run, expect="")
-    model = Net(2, lambda: Block(Mixing(checks.E), num_experts=checks.E))
+    model = Net(1, lambda: Block(Mixing(checks.E), num_experts=checks.E))
     parity(ranks, model, tokens(ranks, [2, 3]), dp_shard=ranks.size, run=compiled, expect="")
 
 
@@ -169,7 +171,7 @@ def mixed_precision(ranks: Ranks) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for run in (placed, lambda model: model):
         torch.manual_seed(0)
-        reference = stacked(2)
+        reference = stacked()
         model = moe_compile.parallelize(
             copy.deepcopy(reference), moe_compile.build_mesh(dp_shard=ranks.size), mp_policy=policy
         )
@@ -239,12 +241,12 @@ def copies_that_differ(ranks: Ranks) -> None:
 
 def sabotage(ranks: Ranks) -> None:
     """Copies of experts that are not averaged, sums that are not divided: each is noticed."""
-    for attribute, value in (("copies", []), ("ep", 1), ("", 0)):
-        torch._dynamo.reset()
-        reference = stacked()
-        model = moe_compile.parallelize(copy.deepcopy(reference), moe_compile.build_mesh(ep=2, dp_shard=4))
-        setattr(vars(model)[gradients.ATTRIBUTE], attribute or "nothing", value)
-        assert agree(ranks, model, placed(model), reference, tokens(ranks, [5, 2, 3])) == (not attribute), attribute
+    reference = stacked()
+    model = moe_compile.parallelize(copy.deepcopy(reference), moe_compile.build_mesh(ep=2, dp_shard=4))
+    call, batches = placed(model), tokens(ranks, [5, 2, 3])
+    for attribute, value in (("nothing", 0), ("copies", []), ("ep", 1)):
+        with mock.patch.object(vars(model)[gradients.ATTRIBUTE], attribute, value, create=attribute == "nothing"):
+            assert agree(ranks, model, call, reference, batches) == (attribute == "nothing"), attribute
 
 
 # -- clipping -------------------------------------------------------------------------------
@@ -498,8 +500,8 @@ def loading(ranks: Ranks) -> None:
 CHECKS = {
     1: [whole_model, clipping],
     2: [
-        whole_model, layer_by_layer, module_list, mixtral_layers, mixtral_checkpointing, inductor, gathered,
-        frozen_experts, one_block, shared_parameters, without_synchronisation, mixed_precision, clipping, clipping_what_is_not_finite, foreach_and_fused,
+        whole_model, layer_by_layer, mixtral_layers, mixtral_checkpointing, inductor, gathered,
+        frozen_experts, one_block, shared_parameters, mixed_precision, clipping, clipping_what_is_not_finite, foreach_and_fused,
         optimizer_states, checkpoints, loading, tied_and_frozen, groups_of_an_optimizer,
     ],
     4: [fitting, copies_that_differ, sabotage, hybrid, module_list, without_synchronisation, clipping, checkpoints],

@@ -2,9 +2,12 @@
 
 A check is a function of `Ranks` in a module such as checks.py that raises on the rank that finds a fault.  The first
 fault ends the run, for ranks that left a collective half done cannot go on together; every wait has a time limit.
+
+MOE_COMPILE_TEST_TIMES names a file to which rank 0 appends what each check took: seconds, and those of its processor.
 """
 
 import datetime
+import gc
 import importlib
 import multiprocessing
 import os
@@ -18,6 +21,12 @@ from typing import Any
 
 LIMIT_S = 120  # for each check, on a machine with other work
 COLLECTIVE_S = 180
+# What the first compilation of a process imports: the ranks of every test have it from one process
+PRELOAD = [
+    "tests.parallel.checks", "tests.parallel.strategies", "torch._inductor.select_algorithm", "torch._export.db",
+    "torch._dynamo.testing", "torch.export._trace", "torch.utils.cpp_extension", "torch.distributed.fsdp",
+    "transformers.models.mixtral.modeling_mixtral",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Ranks:
 def run(size: int, names: list[str], module: str = "tests.parallel.checks") -> dict[str, str]:
     """What went wrong in each check of a module, "" if nothing did."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.parallel.checks", "tests.parallel.strategies"])
+    context.set_forkserver_preload(PRELOAD)
     results: Any = context.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,6 +89,7 @@ def _work(rank: int, size: int, port: int, names: list[str], module: str, result
 
     checks.E = max(3, 2 * size - 1)  # the last rank holds fewer
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported, so that no collection walks over it while graphs are traced
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=COLLECTIVE_S))
     for name in names:
         torch._dynamo.reset()
@@ -87,9 +97,11 @@ def _work(rank: int, size: int, port: int, names: list[str], module: str, result
         check: Callable[[Ranks], None] = getattr(importlib.import_module(module), name, None) or getattr(
             strategies, name
         )
+        start = time.monotonic(), time.process_time()
         try:
             check(Ranks(rank, size))
             dist.barrier()
+            _note(rank, size, name, *start)
         except BaseException:
             results.put((name, rank, traceback.format_exc(limit=-12)))
             break
@@ -99,9 +111,20 @@ def _work(rank: int, size: int, port: int, names: list[str], module: str, result
     os._exit(0)  # without waiting for ranks that hang
 
 
+def _note(rank: int, size: int, name: str, wall: float, cpu: float) -> None:
+    if (path := os.environ.get("MOE_COMPILE_TEST_TIMES")) and not rank:
+        with open(path, "a") as file:
+            file.write(f"{time.monotonic() - wall:7.1f} s {time.process_time() - cpu:7.1f} s  {size} {name}\n")
+
+
 def groups(checks: dict[int, list[str]], most: int = 8) -> list[tuple[int, list[str]]]:
-    """(ranks, names) of at most so many checks: each group is one test, so that no two workers start it."""
-    return [(size, names[i : i + most]) for size, names in checks.items() for i in range(0, len(names), most)]
+    """(ranks, names) of at most so many checks, evenly: each group is one test, so that no two workers start it."""
+    found = []
+    for size, names in checks.items():
+        number = -(-len(names) // most)
+        each = -(-len(names) // number)
+        found += [(size, names[i : i + each]) for i in range(0, len(names), each)]
+    return found
 
 
 def name_of(group: tuple[int, list[str]]) -> str:

@@ -1,10 +1,11 @@
 """Which parameters are taken for experts', and which are not."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_compile.parallel.find import find_experts
-from tests.tiny import Block, D, Experts, Net, Separate
+from moe_compile.parallel.find import about_flat_weights, find_experts
+from tests.tiny import FF, Block, D, Experts, Net, Separate
 
 
 def found(model: nn.Module) -> dict[str, list[str]]:
@@ -98,3 +99,28 @@ def test_other_parameters_of_the_module_are_left_alone() -> None:
             return super().forward(x, ids, weights) + (x @ self.w13[0, :D].T) * self.w2.sum()
 
     assert found(Routed()) == {"": ["w13", "w2"]}
+
+
+class Flat(Experts):
+    """Weights of all experts one below the other, viewed as one matrix each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w13, self.w2 = (nn.Parameter(w.detach().flatten(0, 1)) for w in (self.w13, self.w2))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        w13, w2 = self.w13.view(self.num_experts, 2 * FF, D), self.w2.view(self.num_experts, D, FF)
+        for e in range(self.num_experts):
+            t, k = torch.where(ids == e)
+            gate, up = F.linear(x[t], w13[e]).chunk(2, -1)
+            out.index_add_(0, t, F.linear(F.silu(gate) * up, w2[e]) * weights[t, k, None])
+        return out
+
+
+def test_flat_weights_are_none_and_what_to_do_is_said() -> None:
+    flat = Net(1, lambda: Block(Flat()))
+    assert found(flat) == {}
+    assert "layers.0.experts.w13 is (128, 8)" in about_flat_weights(flat)
+    assert "make it a parameter of (experts, rows, columns)" in about_flat_weights(flat)
+    assert about_flat_weights(Net()) == about_flat_weights(Convolution()) == ""

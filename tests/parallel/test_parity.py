@@ -10,7 +10,7 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("group", ranks.groups(CHECKS), ids=ranks.name_of)
+@pytest.mark.parametrize("group", ranks.groups(CHECKS, most=12), ids=ranks.name_of)
 def test_parity(group: tuple[int, list[str]]) -> None:
     wrong = ranks.faults(ranks.run(*group))
     assert not wrong, wrong

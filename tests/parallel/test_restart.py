@@ -14,6 +14,7 @@ import torch
 
 import moe_compile
 from moe_compile.parallel import folders
+from tests.parallel import ranks
 from tests.tiny import D
 
 RANKS, STEPS, SAVED = 2, 4, 2
@@ -91,7 +92,7 @@ def start(folder: str, kill: bool) -> list[int | None]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.parallel.checks", "tests.parallel.strategies"])
+    context.set_forkserver_preload(ranks.PRELOAD)
     workers = [context.Process(target=job, args=(rank, port, folder, kill)) for rank in range(RANKS)]
     for worker in workers:
         worker.start()
