@@ -331,7 +331,9 @@ def finish(run: Interpreter, node: Node, total: Sum | DenseSum | ListSum) -> Val
         return Unknown(f"the sum is {shapes[0]}, its terms are {shapes[1]}, the expert ids are {shapes[2]}")
     if experts is not None:
         if run.facts.classes is not None and first.ids.target in NOBODY:
-            return Unknown(f"the loop fails at class {run.facts.classes}, which is not told from pairs that are dropped")
+            return Unknown(
+                f"the loop fails at class {run.facts.classes}, which is not told from pairs that are dropped"
+            )
         classes = first.classes if run.facts.classes is None else run.facts.classes
         return Region(total, first.ids, number, classes, "number", body, families, tail)
     reads = how_weights_are_read(run, first.ids, number, body)
