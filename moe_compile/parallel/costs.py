@@ -272,7 +272,7 @@ def sizes_of(node: Node, placement: Placement, families: Mapping[Family, torch.T
         w=sum(_of_expert(f, x) for f, x in families.items()),
         f=sum(2 * value(x).numel() for x in weights), n=len(tokens), a=len(pairs), b=len(carried), g=len(families),
         s=placement.edp, h=len(families) if placement.edp > 1 else 0,
-        c=chunks, p=placement.tp, o=_bytes(node, 1), u=_told(ids) if placement.tp > 1 and ids.args else 0,
+        c=chunks, p=placement.tp, o=_bytes(node, 1), u=_told(ids),
     )  # fmt: skip
 
 
@@ -281,7 +281,9 @@ def _bytes(node: Node, skipped: int) -> int:
 
 
 def _told(ids: Node) -> int:
-    """Bytes of what ranks that share their tokens tell each other of them, at the part of the ids that one runs."""
+    """Bytes of what ranks that share their tokens tell each other of them; 0 unless these ids are one rank's part."""
+    if ids.target is not torch.ops.moe_ep.own_rows.default:
+        return 0
     checked: Any = ids.args[0]  # own_rows(check_shared(ids, messages of all, P), ..)
     _, messages, ranks = checked.args
     return int(value(messages).numel() * value(messages).element_size()) // int(ranks)
