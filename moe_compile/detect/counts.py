@@ -166,16 +166,11 @@ def entry(call: Call) -> Value | None:
     if not isinstance(value, Counts | Starts):
         return None
     if call.op == "unbind":
-        return RowTuple(tuple(_entry(_as_list(value), i) for i in range(_length(value))))
+        return RowTuple(tuple(_entry(value, i) for i in range(_length(value))))
     i = call.number(2)
     if type(i) is not int or call.number(1, "dim", 0) not in (0, -1) or not 0 <= i < _length(value):
         return None
     return _entry(value, i)
-
-
-def _as_list(value: Counts | Starts) -> Counts | Starts:
-    """Read as a list, which the original has longer where an id is none of them: an error, or a program that errs."""
-    return replace(value, closed=value.closed or value.listed)
 
 
 def _length(value: Counts | Starts) -> int:
@@ -199,7 +194,7 @@ def sum_of(run: Interpreter, value: Any, i: int = 0) -> RowSum | None:
     if isinstance(value, Counts | Starts):
         if i >= _length(value):
             return None
-        value = _entry(_as_list(value), i)
+        value = _entry(value, i)
     if isinstance(value, Emptiness) and value.kind == "count" and isinstance(value.expert, int):
         return RowSum(unflattened(run, value.ids), {value.expert: 1}, value.num, value.closed)
     return value if isinstance(value, RowSum) else None
@@ -394,7 +389,8 @@ def joined(call: Call, parts: Sequence[Rows]) -> Value:
         return Unknown(f"{name_of(call.node)} joins rows that are not those of all pairs")
     everybody = everyone(first.ids, first.order)
     rows = ((e, Rows(everybody, p.expr)) for e, p in zip(experts, parts, strict=True))
-    return Pieces(tuple(rows), number, first.classes)  # type: ignore[arg-type]
+    classes = number if first.classes == ANY else first.classes  # rows of nobody leave less than is joined with them
+    return Pieces(tuple(rows), number, classes)  # type: ignore[arg-type]
 
 
 def fill(call: Call) -> Value | None:
