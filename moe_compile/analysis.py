@@ -24,7 +24,7 @@ from moe_compile.errors import Refusal
 from moe_compile.kept import kept_attributes
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
-from moe_compile.python_state import Functions, check_effects, check_loops, check_tensors, reachable, unchanged
+from moe_compile.python_state import Functions, check_effects, check_loops, check_tensors, reachable, unchanged, watch
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def analyse(
     kept = kept_attributes(fn, module, functions)
     check_effects(functions, lambda code, step: code is fn.__code__ and step.argval in kept)
     check_tensors(functions, module)
-    with unchanged(functions, module):
+    with unchanged(functions, module), watch(module, kept):
         return _prove(fn, module, args, kwargs, known, functions)
 
 

@@ -47,7 +47,7 @@ from moe_compile.python_state import Functions, reachable, watch
 from moe_compile.ranges import READS, Bounded, Numbers, Unsized, number_of_classes, until_the_end
 from moe_compile.region import EXAMPLE_ROWS
 from moe_compile.series import State, add_inputs
-from moe_compile.stand_ins import Lists, watched
+from moe_compile.stand_ins import Lists, twins, watched
 from moe_compile.visit_checks import check_guards
 from moe_compile.visits import MOST, OFFSET, OneByOne, Visit, Visits
 
@@ -609,7 +609,8 @@ def capture(
         seen["sizes"], seen["visits"] = list(map(len, groups)), visits
         return [*itertools.chain(*groups), *answers.asked.values()]
 
-    with watch(module, kept), _unset(module, kept), world.mode, _compiling(), _refusals(answers):
+    like = twins(module, numbers.FEW)
+    with watch(module, kept, like), _unset(module, kept), world.mode, _compiling(), _refusals(answers):
         gm = make_fx(run_on_fakes, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
             inputs, state_fakes, lengths, indices
         )
@@ -699,14 +700,18 @@ def _unset(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _state_replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    from torch.nn.utils.stateless import _reparametrize_module
-
-    children, places = dict(parts(module).everywhere), dict[Any, str]()
-    for name in values:  # a module that has two names is changed, and put back, by one of them
-        owner, _, attribute = name.rpartition(".")
-        places.setdefault((children[owner], attribute), name)
-    with _reparametrize_module(module, {name: values[name] for name in places.values()}):
+    """With other tensors in the place of parameters and buffers; refuse if one of them is replaced meanwhile."""
+    held = {(id(table), key): (table, table[key], values[name]) for name, table, key in parts(module).places}
+    for (_, key), (table, _, value) in held.items():
+        table[key] = value
+    try:
         yield
+        for (_, key), (table, _, value) in held.items():
+            if table.get(key) is not value:
+                raise Refusal(f"it replaces {key}, a parameter or buffer, when it runs")
+    finally:
+        for (_, key), (table, before, _) in held.items():
+            table[key] = before
 
 
 @contextlib.contextmanager
@@ -798,14 +803,13 @@ def _literals(gm: GraphModule, constants: dict[str, Any]) -> dict[str, Tensor]:
 
 def check_module(module: nn.Module) -> None:
     """Refuse modules that a trace would not show whole."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for name, child in parts(module).modules:
-        label, own = name or type(module).__name__, vars(child)
-        found = [hook for h in hooks if own.get(h) for hook in own[h].values() if hook not in gather.HOOKS]
-        if child is not module and found:
-            raise Refusal(f"module {label} has hooks")
+        own = vars(child)
+        hooks = own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]
+        if any(hooks) and child is not module and any(h not in gather.HOOKS for held in hooks for h in held.values()):
+            raise Refusal(f"module {name or type(module).__name__} has hooks")
         if own.get("_compiled_call_impl") is not None and child is not module:
-            raise Refusal(f"module {label} is compiled on its own")
+            raise Refusal(f"module {name or type(module).__name__} is compiled on its own")
     for name, tensor in parts(module).tensors:
         if tensor.dtype.is_complex:
             raise Refusal(f"{name} is {tensor.dtype}")

@@ -4,12 +4,14 @@ Two calls are alike if the function's code, the module's structure and plain att
 and the ambient modes agree: then their graphs are the same, and only the tensors differ.
 """
 
+import contextlib
 import functools
+import gc
 import linecache
 import logging
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +29,13 @@ from moe_compile.parallel.agree import agree
 from moe_compile.parallel.shards import Placement, dense, placement
 from moe_compile.parts import listed, parts
 from moe_compile.pipeline import Placed, canonicalise, place
-from moe_compile.read_walk import TORCH_OWN, plain_attributes, reads
-from moe_compile.reads import SIMPLE, Read, hold
+from moe_compile.read_walk import plain_attributes, reads
+from moe_compile.reads import SIMPLE, TORCH_OWN, Read, hold
 from moe_compile.region import experts
 from moe_compile.report import RegionReport
 from moe_compile.rewrite import PassReport
 from moe_compile.series import expand
-from moe_compile.stand_ins import twins
+from moe_compile.stand_ins import alike_lists, twins
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +86,22 @@ def kind_of(
     `holds`: whether a condition on the caller's sizes is true for it.  A module with sharded experts is proven for its
     dense meaning.
     """
-    where = placement(module)
-    with dense(module), listed(module):
-        return _kind_of(fn, module, args, kwargs, known, _How(skip, where, strategy, numerics, chunks), holds)
+    with _uncollected(), listed(module):
+        how = _How(skip, placement(module), strategy, numerics, chunks)
+        with dense(module):
+            return _kind_of(fn, module, args, kwargs, known, how, holds)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection: what a proof of hundreds of experts makes would have the whole heap walked for it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
@@ -258,10 +273,18 @@ def _returns_one(source: str) -> str:
 
 
 def _structure(module: nn.Module) -> Any:
-    """Classes, plain attributes and tensor metadata of a module and its children, and which tensors are one."""
-    number: dict[int, int] = {}
-    found = []
+    """Classes, plain attributes and tensor metadata of a module and its children, and which tensors are one.
+
+    Of modules that are like others (stand_ins.py) says the place among them all.
+    """
+    alike = [column for _, found in alike_lists(module, numbers.FEW) for column in found.columns.values()]
+    number: dict[int, Any] = {id(part): (c, i) for c, column in enumerate(alike) for i, part in enumerate(column)}
+    like = twins(module, numbers.FEW)
+    found: list[Any] = []
     for name, child in parts(module).everywhere:
+        if id(child) in like:
+            found.append((name, number[id(child)]))
+            continue
         plain = tuple([(k, v if isinstance(v, SIMPLE) else type(v)) for k, v in plain_attributes(child)])
         tensors = tuple(
             [

@@ -22,6 +22,17 @@ class Parts:
         self.modules = list(once.values())  # each once, by its first name; a module before what is in it
 
     @functools.cached_property
+    def places(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Where each of the tensors is: its name, the table that holds it, and the name there."""
+        return [
+            (f"{name}.{k}" if name else k, table, k)
+            for name, child in self.everywhere
+            for table in (child._parameters, child._buffers)
+            for k, t in table.items()
+            if t is not None
+        ]
+
+    @functools.cached_property
     def tensors(self) -> list[tuple[str, Tensor]]:
         """Parameters, then buffers, by all their names."""
         return self.parameters + [

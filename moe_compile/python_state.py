@@ -15,7 +15,7 @@ import operator
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,13 @@ def reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
 
     Decorators' functions are among them, but for those around `fn` itself, which run before it.
     """
+    memo = parts(module).memo
+    if ("reachable", fn) not in memo:
+        memo["reachable", fn] = _reachable(fn, module)
+    return memo["reachable", fn]  # type: ignore[no-any-return]
+
+
+def _reachable(fn: types.FunctionType, module: nn.Module) -> Functions:
     modules = [child for _, child in parts(module).modules]
     kinds = dict.fromkeys(type(m) for m in modules)  # in an order that is the same in every run, as reasons are
     classes = dict.fromkeys(c for kind in kinds for c in kind.__mro__ if not is_torch(c.__module__))
@@ -184,16 +191,19 @@ def codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 @contextlib.contextmanager
-def watch(module: nn.Module, kept: tuple[str, ...] = ()) -> Iterator[None]:
+def watch(module: nn.Module, kept: tuple[str, ...] = (), but: Collection[int] = ()) -> Iterator[None]:
     """Undo and refuse changes of module attributes, parameters, buffers and children during a trace.
 
-    `kept`: attributes of the module itself that are undone only (kept.py).
+    `kept`: attributes of the module itself that are undone only (kept.py).  `but`: modules, by id, that are not looked
+    at; for a whole proof, which looks at all of them.
     """
-    before = []
+    before, nothing = [], ((), ())
     for _, m in parts(module).modules:
+        if id(m) in but:
+            continue
         own = vars(m)
         for table in (own, own["_parameters"], own["_buffers"], own["_modules"]):
-            before.append((m, table, tuple(table), tuple(table.values())))
+            before.append((m, table, *((tuple(table), tuple(table.values())) if table else nothing)))
     changes: list[str] = []
     try:
         yield
@@ -205,6 +215,8 @@ def watch(module: nn.Module, kept: tuple[str, ...] = ()) -> Iterator[None]:
             if name in old:
                 own[name] = old[name]
         for m, table, names, values in before:
+            if not (table or names):
+                continue
             if kept and m is module and table is vars(m):  # in the order in which they were
                 now = {n: table[n] for n in (*names, *table) if n in table}
                 table.clear()
@@ -239,7 +251,8 @@ def _containers(functions: Functions, module: nn.Module) -> Iterator[tuple[str, 
     for name, child in parts(module).modules:
         if not vars(child).keys() <= own:
             todo += [(f"self.{name}.{k}".replace("..", "."), v) for k, v in vars(child).items() if k not in own]
-    todo += [(c.__name__, c) for c in {c for _, m in parts(module).modules for c in type(m).__mro__}]
+    kinds = {type(child) for _, child in parts(module).modules}
+    todo += [(c.__name__, c) for c in {c for kind in kinds for c in kind.__mro__}]
     for f in functions:
         todo += [(n, f.__globals__[n]) for n in code_names(f.__code__) if n in f.__globals__]
         cells = zip(f.__code__.co_freevars, f.__closure__ or (), strict=True)

@@ -3,12 +3,13 @@
 It errs on the side of more: any attribute whose name the code mentions counts as read.
 """
 
+import collections
 import dis
 import enum
 import functools
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from moe_compile.errors import Refusal
 from moe_compile.kept import kept_attributes
 from moe_compile.parts import parts
 from moe_compile.python_state import code_names, is_torch, reachable
-from moe_compile.reads import SIMPLE, Path, Read, spell
+from moe_compile.reads import SIMPLE, TORCH_OWN, Path, Read, spell
 
 CHANGING = frozenset("random time os datetime secrets uuid threading queue socket contextvars".split())
 NOT_RUN = frozenset(
@@ -30,27 +31,25 @@ WALKS = frozenset(  # ways to a child that do not name it
 )
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 MOST = 20_000
+NO_TWINS: Mapping[int, nn.Module] = {}
 ANY = "*"  # among the names: any attribute
-TORCH_OWN = ("_is_full_backward_hook", "_is_hf_initialized")
 
 
-def reads(fn: types.FunctionType, module: nn.Module, twins: frozenset[int] = frozenset()) -> tuple[Read, ...]:
+def reads(fn: types.FunctionType, module: nn.Module, twins: Mapping[int, nn.Module] = NO_TWINS) -> tuple[Read, ...]:
     """All that `fn(module, ...)` could read.  Raises `Refusal` if something of it cannot be guarded.
 
-    `twins`: modules, by id, that are like others: they are left out while names are still found, of which they mention
-    no new ones.  The last walk is a whole one.
+    `twins`: by id, modules that are like others: they mention no new names, and of them is read what is of the other.
     """
     names: set[str] = set()
     held: set[int] = set()
-    left_out = twins
     while True:  # what is found by a name mentions names: to a fixed point
         walk, known = _Walk(fn, module, frozenset(names), frozenset(held)), len(held)
-        walk.run(left_out)
+        like = {i: first for i, first in twins.items() if i not in held} if held else twins
+        walk.run(like)
         held |= walk.holds
         if walk.mentioned <= names and len(held) == known:
-            if not left_out:
-                return tuple(walk.found.values())
-            left_out = frozenset()
+            walk.as_others(like)
+            return tuple(walk.found.values())
         names |= walk.mentioned
 
 
@@ -71,20 +70,36 @@ class _Walk:
         self.kept = frozenset(kept_attributes(fn, module, reachable(fn, module)))  # set, and read by nobody
         self.strings: set[str] = set()  # what getattr and hasattr may be asked for
 
-    def run(self, left_out: frozenset[int] = frozenset()) -> None:
+    def run(self, but: Collection[int] = ()) -> None:
+        """`but`: modules, by id, that are left out."""
         self._function((("fn", ""),), self.fn)
-        reached, everywhere = {""}, bool(self.names & WALKS) or ANY in self.names
+        reached, everywhere = {id(self.module)}, bool(self.names & WALKS) or ANY in self.names
         children = dict(parts(self.module).everywhere)
-        for name, child in parts(self.module).modules:
-            if id(child) in left_out:
-                continue
+        for name, child in children.items():
             parent, _, last = name.rpartition(".")
-            if everywhere or (parent in reached and self._has(children[parent], last)) or id(child) in self.held:
-                reached.add(name)
-            self._module((("module", name),), child, name in reached)
+            if id(child) in but or id(child) in reached:
+                continue
+            owner = children[parent]
+            if everywhere or (id(owner) in reached and self._has(owner, last)) or id(child) in self.held:
+                reached.add(id(child))
+        for name, child in parts(self.module).modules:
+            if id(child) not in but:
+                self._module((("module", name),), child, id(child) in reached)
         for name in sorted(self.strings):
             if not hasattr(self.module, name):
                 self._add((("module", ""), ("attr", name)), "absent", None)
+
+    def as_others(self, twins: Mapping[int, nn.Module]) -> None:
+        """Add what is read of twins: the same as of the module that each is like."""
+        of: dict[str, list[Read]] = collections.defaultdict(list)
+        for read in self.found.values():
+            if read.path[0][0] == "module":
+                of[read.path[0][1]].append(read)
+        names = {id(child): name for name, child in parts(self.module).modules}
+        for twin, first in twins.items():
+            step = ("module", names[twin])
+            for path, how, value in of[names[id(first)]]:
+                self._add((step, *path[1:]), how, value)
 
     def _add(self, path: Path, how: str, value: Any) -> None:
         self.found[path] = Read(path, how, value)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 SIMPLE = (int, float, bool, str, type(None), torch.dtype, torch.device)
+TORCH_OWN = ("_is_full_backward_hook", "_is_hf_initialized")  # attributes of modules and tensors that nobody reads
 Path = tuple[tuple[str, Any], ...]
 
 

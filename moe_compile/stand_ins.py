@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_compile.loop_state import OneByOne
-from moe_compile.parts import Parts, parts
-from moe_compile.reads import SIMPLE
+from moe_compile.parts import parts
+from moe_compile.reads import SIMPLE, TORCH_OWN
 
 _lib = torch.library.Library("moe_ep_capture", "FRAGMENT")
 _lib.define("pick(Tensor[] tensors, SymInt number, int column) -> Tensor")
@@ -88,6 +88,10 @@ class Alike:
             for part in parts:
                 self._column([table[part] for table in values], values[0])
 
+    def inside(self) -> set[int]:
+        """The ids of the modules, and of all parts that they have."""
+        return self._common | self.holders.keys()
+
     def stand_in(self, pick: Callable[[Tensor], Tensor]) -> nn.Module:
         """A copy of the first module; `pick` gives what stands for one of its tensors."""
         made: dict[int, Any] = {}
@@ -111,7 +115,8 @@ class Alike:
 
 
 def _metadata(t: Tensor) -> Any:
-    return (tuple(t.shape), t.stride(), t.dtype, t.device, t.layout, t.requires_grad, type(t))
+    own = [name for name in vars(t) if name not in TORCH_OWN]
+    return (t.shape, t.stride(), t.dtype, t.device, t.layout, t.requires_grad, type(t), *own)
 
 
 def _check_equal(values: Sequence[Any], name: str) -> None:
@@ -151,10 +156,7 @@ class Lists:
     def __init__(self, module: nn.Module, least: int) -> None:
         self.known = {id(found): (found, alike) for found, alike in alike_lists(module, least)}
         alike = [alike for _, alike in self.known.values()]
-        held = [part for a in alike for part in a.holders]
         self.columns = [c for a in alike for c in a.columns.values() if isinstance(c[0], Tensor)]
-        if len(set(held)) < len(held):
-            self.known, self.columns = {}, []
         self._holders: dict[int, set[int]] = {}
         self._column: dict[int, int] = {}
         self.absent: dict[int, Tensor] = {}  # by the id of each the first of its column
@@ -199,7 +201,10 @@ class Lists:
 
 
 def alike_lists(module: nn.Module, least: int) -> list[tuple[nn.ModuleList, Alike]]:
-    """The lists of at least so many modules, all alike, which are not in such a list themselves.  Not to be changed."""
+    """The lists of at least so many modules, all alike, which are not in such a list themselves and share no parts.
+
+    Not to be changed.
+    """
     of = parts(module)
     if ("alike", least) not in of.memo:
         result: list[tuple[nn.ModuleList, Alike]] = []
@@ -207,16 +212,21 @@ def alike_lists(module: nn.Module, least: int) -> list[tuple[nn.ModuleList, Alik
         for _, found in of.modules:
             if type(found) is nn.ModuleList and len(found) >= least and id(found) not in inside and _in_order(found):
                 with contextlib.suppress(OneByOne):
-                    result.append((found, Alike(list(found._modules.values()))))  # type: ignore[arg-type]
-                    inside |= {id(m) for _, m in Parts(found).modules}
-        of.memo["alike", least] = result
+                    alike = Alike(list(found._modules.values()))  # type: ignore[arg-type]
+                    result.append((found, alike))
+                    inside |= alike.inside()
+        held = [part for _, alike in result for part in alike.holders]
+        of.memo["alike", least] = result if len(set(held)) == len(held) else []
     return of.memo["alike", least]  # type: ignore[no-any-return]
 
 
-def twins(module: nn.Module, least: int) -> frozenset[int]:
-    """The ids of modules in these lists that are like another, the one in the same place of the first member."""
-    columns = [c for _, alike in alike_lists(module, least) for c in alike.columns.values()]
-    return frozenset(id(m) for c in columns if isinstance(c[0], nn.Module) for m in c[1:])
+def twins(module: nn.Module, least: int) -> dict[int, nn.Module]:
+    """The modules in these lists, by id, that are like another: the one in the same place of the first member."""
+    memo = parts(module).memo
+    if ("twins", least) not in memo:
+        columns = [c for _, alike in alike_lists(module, least) for c in alike.columns.values()]
+        memo["twins", least] = {id(m): c[0] for c in columns if isinstance(c[0], nn.Module) for m in c[1:]}
+    return memo["twins", least]  # type: ignore[no-any-return]
 
 
 def _in_order(found: nn.ModuleList) -> bool:
