@@ -330,6 +330,8 @@ def _expert_between(
         return wrong
     (expert,) = mine
     nobody = {e for ids, e in call.run.empty if ids is high.ids}
+    if high.num is not None:
+        call.run.counted[high.ids] = high.num
     if any(before.get(e, 0) != (e < expert) for e in {*range(expert), *before} - nobody):
         return wrong
     return high.ids, expert, high.num, high.closed and (low == 0 or (isinstance(low, RowSum) and low.closed))
@@ -379,7 +381,7 @@ def joined(call: Call, parts: Sequence[Rows]) -> Value:
     if any(replace(p.selection, expert=0) != alike for p in parts):
         return Unknown(f"{name_of(call.node)} joins rows that were sorted or counted in different ways")
     nobody = {e for ids, e in call.run.empty if ids is first.ids}
-    number = max((*experts, *nobody)) + 1 if first.classes == ANY else first.classes
+    number = call.run.counted.get(first.ids, max((*experts, *nobody)) + 1) if first.classes == ANY else first.classes
     listed = first.ids.target is ids_above  # as many rows as there are gates
     if listed:
         number = first.ids.args[0].meta["val"].shape[1]  # type: ignore[union-attr]

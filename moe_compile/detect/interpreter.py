@@ -111,6 +111,7 @@ class Interpreter:
         self.autocasts: list[str] = []  # autocast regions that the node is in, beside the one around the graph
         self.reads: dict[Node, set[Any]] = {}  # ids -> how rows of all experts choose weights by them (Region.reads)
         self.empty: set[tuple[Node, int]] = set()  # (ids, expert) of experts that have no rows here
+        self.counted: dict[Node, int] = {}  # ids -> of how many experts Python read the numbers of rows
         self.written: dict[Node, Node | None] = {}  # ids that only we need -> those that they are a part of
         self.by_column: dict[Node, Node] = {}  # columns of ids, that had terms of their own -> those ids
         self.inside: set[Node] = set()  # plain nodes that belong to the experts of a dense sum

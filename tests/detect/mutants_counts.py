@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.detect.idioms_counts import Ends, Inferred, Set, Split
-from tests.detect.loops import D, E, K, Listed, mutant
+from tests.detect.loops import SCORES, D, E, K, Listed, mutant
 
 # -- sizes ----------------------------------------------------------------------------------
 
@@ -266,7 +266,7 @@ class SkippedWhereAnotherIsEmpty(Listed):
         return out
 
 
-@mutant("expert 0 adds something else when some experts have no rows")
+@mutant("expert 0 adds something else when some experts have no rows", distinct=SCORES)
 class HowManyAreActive(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         sizes = torch.bincount(ids.view(-1), minlength=E).cpu().numpy()
