@@ -113,6 +113,8 @@ def one_hot(call: Call) -> Value | None:
     classes = call.number(1, "num_classes", -1)
     if ids is None or not isinstance(classes, int) or classes < 1:
         return None
+    if (dtype := call.val(source).dtype) != torch.int64:
+        return Unknown(f"one_hot of {dtype} is an error: it takes int64")
     dims = tuple(range(call.val(ids).dim()))
     return Member(ids, (*dims, "e"), None, classes)
 

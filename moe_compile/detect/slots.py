@@ -289,6 +289,8 @@ def one_hot(call: Call) -> Value | None:
     at, slots = call.arg(0), call.val()
     if not isinstance(at, Places) or "one" in at.dims[-1:] or not isinstance(slots, Tensor):
         return None
+    if call.val(call.node.args[0]).dtype != torch.int64:  # type: ignore[arg-type]
+        return None  # an error
     capacity, bound = slots.shape[-1], cut_of(call.run, at.valid, at.count)
     inside = at.masked and bound is not None and at_most(bound, capacity) and at.count.shift >= -1
     if not inside and not (at.positive and at.below is not None and at_most(at.below, capacity)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.detect.idioms_groups import CAPACITY, GroupsMerged, GroupsOfSlots, GroupsOfTwo, PairsInOrder, PairsOfSlots
 from tests.detect.idioms_gshard import GShard, GShardOfDeepSpeed
 from tests.detect.idioms_picked import PickedWeights
-from tests.detect.loops import SCORES, D, E, Stacked, mutant
+from tests.detect.loops import SCORES, D, E, Stacked, mutant, weight
 
 BATCH = "aten.bmm at file.py multiplies the rows of all experts at once already"
 NOTHING = "nothing is summed over experts"
@@ -335,6 +335,20 @@ class PiecesCentred(Pieces):
 class PiecesWithPlaces(Pieces):
     def run(self, e: int, piece: Tensor) -> Tensor:
         return super().run(e, piece) + torch.arange(CAPACITY)[:, None]
+
+
+@mutant("matmul with a weight of shape (1, 1, 6, 6)")
+class PiecesTimesShared(Pieces):
+    """As many slots as features: what all experts share is of the size of a piece, and none."""
+
+    capacity = D
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = weight(1, 1, D, D)
+
+    def run(self, e: int, piece: Tensor) -> Tensor:
+        return super().run(e, piece) @ self.shared
 
 
 @mutant("add_3 is not shown to be one value for each token of an expert's list")
