@@ -242,16 +242,16 @@ def clamped(call: Call) -> Value | None:
     low, high = call.number(1, "min"), call.number(2, "max")
     if call.op.startswith("clamp_m"):
         low, high = (call.number(1), None) if "min" in call.op else (None, call.number(1))
-    if not isinstance(places, Places) or places.below is not None or places.count.shift < -1:
+    if not isinstance(places, Places) or places.count.shift < -1:
         return None
     if call.val().dim() != len(places.dims):
         return None
     if not (low is None or (type(low) in (int, float) and low <= 0)) or not (high is None or type(high) is int):
         return None
-    positive = type(low) in (int, float) and low == 0 and (high is None or high >= 0)
-    return replace(
-        places, masked=places.masked and positive, below=None if high is None else high + 1, positive=positive
-    )
+    inside = high is None or high >= 0
+    positive = inside and (places.positive or (low is not None and low == 0))
+    bounds = [b for b in (places.below, None if high is None else high + 1) if b is not None]
+    return replace(places, masked=places.masked and inside, below=min(bounds, default=None), positive=positive)
 
 
 def early(call: Call) -> Value | None:
