@@ -106,6 +106,13 @@ def unflattened(run: Interpreter, ids: Node) -> Node:
     return flat.ids if isinstance(flat, FlatIds) and flat.order == "flat" and flat.limits is None else ids
 
 
+def table_of(run: Interpreter, ids: Node) -> Node:
+    """The table of ids that a vector of ids is, also if it is the only column."""
+    table = unflattened(run, ids)
+    column = column_of(run, table)
+    return column[0] if column is not None and column[1:] == (0, 1) else table
+
+
 def one_hot(call: Call) -> Value | None:
     source: Any = call.node.args[0]
     argument = source in call.run.facts.tables  # zeros and ones, but here they are ids (NLLB's masks)

@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from moe_compile.detect.dense import ancestors
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.selection import everyone, same_size, unflattened
+from moe_compile.detect.slot_lists import bodies
 from moe_compile.detect.slots import Count, Early, Places, at_most
 from moe_compile.detect.sums import add_term, total_of
 from moe_compile.detect.values import (
@@ -32,6 +34,7 @@ from moe_compile.detect.values import (
     Dense,
     Every,
     FlatIds,
+    Pieces,
     Plain,
     Positions,
     Repeated,
@@ -73,6 +76,7 @@ class Put:
 class Fetched(Dense):
     """What was read for each row of `ids` [R, ...]: its own if its place is less than `upto`, else that of others."""
 
+    of_experts = True
     expr: Expr
     ids: Node
     count: Count
@@ -242,6 +246,8 @@ def read(call: Call) -> Value | None:
 
 def _from_slots(call: Call, indices: list[Any]) -> Value | None:
     made = call.arg(0)
+    if isinstance(made, Plain) and _own_slots(indices):
+        return _from_list(call, indices[0])
     if not isinstance(made, Every) or not isinstance(made.slots, Put) or made.flat or made.expr.level != "row":
         return None
     laid = made.slots
@@ -255,6 +261,26 @@ def _from_slots(call: Call, indices: list[Any]) -> Value | None:
         return None
     upto = _least(laid.upto, at.below)
     return None if upto is None else Fetched(_sized(made.expr, call.val()), laid.ids, laid.count, upto)
+
+
+def _from_list(call: Call, of: OfKept) -> Value | None:
+    """The same of slots on which each expert ran on its own."""
+    made: Any = call.node.args[0]
+    val = call.val(made)
+    slots = [v for n in ancestors(made) if isinstance(v := call.run.values.get(n), Every) and isinstance(v.slots, Put)]
+    if not slots or val.dim() < 3 or type(val.shape[0]) is not int:
+        return None
+    found = bodies(call.run, call.node, made, val.shape[0], val.shape[1], val.dim() - 1)
+    if found is None or isinstance(found, Unknown):
+        return found
+    exprs, laid = found
+    put = laid.slots
+    if not isinstance(put, Put) or (put.ids, put.count, laid.num) != (of.ids, of.count, len(exprs)):
+        return None
+    if not at_most(of.bound, put.upto) or any(e.level != "row" for e in exprs):
+        return None
+    rows = [Rows(_selection(of.ids), _sized(expr, call.val())) for expr in exprs]
+    return Pieces(tuple(enumerate(rows)), len(rows))
 
 
 def _own_slots(indices: list[Any]) -> bool:
@@ -364,12 +390,11 @@ def product(call: Call) -> Value | None:
         return None
     for i in (0, 1):
         value, other, node = call.arg(i), call.arg(1 - i), call.node.args[1 - i]
-        if isinstance(value, Early) and isinstance(other, Plain) and isinstance(node, Node):
-            val = call.val(node)
-            weights = value.dims == (0,) and val.dim() == 1 and val.is_floating_point() and val.dtype == call.val().dtype
-            truths: Any = call.node.args[i]
-            if weights and same_size(val.shape[0], call.val(truths).shape[0]):
-                return Gate(value, truths, other.node)
+        if isinstance(value, Early) and isinstance(other, Value) and other.plain and isinstance(node, Node):
+            val, truths = call.val(node), call.node.args[i]
+            fits = value.dims == (0,) and val.dim() == 1 and val.is_floating_point() and val.dtype == call.val().dtype
+            if fits and same_size(val.shape[0], call.val(truths).shape[0]):
+                return Gate(value, truths, call.run.canonical.get(node, node))  # type: ignore[arg-type]
         if isinstance(value, Fetched):
             return _masked(call, value, other, node)
         if isinstance(value, OfPairs) and isinstance(other, Plain) and isinstance(node, Node):
@@ -405,8 +430,9 @@ def _masked(call: Call, value: Fetched, gate: Any, node: Any) -> Value | None:
     expr: Expr | None = value.expr
     if isinstance(gate, Gate):
         expr = _weighed(call, value.expr, gate.weights, call.val(gate.weights).unsqueeze(1), 1, call.val(value.ids))
-    while _column_of(truths) is not None:
-        truths = _column_of(truths)
+    before = truths.args[0]
+    while isinstance(before, Node) and isinstance(call.run.values.get(before), Early):  # a view or a copy of it
+        truths, before = before, before.args[0]
     ids = _kept_ids(call, replace(early, dims=(0,)), truths)
     if ids is None or expr is None or call.val(truths).dim() != 1:
         return None

@@ -159,8 +159,10 @@ def total_of_list(call: Call, table: Slots, node: Node, made: Node, flat: bool =
         call.run.hints += [found.reason] if found is not None else []
         return None
     exprs, laid = found
-    if not isinstance(laid.slots, Slots) or _differ(call, laid.slots, table, capacity) or any(
-        e.val.dtype != call.val().dtype or e.level != "row" for e in exprs
+    if (
+        not isinstance(laid.slots, Slots)
+        or _differ(call, laid.slots, table, capacity)
+        or any(e.val.dtype != call.val().dtype or e.level != "row" for e in exprs)
     ):
         return None
     if (pairs := _pairs(call, table)) is None:

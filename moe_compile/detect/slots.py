@@ -120,6 +120,7 @@ class Slots(Dense):
     summed: over dimension 1 of the ids, the choices of a token.
     """
 
+    of_experts = True
     dims: tuple[Dim, ...]
     terms: tuple[Term, ...]
     wide: tuple[Node, tuple[Dim, ...]] | None = None
