@@ -110,7 +110,15 @@ def table_of(run: Interpreter, ids: Node) -> Node:
     """The table of ids that a vector of ids is, also if it is the only column."""
     table = unflattened(run, ids)
     column = column_of(run, table)
-    return column[0] if column is not None and column[1:] == (0, 1) else table
+    if column is None or column[1:] != (0, 1):
+        return table
+    whole = column[0]
+    while op_of(whole) == "slice" and whole.args[2:3] in ((), (0,), (None,)):  # ids[:]
+        before: Any = whole.args[0]
+        if not all(map(same_size, whole.meta["val"].shape, before.meta["val"].shape)):
+            break
+        whole = run.canonical.get(before, before)
+    return whole
 
 
 def one_hot(call: Call) -> Value | None:

@@ -54,13 +54,14 @@ aten = torch.ops.aten
 class OfKept(Value):
     """An index vector of the rows that are not late: their "row" (a "table" of one column), "token", "expert", "place".
 
-    ids: of all rows, [T] or [T, K], those of late ones being -1.
+    ids: of all rows, [T] or [T, K], those of late ones being -1.  classes: of a place, which ids are no error.
     """
 
     ids: Node
     count: Count
     bound: Any
     what: str
+    classes: Any = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ def read(call: Call) -> Value | None:
     if isinstance(value, Places):
         own = value.dims == (0,) and value.masked and value.count == of.count and value.valid is of.count.ids
         own = own and (value.below is None or at_most(of.bound, value.below))
-        return replace(of, what="place") if own else None
+        return replace(of, what="place", classes=value.classes) if own else None
     if isinstance(value, Positions):
         pairs = value.shape == "pairs" and value.top_k == _top_k(of.ids)
         return replace(of, what="token") if pairs or (value.shape == "all" and _top_k(of.ids) == 1) else None
@@ -287,7 +288,7 @@ def _own_slots(indices: list[Any]) -> bool:
     """Whether an index is that of the slots of the rows that are kept."""
     e, at = indices
     both = isinstance(e, OfKept) and isinstance(at, OfKept) and (e.what, at.what) == ("expert", "place")
-    return both and replace(e, what="") == replace(at, what="")
+    return both and (e.ids, e.count, e.bound) == (at.ids, at.count, at.bound)
 
 
 def _all_slots(call: Call, indices: list[Any], nodes: Any, slots: Any) -> Places | None:
@@ -317,11 +318,15 @@ def put(call: Call) -> Value | None:
         laid, expr = Put(of.ids, of.count, of.bound), rows.expr
         if not at_most(of.bound, val.shape[1]):
             return None
+        classes = indices[1].classes
     else:
         at = _all_slots(call, indices, nodes[1], val.shape[1])
         if at is None or call.number(3, "accumulate", False) or (found := _all_rows(call, at, rows, nodes[2])) is None:
             return None
         laid, expr = Put(unflattened(call.run, at.count.ids), at.count, at.below - 1), found
+        classes = at.classes
+    if classes is None or not at_most(classes, val.shape[0]):
+        return None  # an id of none of these experts is an error
     if expr.val.dtype != val.dtype or expr.val.dim() != val.dim() - 1 or not _same(expr.val.shape[1:], val.shape[2:]):
         return None
     return Every(_sized(expr, val.select(0, 0)), val.shape[0], False, None, laid)

@@ -65,7 +65,7 @@ class Places(Dense):
     """A count for each token and expert, or for each token that of its own; it holds for the tokens of `valid`.
 
     masked: it is zero for the experts that a token did not choose by `valid`, and for others' tokens.
-    below: it was clamped to less than that; positive: and not to less than zero.
+    below: it was clamped to less than that; positive: and not to less than zero.  classes: of experts, in the mask.
     """
 
     count: Count
@@ -74,6 +74,7 @@ class Places(Dense):
     masked: bool = False
     below: Any = None
     positive: bool = False
+    classes: Any = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def running(call: Call) -> Value | None:
         return None
     rank = mask.ids.meta["val"].dim()
     if is_table(mask):
-        return Places(Count(mask.ids, along=dim), mask.dims, mask.ids) if dim < rank else None
+        classes = call.val().shape[-1]
+        return Places(Count(mask.ids, along=dim), mask.dims, mask.ids, classes=classes) if dim < rank else None
     small = before.dtype in EXACT or before.dtype == torch.bool
     if mask.kind in ("count", "any") and mask.dims == (0, "e") and rank == 2 and dim == 0 and small:
         return Places(Count(mask.ids, along="any"), mask.dims, mask.ids)

@@ -63,7 +63,7 @@ class UniqueOfOneColumn(Stacked):
 class UniqueOfOneColumnIfAny(UniqueOfOneColumn):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out, first = torch.zeros_like(x), self.chosen(ids)
-        for e in first.unique().tolist():
+        for e in ids.unique().tolist():
             mask = ids == e
             if mask.any():
                 t = torch.where(mask)[0]

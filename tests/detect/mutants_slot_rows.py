@@ -67,6 +67,24 @@ class SlotRowsThatRaise(SlotRows):
         return at <= self.capacity
 
 
+@mutant(SET)
+class SlotRowsOfMoreClasses(SlotRows):
+    """An id of the last class is an error: it has no slots."""
+
+    def at(self, flat: Tensor) -> Tensor:
+        places = torch.cumsum(F.one_hot(flat, E + 1), 0) - 1
+        return places.gather(1, flat[:, None]).squeeze(1)
+
+
+@mutant(PUT, flat=True)
+class SlotForLateOfMoreClasses(SlotForLate):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        mask = F.one_hot(ids, E + 1)
+        at = ((torch.cumsum(mask, 0) - 1) * mask).sum(1)
+        inside = at.clamp(max=self.last)
+        return self.own(at, self.read(self.made(self.put(x, ids, inside)), ids, inside), weights)
+
+
 @mutant(READ)
 class SlotRowsOfOtherTokens(SlotRows):
     """Tokens in another order than that of the pairs."""
