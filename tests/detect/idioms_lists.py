@@ -62,9 +62,9 @@ class UniqueOfOneColumn(Stacked):
 @idiom(distinct=SCORES, top_k=1)
 class UniqueOfOneColumnIfAny(UniqueOfOneColumn):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out, first = torch.zeros_like(x), self.chosen(ids)
+        out = torch.zeros_like(x)
         for e in ids.unique().tolist():
-            mask = ids == e
+            mask = self.chosen(ids) == e
             if mask.any():
                 t = torch.where(mask)[0]
                 out[t] = self.expert(e, x[t]) * weights[t]
