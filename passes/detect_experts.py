@@ -54,8 +54,9 @@ aten = torch.ops.aten
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
-        listings.RULES, slot_rows.RULES, counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES,
-        pairs.RULES, picked.RULES, sums.RULES, lists.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
+        listings.RULES, slot_rows.RULES, counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES,
+        every.RULES, pairs.RULES, picked.RULES, sums.RULES, lists.RULES, slots.RULES, slot_tables.RULES,
+        slot_sums.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
     found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}
