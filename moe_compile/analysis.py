@@ -18,7 +18,7 @@ from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
 from moe_compile.detect.counts import ANY
 from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
-from moe_compile.detect.selection import unflattened
+from moe_compile.detect.selection import table_of
 from moe_compile.detect.values import Constant, Emptiness, Every, Hits, Index, ListRegion, Plain, Region, Slice
 from moe_compile.errors import Refusal
 from moe_compile.kept import kept_attributes
@@ -273,7 +273,8 @@ def _one_batch(run: Interpreter) -> str | None:
         put = next((n for n in sources if n.op == "call_function" and op_of(n) in ("index_put", "index_put_")), None)
         if by_expert and stacks and put is not None:
             return (
-                f"{name_of(put)} puts rows into slots by index: that no two have the same one is not read from an index"
+                f"{name_of(put)} puts rows into slots by index: "
+                "that each has one of its own and is read back from there is not shown"
             )
         if by_expert and stacks and laid_out and all(n.meta["val"].dim() in ranks for n in operands):  # type: ignore[union-attr]
             return f"{name_of(node)} multiplies the rows of all experts at once already"
@@ -302,14 +303,14 @@ def _only_region(detect: DetectExperts) -> Region:
 def _check_answers(found: Capture, run: Interpreter | None, region: Region) -> None:
     """What was answered about data must be about these experts: who was chosen, or whether anybody was."""
     assert run is not None
-    table = unflattened(run, region.ids)
+    table = table_of(run, region.ids)
 
     def of_table(ids: Node) -> bool:
-        return table in (unflattened(run, ids), run.by_column.get(ids))
+        return table in (table_of(run, ids), run.by_column.get(ids))
 
     for node in found.iterated:
         value = run.values[node]
-        if isinstance(value, Index) or not isinstance(value, Hits) or unflattened(run, value.ids) is not table:
+        if isinstance(value, Index) or not isinstance(value, Hits) or table_of(run, value.ids) is not table:
             raise Refusal(f"a Python loop runs over {node.name}, not shown to be the list of chosen experts")
         if value.classes is not None and value.classes < region.num_experts:
             raise Refusal(f"{value.classes} classes for {region.num_experts} experts")

@@ -23,7 +23,8 @@ from moe_compile.capture import NAME, SYMBOLIC, Capture
 from moe_compile.detect import dense
 from moe_compile.detect.by_column import column_of, table_of
 from moe_compile.detect.interpreter import Facts, Interpreter, is_random
-from moe_compile.detect.selection import choose, unflattened
+from moe_compile.detect.selection import choose
+from moe_compile.detect.selection import table_of as table_of_ids
 from moe_compile.detect.values import (
     Buffer,
     Constant,
@@ -288,7 +289,7 @@ class _Units:
 
     def ids(self, ids: Node) -> str:
         column = self._column(ids)
-        return f"columns of {self.spell.node(column[0])}" if column else self.spell.node(unflattened(self.run, ids))
+        return f"columns of {self.spell.node(column[0])}" if column else self.spell.node(table_of_ids(self.run, ids))
 
     def number(self, ids: Node, expert: Any) -> Any:
         """The expert's own number, or one for it and its column."""

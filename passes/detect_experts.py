@@ -34,6 +34,7 @@ from moe_compile.detect import (
     picked,
     rows,
     selection,
+    slot_rows,
     slot_sums,
     slot_tables,
     slots,
@@ -42,7 +43,7 @@ from moe_compile.detect import (
     tables,
 )  # fmt: skip
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
-from moe_compile.detect.values import ListRegion, Picked, Region
+from moe_compile.detect.values import Every, ListRegion, Picked, Region
 from moe_compile.region import Body, Expr, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
 from moe_compile.series import series_of
@@ -53,8 +54,9 @@ aten = torch.ops.aten
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
-        listings.RULES, counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES,
-        pairs.RULES, picked.RULES, sums.RULES, lists.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
+        listings.RULES, slot_rows.RULES, counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES,
+        every.RULES, pairs.RULES, picked.RULES, sums.RULES, lists.RULES, slots.RULES, slot_tables.RULES,
+        slot_sums.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
     found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}
@@ -131,7 +133,8 @@ class DetectExperts(RewritePass[Found]):
             values = self.run.values if self.run else {}
             sites = set(self.run.regions) if self.run else set()
             local = {n for n, v in values.items() if goes_with_its_region(v)} | (self.run.inside if self.run else set())
-            local |= {n for n, v in values.items() if isinstance(v, Picked) and self.run and self.run.is_own(n)}
+            own = (Picked, Every, slot_rows.OfPairs)
+            local |= {n for n, v in values.items() if isinstance(v, own) and self.run and self.run.is_own(n)}
             drop_dead(gm.graph, lambda n: n in sites or n in local)
             _drop_idle_grad_modes(gm.graph)
             gm.recompile()

@@ -22,6 +22,7 @@ from torch.fx import Node
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of, op_of, storages
 from moe_compile.detect.rows import whole_slice
 from moe_compile.detect.selection import INTEGERS, equal_sizes, not_distinct, same_size
+from moe_compile.detect.slot_tables import above_zero
 from moe_compile.detect.values import (
     Buffer,
     DenseSum,
@@ -74,9 +75,22 @@ def keeps_zeros(call: Call) -> Value | None:
         return None
     if isinstance(other, Value) and not isinstance(other, Plain):
         return None
+    if call.op in ("div", "true_divide") and not _never_zero_alone(call, other):
+        return None
     if call.val().shape != call.val(table.node).shape or not call.val().is_floating_point():
         return None
     return Spread(call.node, table.ids, table.dims)
+
+
+def _never_zero_alone(call: Call, other: Any) -> bool:
+    """Whether what a table is divided by is not zero, or is so for all experts of a token: then nothing is finite.
+
+    One that belongs to an expert may be zero for those that the token did not choose, where 0 / 0 is not zero.
+    """
+    if not isinstance(other, Plain):
+        return type(other) in (int, float) and other != 0
+    val = call.val(call.node.args[1])
+    return not val.dim() or same_size(val.shape[-1], 1) or above_zero(call, call.node.args[1])
 
 
 def shape(call: Call) -> Value | None:

@@ -246,6 +246,8 @@ class Interpreter:
                     return self._no_grad_check(node, result)
             if not any(isinstance(v, Sum | DenseSum | ListSum | Dense | Filled) for v in values):
                 break
+        if self.no_grad and any(isinstance(v, Dense) and v.of_experts for v in values):
+            self.hints.append(f"{name_of(node)} runs under no_grad among the experts")
         if folded := self.fold(node, call):
             return folded
         if all(v.plain for v in values):
@@ -289,6 +291,8 @@ class Interpreter:
             if any(isinstance(v, Rows | Sum | Pieces | Filled) for v in items):
                 return Unknown(f"{name_of(node)} runs under no_grad inside the expert loop")
             if any(isinstance(v, _OF_OTHERS) and getattr(v, "node", None) is not node for v in items):
+                if any(isinstance(v, Dense) and v.of_experts for v in items):
+                    self.hints.append(f"{name_of(node)} runs under no_grad among the experts")
                 return Plain(node)  # a view, too, has no gradient here, but what it is said to be may have one
         if (
             self.autocasts
@@ -499,7 +503,8 @@ def _joined(node: Node, parts: list[tuple[int, Value]], like: Pieces) -> Value:
 def _classes(term: Rows, number: int) -> int | None:
     """Joined rows are those of all pairs, so each id has to be an expert's, but where those of nobody were left out."""
     ids = term.selection.ids
-    return None if ids is not None and ids.target is ids_above else number
+    dropped = term.selection.order == "slots" or (ids is not None and ids.target is ids_above)
+    return None if dropped else number
 
 
 def sorted_before(value: Pieces) -> bool:

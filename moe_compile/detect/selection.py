@@ -106,6 +106,21 @@ def unflattened(run: Interpreter, ids: Node) -> Node:
     return flat.ids if isinstance(flat, FlatIds) and flat.order == "flat" and flat.limits is None else ids
 
 
+def table_of(run: Interpreter, ids: Node) -> Node:
+    """The table of ids that a vector of ids is, also if it is the only column."""
+    table = unflattened(run, ids)
+    column = column_of(run, table)
+    if column is None or column[1:] != (0, 1):
+        return table
+    whole = column[0]
+    while op_of(whole) == "slice" and whole.args[2:3] in ((), (0,), (None,)):  # ids[:]
+        before: Any = whole.args[0]
+        if not all(map(same_size, whole.meta["val"].shape, before.meta["val"].shape)):
+            break
+        whole = run.canonical.get(before, before)
+    return whole
+
+
 def one_hot(call: Call) -> Value | None:
     source: Any = call.node.args[0]
     argument = source in call.run.facts.tables  # zeros and ones, but here they are ids (NLLB's masks)
@@ -113,6 +128,8 @@ def one_hot(call: Call) -> Value | None:
     classes = call.number(1, "num_classes", -1)
     if ids is None or not isinstance(classes, int) or classes < 1:
         return None
+    if (dtype := call.val(source).dtype) != torch.int64:
+        return Unknown(f"one_hot of {dtype} is an error: it takes int64")
     dims = tuple(range(call.val(ids).dim()))
     return Member(ids, (*dims, "e"), None, classes)
 

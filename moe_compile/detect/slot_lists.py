@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors, not_pure
 from moe_compile.detect.interpreter import Call, Interpreter, name_of, op_of
-from moe_compile.detect.lists import PRODUCTS, RowsOfList
+from moe_compile.detect.lists import PRODUCTS, RowsOfList, _flat
 from moe_compile.detect.rows import POINTWISE
 from moe_compile.detect.selection import same_size
 from moe_compile.detect.unify import leaves_of
@@ -123,9 +123,12 @@ class _Behind(Call):
 
     def val(self, of: Any = None) -> Any:
         val = super().val(of)
-        rows = of is None or of is self.node or isinstance(self.reader.made.get(of), Rows | RowTuple)
-        rows = rows or self.reader._listed(of, None) is not None
-        return self.reader.behind(val) if rows else val
+        if of is None or of is self.node:
+            return self.reader.behind(val)
+        values = _flat([self.args, list(self.kwargs.values())])
+        nodes = _flat([self.node.args, list(self.node.kwargs.values())])
+        rows = [isinstance(v, Rows | RowTuple) for v, n in zip(values, nodes, strict=True) if n is of]
+        return self.reader.behind(val) if rows and all(rows) else val
 
 
 def leaves(val: Any) -> list[Any]:

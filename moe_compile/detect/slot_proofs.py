@@ -126,6 +126,8 @@ def number_of(run: Interpreter, site: Node, ids: Node, number: Number) -> Node |
             return cast(args[0], n.dtype)  # type: ignore[arg-type]
         if n.op in (aten.mul.Tensor, aten.div.Tensor):
             args = [cast(a, n.dtype) if isinstance(a, Node) else a for a in args]
+        if n.op is aten.div.Tensor and isinstance(args[1], Node):  # nobody's is zero: x / tiny has no finite slope
+            args[0] = call(aten.where.ScalarOther, call(aten.ge.Scalar, ids, 0), args[0], 0)
         return call(n.op, *args)
 
     return written(number)

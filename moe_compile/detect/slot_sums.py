@@ -128,7 +128,7 @@ def total(call: Call, table: Slots, node: Node, made: Every) -> Value | None:
     if along is not None:
         rows = call.val(node).shape[table.dims.index(1 - along)] * capacity
     if (
-        made.slots is None
+        not isinstance(made.slots, Slots)
         or made.expr.level != "row"
         or {call.val().dtype, call.val(node).dtype} != {made.expr.val.dtype}
     ):
@@ -159,8 +159,10 @@ def total_of_list(call: Call, table: Slots, node: Node, made: Node, flat: bool =
         call.run.hints += [found.reason] if found is not None else []
         return None
     exprs, laid = found
-    if _differ(call, laid.slots, table, capacity) or any(
-        e.val.dtype != call.val().dtype or e.level != "row" for e in exprs
+    if (
+        not isinstance(laid.slots, Slots)
+        or _differ(call, laid.slots, table, capacity)
+        or any(e.val.dtype != call.val().dtype or e.level != "row" for e in exprs)
     ):
         return None
     if (pairs := _pairs(call, table)) is None:

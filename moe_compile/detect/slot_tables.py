@@ -65,7 +65,7 @@ def quotient(call: Call) -> Value | None:
         return _scaled(call)
     if not isinstance(other, Plain) or (entry := _entry(call, table, other.node)) is None:
         return None
-    if not _above_zero(call, call.node.args[1]) or not _spans(call, table.dims, call.node.args[0]):
+    if not above_zero(call, call.node.args[1]) or not _spans(call, table.dims, call.node.args[0]):
         return None
     if len(table.dims) != call.val().dim() or not call.val().is_floating_point():
         return None
@@ -303,7 +303,7 @@ def _spans(call: Call, dims: tuple[Dim, ...], node: Any) -> bool:
     )
 
 
-def _above_zero(call: Call, node: Any) -> bool:
+def above_zero(call: Call, node: Any) -> bool:
     """Whether it was clamped to a number above zero."""
     while op_of(node) in ("unsqueeze", "view", "reshape", "slice", "select", "expand") and call.run.unchanged(node):
         if node.meta["val"].dtype != node.args[0].meta["val"].dtype:

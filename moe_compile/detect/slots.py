@@ -65,7 +65,7 @@ class Places(Dense):
     """A count for each token and expert, or for each token that of its own; it holds for the tokens of `valid`.
 
     masked: it is zero for the experts that a token did not choose by `valid`, and for others' tokens.
-    below: it was clamped to less than that; positive: and not to less than zero.
+    below: it was clamped to less than that; positive: and not to less than zero.  classes: of experts, in the mask.
     """
 
     count: Count
@@ -74,6 +74,7 @@ class Places(Dense):
     masked: bool = False
     below: Any = None
     positive: bool = False
+    classes: Any = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class Slots(Dense):
     summed: over dimension 1 of the ids, the choices of a token.
     """
 
+    of_experts = True
     dims: tuple[Dim, ...]
     terms: tuple[Term, ...]
     wide: tuple[Node, tuple[Dim, ...]] | None = None
@@ -141,7 +143,8 @@ def running(call: Call) -> Value | None:
         return None
     rank = mask.ids.meta["val"].dim()
     if is_table(mask):
-        return Places(Count(mask.ids, along=dim), mask.dims, mask.ids) if dim < rank else None
+        classes = call.val().shape[-1]
+        return Places(Count(mask.ids, along=dim), mask.dims, mask.ids, classes=classes) if dim < rank else None
     small = before.dtype in EXACT or before.dtype == torch.bool
     if mask.kind in ("count", "any") and mask.dims == (0, "e") and rank == 2 and dim == 0 and small:
         return Places(Count(mask.ids, along="any"), mask.dims, mask.ids)
@@ -242,16 +245,16 @@ def clamped(call: Call) -> Value | None:
     low, high = call.number(1, "min"), call.number(2, "max")
     if call.op.startswith("clamp_m"):
         low, high = (call.number(1), None) if "min" in call.op else (None, call.number(1))
-    if not isinstance(places, Places) or places.below is not None or places.count.shift < -1:
+    if not isinstance(places, Places) or places.count.shift < -1:
         return None
     if call.val().dim() != len(places.dims):
         return None
     if not (low is None or (type(low) in (int, float) and low <= 0)) or not (high is None or type(high) is int):
         return None
-    positive = type(low) in (int, float) and low == 0 and (high is None or high >= 0)
-    return replace(
-        places, masked=places.masked and positive, below=None if high is None else high + 1, positive=positive
-    )
+    inside = high is None or high >= 0
+    positive = inside and (places.positive or (low is not None and low == 0))
+    bounds = [b for b in (places.below, None if high is None else high + 1) if b is not None]
+    return replace(places, masked=places.masked and inside, below=min(bounds, default=None), positive=positive)
 
 
 def early(call: Call) -> Value | None:
@@ -289,6 +292,8 @@ def one_hot(call: Call) -> Value | None:
     at, slots = call.arg(0), call.val()
     if not isinstance(at, Places) or "one" in at.dims[-1:] or not isinstance(slots, Tensor):
         return None
+    if call.val(call.node.args[0]).dtype != torch.int64:  # type: ignore[arg-type]
+        return None  # an error
     capacity, bound = slots.shape[-1], cut_of(call.run, at.valid, at.count)
     inside = at.masked and bound is not None and at_most(bound, capacity) and at.count.shift >= -1
     if not inside and not (at.positive and at.below is not None and at_most(at.below, capacity)):

@@ -331,6 +331,7 @@ class Dense(Value):
     """A value that means more in a dense sum, and elsewhere is what `otherwise` says."""
 
     plain = True
+    of_experts = False  # it is what experts make, or says which slots are theirs
 
     def otherwise(self, node: Node) -> Value:
         return Plain(node)
@@ -405,6 +406,7 @@ class Every(Dense):
     [num, G, C, ...].
     """
 
+    of_experts = True
     expr: Expr
     num: int
     flat: bool
@@ -418,6 +420,7 @@ class Every(Dense):
 class Picked(Dense):
     """One value for each pair, [T, K, ...], of which some belong to the experts `ids` [T, K]; `expr`: of a row."""
 
+    of_experts = True
     expr: Expr
     ids: Node
 

@@ -52,6 +52,15 @@ class DenseOverSum(DenseLoop):
         return out + table[:, e : e + 1] * y
 
 
+@idiom()
+class DenseOverLoad(DenseLoop):
+    """Weights of an expert over how many chose it, which is not zero."""
+
+    def table(self, ids: Tensor, weights: Tensor) -> Tensor:
+        load = F.one_hot(ids, E).sum((0, 1)).float()
+        return table(ids, weights) / load.clamp(min=1.0)
+
+
 @idiom(any_ids=True)
 class DenseByEquality(DenseLoop):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

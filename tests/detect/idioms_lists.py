@@ -44,6 +44,33 @@ class UniqueStacked(Stacked):
         return out
 
 
+@idiom(distinct=SCORES, top_k=1)
+class UniqueOfOneColumn(Stacked):
+    """A table of one column, and that column."""
+
+    def chosen(self, ids: Tensor) -> Tensor:
+        return ids[:, 0]
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out, first = torch.zeros_like(x), self.chosen(ids)
+        for e in ids.unique():
+            t = torch.where(first == e)[0]
+            out.index_add_(0, t, self.expert(e, x[t]) * weights[t])
+        return out
+
+
+@idiom(distinct=SCORES, top_k=1)
+class UniqueOfOneColumnIfAny(UniqueOfOneColumn):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in ids.unique().tolist():
+            mask = self.chosen(ids) == e
+            if mask.any():
+                t = torch.where(mask)[0]
+                out[t] = self.expert(e, x[t]) * weights[t]
+        return out
+
+
 # -- counted up to the largest id -----------------------------------------------------------
 
 

@@ -38,6 +38,14 @@ class DenseOverTable(DenseLoop):
         return 1 / (1 + table(ids, weights))
 
 
+@mutant(NOTHING)
+class DenseOverExperts(DenseLoop):
+    """A number of each expert: if one were zero, 0 / 0 would not be, for all tokens."""
+
+    def table(self, ids: Tensor, weights: Tensor) -> Tensor:
+        return table(ids, weights) / (torch.arange(E) - 0.5)
+
+
 @mutant(
     "a token that chose an expert twice has one entry in the table of weights: the ids (ids) are not shown to be distinct, as those of topk are",
     distinct=False,

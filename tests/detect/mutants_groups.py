@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.detect.idioms_groups import CAPACITY, GroupsMerged, GroupsOfSlots, GroupsOfTwo, PairsInOrder, PairsOfSlots
-from tests.detect.idioms_gshard import GShard, GShardOfDeepSpeed
+from tests.detect.idioms_gshard import GShardOfDeepSpeed
+from tests.detect.idioms_lists import UniqueOfOneColumn
 from tests.detect.idioms_picked import PickedWeights
-from tests.detect.loops import SCORES, D, E, Stacked, mutant
+from tests.detect.loops import SCORES, D, E, mutant, weight
 
 BATCH = "aten.bmm at file.py multiplies the rows of all experts at once already"
 NOTHING = "nothing is summed over experts"
@@ -171,7 +172,7 @@ class GroupsBehindOthers(GroupsOfTwo):
         return torch.cumsum(mask2, 1) - 1 + mask1.flip(0).sum(1, keepdim=True)
 
 
-@mutant(BATCH, flat=True)
+@mutant("aten.reshape at file.py runs under no_grad among the experts", flat=True)
 class GroupsMergedWithoutGradient(GroupsMerged):
     """A view has no gradient either."""
 
@@ -337,6 +338,20 @@ class PiecesWithPlaces(Pieces):
         return super().run(e, piece) + torch.arange(CAPACITY)[:, None]
 
 
+@mutant("matmul with a weight of shape (1, 1, 6, 6)")
+class PiecesTimesShared(Pieces):
+    """As many slots as features: what all experts share is of the size of a piece, and none."""
+
+    capacity = D
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = weight(1, 1, D, D)
+
+    def run(self, e: int, piece: Tensor) -> Tensor:
+        return super().run(e, piece) @ self.shared
+
+
 @mutant("add_3 is not shown to be one value for each token of an expert's list")
 class PiecesOfTwo(Pieces):
     """Each expert on what it and the one before made."""
@@ -352,23 +367,6 @@ class PiecesWithoutGradient(Pieces):
     def laid(self, rows: Tensor) -> Tensor:
         with torch.no_grad():
             return super().laid(rows)
-
-
-# -- rows that are put into slots by index --------------------------------------------------
-
-
-@mutant("aten.index_put_ at file.py puts rows into slots by index: that no two have the same one is not read from an index",
-        flat=True)  # fmt: skip
-class PutIntoSlots(GShard):
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        mask = F.one_hot(ids, E)
-        at = ((torch.cumsum(mask, 0) - 1) * mask).sum(1)
-        kept = at < self.capacity
-        slots = x.new_zeros(E, self.capacity + 1, D)
-        at = at.clamp(max=self.capacity)  # the last place is for those who are late
-        slots[ids, at] = x
-        made = self.made(slots)[ids, at]
-        return made * weights[:, :1] * kept[:, None]
 
 
 # -- a weight a token -----------------------------------------------------------------------
@@ -389,23 +387,16 @@ class PickedByColumn(PickedWeights):
 
 
 @mutant("a Python loop runs over squeeze, not shown to be the list of chosen experts", top_k=1, distinct=SCORES)
-class UniqueOfOneColumn(Stacked):
-    """A table of one column and that column: the same ids, but nobody shows it."""
-
-    def chosen(self, ids: Tensor) -> Tensor:
-        return ids[:, 0]
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out, first = torch.zeros_like(x), self.chosen(ids)
-        for e in ids.unique():
-            t = torch.where(first == e)[0]
-            out.index_add_(0, t, self.expert(e, x[t]) * weights[t])
-        return out
-
-
-@mutant("a Python loop runs over squeeze, not shown to be the list of chosen experts", top_k=1, distinct=SCORES)
 class UniqueOfOthers(UniqueOfOneColumn):
     """Tokens of experts that nobody else chose are left out, or not, by what the last token chose."""
 
     def chosen(self, ids: Tensor) -> Tensor:
         return torch.cat([ids[1:], (ids[:1] + 1) % E])[:, 0]
+
+
+@mutant("a Python loop runs over squeeze, not shown to be the list of chosen experts", distinct=SCORES)
+class UniqueOfBothColumns(UniqueOfOneColumn):
+    """Experts that are chosen, by second choices perhaps, beside the first choices."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().forward(x, ids, weights[:, :1])

@@ -411,7 +411,7 @@ class SlotsWithoutGradient(Parts):
             return super().combine(x, ids, weights)
 
 
-@mutant(BATCH, flat=True)
+@mutant("aten.permute at file.py runs under no_grad among the experts", flat=True)
 class SlotsViewedWithoutGradient(Parts):
     """A view has no gradient either."""
 
@@ -421,7 +421,7 @@ class SlotsViewedWithoutGradient(Parts):
         return super().total(combine, made)
 
 
-@mutant(BATCH, flat=True)
+@mutant("aten.reshape at file.py runs under no_grad among the experts", flat=True)
 class SlotsMadeWithoutGradient(Parts):
     def total(self, combine: Tensor, made: Tensor) -> Tensor:
         with torch.no_grad():

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from moe_compile.analysis import analyse
 from moe_compile.errors import Refusal
-from tests.detect.loops import IDIOMS, E, Proof, any_length, arguments, differences, outcome
+from tests.detect.idioms_gshard import GShard
+from tests.detect.loops import IDIOMS, E, Proof, any_length, arguments, differences, known, outcome
 from tests.detect.mutants_families import Visits
+from tests.detect.mutants_gshard import Parts
 
 PAST = ["ClassPastTheExperts", "ModulePastTheExperts", "FactorsPastTheExperts"]
 
@@ -73,3 +75,25 @@ def test_an_error_that_depends_on_a_size() -> None:
     with pytest.raises(Refusal) as refusal:
         analyse(type(module).forward, module, any_length(args), {})
     assert str(refusal.value) == f"class {E} of {E + 1} is not shown to be an error in all cases"
+
+
+class OneHotOfInt32(GShard):
+    """An error, though fake tensors do not say so."""
+
+    def combine(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return super().combine(x, ids.int(), weights)
+
+
+class OneHotOfPlacesInFloat(Parts):
+    def places(self, mask: Tensor) -> Tensor:
+        return super().places(mask).float()
+
+
+@pytest.mark.parametrize("cls", [OneHotOfInt32, OneHotOfPlacesInFloat])
+def test_one_hot_takes_int64(cls: type[GShard]) -> None:
+    torch.manual_seed(0)
+    module, args = cls(), arguments(IDIOMS["GShard"])
+    with pytest.raises(RuntimeError, match="one_hot is only applicable"):
+        module(*args)
+    with pytest.raises(Refusal):
+        analyse(cls.forward, module, any_length(args), {}, known(False))

@@ -39,6 +39,7 @@ from tests.detect import (  # noqa: F401
     mutants_picked,
     mutants_places,
     mutants_rows,
+    mutants_slot_rows,
     mutants_slots,
     mutants_sorted,
     mutants_wrappers,

@@ -27,6 +27,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_pairs,
     idioms_picked,
     idioms_places,
+    idioms_slot_rows,
     idioms_slots,
     idioms_sorted,
     mutants_families,
