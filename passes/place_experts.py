@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from moe_compile.detect.interpreter import is_random
 from moe_compile.errors import Refusal
 from moe_compile.parallel.by_rows import AllGatherRows, AllToAll
 from moe_compile.parallel.by_sums import AllGather, Dedup
@@ -152,11 +153,13 @@ class PlaceExperts(RewritePass[Chunks]):
                 return emit(graph, aten.slice.Tensor, param, 0, own.start, own.stop, like=node)
             return list(param)[own]
         if isinstance(param, Node):
+            if value(param).shape[0] != node.args[6]:
+                raise Refusal(f"{param.name} has {value(param).shape[0]} rows for {node.args[6]} experts")
             return self._view(graph, node, param)
         family = self.families.get(param[0])
-        if family is None or [self.state.get(m) for m in family.members] != list(param):
-            raise Refusal("the experts' weights are not sharded in the order of the experts")
-        return self._shard(graph, node, family)
+        if family is not None and [self.state.get(m) for m in family.members] == list(param):
+            return self._shard(graph, node, family)
+        return self._pieces(graph, node, list(param))
 
     def _own(self, node: Node) -> slice:
         sizes = shard_sizes(node.args[6], self.placement.ranks)  # type: ignore[arg-type]
@@ -166,20 +169,63 @@ class PlaceExperts(RewritePass[Chunks]):
     def _view(self, graph: Graph, node: Node, param: Node) -> Node:
         """The ops between a sharded stack and a param, on what runs here: each works on every expert alike."""
         if (family := self.families.get(param)) is not None:
-            if family.members != (family.members[0],):
+            if family.listed:
                 raise Refusal(f"{param.name} is the weight of one expert, and stands for all")
-            return self._shard(graph, node, family)
+            shard = self._shard(graph, node, family)
+            if not family.rows:
+                return shard
+            return emit(graph, aten.reshape.default, shard, [-1, *value(shard).shape[2:]], like=node)
+        if param.target in RESHAPES:
+            return self._reshaped(graph, node, param)
         if not _each_alike(param):
             raise Refusal(f"{param.name} ({param.target}) is not shown to work on every expert's weight alike")
         source, *rest = param.args
         return emit(graph, param.target, self._view(graph, node, source), *rest, like=node)  # type: ignore[arg-type]
 
+    def _reshaped(self, graph: Graph, node: Node, param: Node) -> Node:
+        """Another shape of the same numbers, in their order: the experts stay one behind the other.
+
+        So they do in all values between a sharded parameter and a param: each has a multiple of E in front.
+        """
+        number: Any = node.args[6]
+        shape = list(value(param).shape)
+        if param.kwargs or len(param.all_input_nodes) != 1 or not shape or shape[0] % number:
+            raise Refusal(f"{param.name} ({param.target}) is not shown to keep the experts' weights apart")
+        source = self._view(graph, node, param.args[0])  # type: ignore[arg-type]
+        shape[0] = shape[0] // number * self._number(node)
+        return emit(graph, aten.reshape.default, source, shape, like=node)
+
+    def _number(self, node: Node) -> int:
+        """How many experts run here."""
+        number: Any = node.args[6]
+        own = self._own(node)
+        return own.stop - own.start if self.travels else number
+
+    def _pieces(self, graph: Graph, node: Node, params: list[Node]) -> list[Node]:
+        """Params that are computed one by one, each from the piece of a sharded value that is its expert's."""
+        cuts = [_cut(param) for param in params]
+        if any(c is None or _place(c) != (e, len(params)) for e, c in enumerate(cuts)):
+            raise Refusal("the experts' weights are not sharded in the order of the experts")
+        own = self._own(node) if self.travels else slice(0, len(params))
+        return [self._piece(graph, node, p, c, i) for i, (p, c) in enumerate(zip(params[own], cuts[own], strict=True))]
+
+    def _piece(self, graph: Graph, node: Node, param: Node, cut: Any, i: int) -> Node:
+        """The same of the i-th expert that runs here."""
+        if param is not cut:
+            source = self._piece(graph, node, param.args[0], cut, i)  # type: ignore[arg-type]
+            return emit(graph, param.target, source, *param.args[1:], like=node)  # type: ignore[arg-type]
+        whole = cut.args[0].args[0] if cut.target is operator.getitem else cut.args[0]
+        number: Any = node.args[6]
+        shape = [self._number(node), value(whole).shape[0] // number, *value(whole).shape[1:]]
+        rows = emit(graph, aten.reshape.default, self._view(graph, node, whole), shape, like=node)
+        mine = emit(graph, aten.select.int, rows, 0, i, like=node)
+        return emit(graph, aten.reshape.default, mine, list(value(cut).shape), like=node)
+
     def _shard(self, graph: Graph, node: Node, family: Family) -> Node:
         """The shard of a family, a new input; gathered, if tokens do not travel or copies are split."""
         here, example = self.placement, value(self.state[family.members[0]])
-        shape = [*(example.shape[1:] if len(family.members) == 1 else example.shape)]
-        shape = [shard_sizes(family.num_experts, here.ranks)[here.rank], *shape]
-        dim = split_dim(shape, here.edp) if here.edp > 1 else None
+        shape = [shard_sizes(family.num_experts, here.ranks)[here.rank], *family.stacked(example.shape)[1:]]
+        dim = split_dim(shape, here.edp, family.behind) if here.edp > 1 else None
         if family.name not in self.local:
             with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
                 made = graph.placeholder(family.name.replace(".", "_") + "_local")
@@ -237,6 +283,42 @@ def _gathered(graph: Graph, node: Node, shard: Node, num_experts: int, placement
 
 
 # -- params ---------------------------------------------------------------------------------
+
+
+RESHAPES = (
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unflatten.int, aten.flatten.using_ints,
+)  # fmt: skip
+
+
+def _is_cut(node: Node) -> bool:
+    """Whether a node is a piece, along the first dimension, of a value that has others."""
+    source: Any = node.args[0]
+    if node.target is operator.getitem:
+        at = {aten.unbind.int: 1, aten.chunk.default: 2, aten.split.Tensor: 2, aten.split_with_sizes.default: 2}
+        dim = at.get(source.target)
+        return dim is not None and not source.kwargs and source.args[dim : dim + 1] in ((), (0,))
+    return node.target is aten.select.int and node.args[1] == 0 and not node.kwargs
+
+
+def _cut(node: Node) -> Node | None:
+    """The piece of a value that a param is computed from, if from this alone: of those on the way the first."""
+    found = None
+    while node.op == "call_function" and node.all_input_nodes == [*node.args[:1]] and not is_random(node):
+        if _is_cut(node):
+            found = node
+        elif node.kwargs:
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    return found if node.op == "placeholder" else None
+
+
+def _place(cut: Node) -> tuple[Any, int]:
+    """(which, of how many) pieces of like size it is."""
+    source: Any = cut.args[0]
+    if cut.target is aten.select.int:
+        return cut.args[2], value(source).shape[0]
+    pieces = source.meta["val"]
+    return cut.args[1], len(pieces) if len({piece.shape for piece in pieces}) == 1 else 0
 
 
 def _each_alike(node: Node) -> bool:

@@ -97,7 +97,9 @@ def own_names(model: nn.Module, what: Callable[[nn.Parameter], Tensor | None]) -
     for name, parameter in model.named_parameters():
         value = what(parameter)
         value = value.full_tensor() if isinstance(value, DTensor) else value
-        members = families[parameter].members if parameter in families else (name,)
+        family = families.get(parameter)
+        members = (name,) if family is None else family.members
+        value = value if value is None or family is None else family.own(value)
         parts = [value] * len(members) if value is None or len(members) == 1 else list(value.unbind(0))
         found.update(zip(members, parts, strict=True))
     return found
