@@ -5,11 +5,13 @@
     self.mlp.w1.view(shape)[e]
     self.pick(self.w1, e)                                           with the view in a method of the module
 
-Sizes are numbers, attributes of the module and of what it holds, and sums, products and quotients of these.  What is
-found may be wrong, and a weight that is not found is no error: the proof decides what an expert reads.
+Sizes are numbers, attributes of the module and of what it holds, and sums, products and quotients of these.  A view
+that is turned, or indexed along another dimension first, has its experts elsewhere.  What is found may be wrong, and a
+weight that is not found is no error: the proof decides what an expert reads.
 """
 
 import ast
+import builtins
 import inspect
 import math
 import operator
@@ -27,6 +29,9 @@ DEPTH = 3  # of methods that call each other
 OPS: dict[type, Any] = {
     ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv, ast.Add: operator.add, ast.Sub: operator.sub,
 }  # fmt: skip
+
+
+TURNS = frozenset(("permute", "transpose", "movedim", "swapaxes", "T", "mT", "t"))
 
 
 class _Unknown(Exception):
@@ -60,6 +65,8 @@ def _views(fn: types.FunctionType, given: dict[int, Any], depth: int) -> Iterato
         except _Unknown:
             continue
         if call.func.attr in VIEWS and isinstance(target, nn.Parameter) and not call.keywords:
+            if _is_turned(tree, call):
+                continue
             try:
                 yield target, _first(call.func.attr, target, [source.known(a) for a in call.args])
             except _Unknown:
@@ -69,6 +76,21 @@ def _views(fn: types.FunctionType, given: dict[int, Any], depth: int) -> Iterato
             if isinstance(method, types.FunctionType):
                 args = {i + 1: found for i, a in enumerate(call.args) if (found := source.known(a)) is not None}
                 yield from _views(inspect.unwrap(method), {0: target, **args}, depth - 1)
+
+
+def _is_turned(tree: ast.AST, view: ast.expr) -> bool:
+    """Whether the first dimension of a view, or of the name that it gets, is not the one that is indexed."""
+    users = {id(child): node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    found = [users[id(view)]]
+    if isinstance(found[0], ast.Assign) and isinstance(name := found[0].targets[0], ast.Name):
+        found = [users[id(n)] for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name.id]
+    for user in found:
+        match user:
+            case ast.Attribute(attr=attr) if attr in TURNS:
+                return True
+            case ast.Subscript(slice=ast.Tuple(elts=[ast.Slice() | ast.Constant(value=builtins.Ellipsis), *_])):
+                return True
+    return False
 
 
 def _first(op: str, parameter: nn.Parameter, args: list[Any]) -> int:

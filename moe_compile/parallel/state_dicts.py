@@ -1,8 +1,9 @@
 """State dicts of sharded experts, by the model's own names.
 
-Dense weights that FSDP splits are DTensors under their names.  A stacked weight keeps its name and is a DTensor, and
-so does a flat one in the shape that the model has; where ranks hold other numbers of experts it is `Rows`.  The weights of a list of modules appear one by one, those of this rank's experts only, as DTensors if they are split over
-"edp": together the ranks' state dicts are the model's.  Loading takes the weights of one process too.
+Dense weights that FSDP splits are DTensors under their names.  A stacked weight keeps its name and is a DTensor; so is
+a flat one, in the shape that the model has, or `Rows` where ranks hold other numbers of experts.  The weights of a list
+of modules appear one by one, those of this rank's experts only, as DTensors if they are split over "edp": together the
+ranks' state dicts are the model's.  Loading takes the weights of one process too.
 """
 
 import functools

@@ -31,13 +31,13 @@ class Rows(torch.Tensor):
         return found
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default):
             rows = args[0]
             return Rows(func(rows.local, **(kwargs or {})), rows.offsets, rows.shape)
         raise MoeCompileError(
-            f"{func} on {tuple(args[0].shape) if isinstance(args[0], Tensor) else ''} rows of a flat weight whose experts "
-            f"the ranks do not divide: moe_compile.parallel.checkpoint.model_state(model, full=True) gives whole tensors"
+            f"{func} on a rank's rows of a flat weight whose experts the ranks do not divide: "
+            f"moe_compile.parallel.checkpoint.model_state(model, full=True) gives whole tensors"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
