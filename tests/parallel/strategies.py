@@ -311,6 +311,10 @@ def sabotage_of_each_way(ranks: Ranks) -> None:
         for i in range(1, len(switched.found)):
             with without(switched, ranks.rank, i):
                 assert not right(), f"{one} without collective {i}"
+        checks.exchange(ranks, model.experts)
+        assert not right(), f"{one} with exchanged experts"
+        checks.exchange(ranks, model.experts)
+        assert right(), one
 
 
 CHECKS = {
