@@ -20,6 +20,7 @@ arguments = argparse.ArgumentParser()
 arguments.add_argument("--ep", type=int, help="over how many ranks the experts are split")
 arguments.add_argument("--dp-shard", type=int, help="over how many ranks FSDP2 splits the dense parameters")
 arguments.add_argument("--checkpoint", type=Path)
+arguments.add_argument("--steps", type=int, default=50)
 args = arguments.parse_args()
 
 cuda = torch.cuda.is_available()
@@ -59,7 +60,7 @@ if rank == 0:
 
 torch.manual_seed(rank)  # each rank has its own batches
 start = time.perf_counter()
-for step in range(50):
+for step in range(args.steps):
     starts = torch.randint(0, len(text) - 128, (4,)).tolist()
     batch = torch.stack([text[s : s + 128] for s in starts])
     loss = compiled(input_ids=batch, labels=batch, use_cache=False).loss

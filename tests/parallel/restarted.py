@@ -57,7 +57,9 @@ def train(rank: int, folder: str | None) -> list[float]:
     there when the checkpoint is.
     """
     torch.manual_seed(0)
-    model = moe_compile.parallelize(checks.listed(), moe_compile.build_mesh(dp_shard=torch.distributed.get_world_size()))
+    model = moe_compile.parallelize(
+        checks.listed(), moe_compile.build_mesh(dp_shard=torch.distributed.get_world_size())
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     random, start, losses = torch.Generator().manual_seed(rank), 0, []
     if done := sorted(path.parent for path in Path(folder or "").glob("step-?/.metadata")) if folder else []:
