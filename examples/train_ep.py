@@ -21,6 +21,7 @@ arguments.add_argument("--ep", type=int, help="over how many ranks the experts a
 arguments.add_argument("--dp-shard", type=int, help="over how many ranks FSDP2 splits the dense parameters")
 arguments.add_argument("--checkpoint", type=Path)
 arguments.add_argument("--steps", type=int, default=50)
+arguments.add_argument("--layers", type=int, default=2)
 args = arguments.parse_args()
 
 cuda = torch.cuda.is_available()
@@ -37,7 +38,7 @@ config = MixtralConfig(
     vocab_size=256,
     hidden_size=128,
     intermediate_size=128,
-    num_hidden_layers=2,
+    num_hidden_layers=args.layers,
     num_attention_heads=4,
     num_key_value_heads=2,
     num_local_experts=16,
