@@ -296,9 +296,9 @@ BALANCED = torch.tensor([[[0, 2], [0, 3], [1, 3], [2, 3], [0, 1]], [[1, 3], [1, 
 
 
 def sabotage_of_each_way(ranks: Ranks) -> None:
-    """Without any collective but the first, the message, nothing is right: here the message says the same to both."""
+    """Without any collective but the message, which comes first and says the same to both here, nothing is right."""
     batches: Batches = [(torch.randn(5, D), BALANCED[r]) for r in range(ranks.size)]
-    for one in WAYS:
+    for one in (*WAYS, ("gather_weights", "exact")):
         torch._dynamo.reset()
         reference = Four()
         model = moe_compile.parallelize(copy.deepcopy(reference), moe_compile.build_mesh())
@@ -309,8 +309,8 @@ def sabotage_of_each_way(ranks: Ranks) -> None:
         )
         with switched.compiling():
             assert right(), one
-        assert len(switched.found) == {("allgather", "exact"): 4}.get(one, 5), switched.found
-        for i in range(1, len(switched.found)):
+        assert len(switched.found) == {("allgather", "exact"): 4, ("gather_weights", "exact"): 2}.get(one, 5), one
+        for i in range(one[0] != "gather_weights", len(switched.found)):
             with without(switched, ranks.rank, i):
                 assert not right(), f"{one} without collective {i}"
         checks.exchange(ranks, model.experts)
