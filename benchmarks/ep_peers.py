@@ -1,6 +1,7 @@
 """Expert parallelism of transformers (`AllToAllEP`) beside ours: one model, the same ranks and batches, on gloo.
 
-    python -m benchmarks.ep_peers [--ranks 2] [--rounds 5] [--model mixtral] [--out benchmarks/results]
+    python -m benchmarks.ep_peers [--ranks 2] [--rounds 5] [--model mixtral] [--size full] [--out benchmarks/results]
+                                  [--page docs/performance.md]
 
 The experts of a rank are its share, everything else is replicated.  transformers' experts run as its eager loop and as
 its default (grouped_mm), uncompiled and under Inductor; ours from either code.  A way is a set of fresh processes, so
@@ -40,12 +41,14 @@ from torch import Tensor, nn
 
 from moe_compile.demo.data import load_corpus
 from moe_compile.demo.machine import machine_facts
-from moe_compile.demo.models import SPECS, build_model
+from moe_compile.demo.models import QUICK, SPECS, TINY, ModelSpec, build_model
 from moe_compile.demo.summary import number
 
 PARITY_STEPS = 3
 BOUND = 1e-4  # relative difference of losses
 LIMIT_S = 600
+MARKS = ("<!-- ep_peers: this table is written by the command -->", "<!-- end of ep_peers -->")
+SPECS_OF = {"full": SPECS, "quick": QUICK, "tiny": TINY}
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,10 @@ class Measured:
 class Job:
     """One way on one rank: a model in training."""
 
-    def __init__(self, way: Way, name: str, tokens: int) -> None:
+    def __init__(self, way: Way, spec: ModelSpec, tokens: int) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.model = build_model(SPECS[name], way.experts)  # type: ignore[arg-type]
+        self.ours = way.ours
+        self.model = build_model(spec, way.experts)  # type: ignore[arg-type]
         self.average: Callable[[], None] = _theirs(self.model) if not way.ours else _ours(self.model)
         if way.backend is not None:
             options = {"options": dict(way.options)} if way.options else {}
@@ -156,13 +160,13 @@ SIZES = {"float": 4, "int": 4, "long int": 8}
 
 
 @contextmanager
-def _counted_tolist(found: list[int]) -> Iterator[None]:
-    """Calls of tolist on tensors, which no profiler sees."""
+def _counted_tolist(found: collections.Counter[str]) -> Iterator[None]:
+    """Calls of tolist on tensors, which no profiler sees, by the modules that call it."""
     original = torch.Tensor.tolist
 
     @functools.wraps(original)
     def counted(self: Tensor) -> Any:
-        found[0] += 1
+        found[sys._getframe(1).f_globals["__name__"]] += 1
         return original(self)
 
     torch.Tensor.tolist = counted  # type: ignore[method-assign, assignment]
@@ -175,12 +179,13 @@ def _counted_tolist(found: list[int]) -> Iterator[None]:
 def look(job: Job) -> tuple[int, int, int]:
     """(host reads, bytes sent for experts, peak bytes beside parameters and states) of one step's gradients.
 
-    Of ours only messages are counted: what their ops read of their own memory on a CPU, they do not read on a GPU.
+    Of ours messages are counted, and what the averages of gradients read: what ops read of their own memory on a CPU,
+    they do not read on a GPU.
     """
     batch = job.batch()
     from torch.profiler import ProfilerActivity, profile
 
-    lists = [0]
+    lists = collections.Counter[str]()
     with (
         _counted_tolist(lists),
         profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as p,
@@ -209,7 +214,9 @@ def look(job: Job) -> tuple[int, int, int]:
                 numel *= size
             sent += numel * (job.ranks - 1) * SIZES[event.dtypes()[1]]
     messages = seen["moe_ep::check_messages"]
-    reads = messages or lists[0] + seen["aten::nonzero"] + seen["aten::_local_scalar_dense"]
+    reads = lists.total() + seen["aten::nonzero"] + seen["aten::_local_scalar_dense"]
+    if job.ours:
+        reads = messages + lists["moe_compile.parallel.gradients"]
     return reads, sent, peak
 
 
@@ -225,14 +232,14 @@ def held(job: Job) -> int:
 # -- ranks ----------------------------------------------------------------------------------
 
 
-def _work(rank: int, ranks: int, port: int, way: Way, model: str, tokens: int, orders: Any, answers: Any) -> None:
+def _work(rank: int, ranks: int, port: int, way: Way, spec: ModelSpec, tokens: int, orders: Any, answers: Any) -> None:
     """A rank of one way: measures itself, then times steps as it is told to, until the order 0."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo")
         torch._dynamo.utils.counters.clear()
-        job = Job(way, model, tokens)
+        job = Job(way, spec, tokens)
         losses = [job.step() for _ in range(PARITY_STEPS)]
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         reads, sent, peak = look(job)
@@ -257,7 +264,7 @@ def _work(rank: int, ranks: int, port: int, way: Way, model: str, tokens: int, o
 class Ranks:
     """The processes of one way."""
 
-    def __init__(self, ranks: int, way: Way, model: str, tokens: int) -> None:
+    def __init__(self, ranks: int, way: Way, spec: ModelSpec, tokens: int) -> None:
         context = multiprocessing.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -265,7 +272,7 @@ class Ranks:
         self.answers: Any = context.Queue()
         self.orders: list[Any] = [context.Queue() for _ in range(ranks)]
         self.workers = [
-            context.Process(target=_work, args=(r, ranks, port, way, model, tokens, orders, self.answers))
+            context.Process(target=_work, args=(r, ranks, port, way, spec, tokens, orders, self.answers))
             for r, orders in enumerate(self.orders)
         ]
         for worker in self.workers:
@@ -297,9 +304,9 @@ def _first(answer: tuple[int, Any]) -> int:
     return answer[0]
 
 
-def measure(ranks: int, model: str, tokens: int, rounds: int, steps: int) -> list[tuple[Way, Measured]]:
+def measure(ranks: int, spec: ModelSpec, tokens: int, rounds: int, steps: int) -> list[tuple[Way, Measured]]:
     """All ways: checked against the first, then timed in turns."""
-    found = [(way, Ranks(ranks, way, model, tokens)) for way in WAYS]
+    found = [(way, Ranks(ranks, way, spec, tokens)) for way in WAYS]
     reference = found[0][1].measured.losses
     for _, job in found:
         mine = job.measured
@@ -318,25 +325,46 @@ def _differences(losses: list[float], reference: list[float]) -> list[float]:
     return [abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True)] or [float("inf")]
 
 
+NAMES = ("way", "step ms", "x", "graphs", "host reads", "sent MB", "held MB", "peak MB", "loss")
+
+
 def show(console: Console, title: str, found: list[tuple[Way, Measured]]) -> None:
     """Print the table."""
     table = Table(title=title, title_justify="left")
-    table.add_column("way")
-    for name in ("step ms", "x", "graphs", "host reads", "sent MB", "held MB", "peak MB", "loss"):
-        table.add_column(name, justify="right")
+    for i, name in enumerate(NAMES):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows(found):
+        table.add_row(*row)
+    console.print(table)
+
+
+def rows(found: list[tuple[Way, Measured]]) -> Iterator[list[str]]:
+    """The lines of the table."""
     reference = found[0][1]
     first = statistics.median(reference.step_s) if reference.step_s else float("nan")
     for way, m in found:
         if m.error:
-            table.add_row(way.label, "not timed", *[""] * 6, m.error)
+            yield [way.label, "not timed", *[""] * 6, m.error]
             continue
         step = statistics.median(m.step_s) if m.step_s else float("nan")
         sizes = [f"{size / 1e6:.2f}" for size in (m.sent, m.held, m.peak)]
         loss = f"{max(_differences(m.losses, reference.losses)):.0e}"
-        table.add_row(
-            way.label, number(1e3 * step, 1), number(first / step, 2), str(m.graphs), str(m.host_reads), *sizes, loss
-        )
-    console.print(table)
+        times = [number(1e3 * step, 1), number(first / step, 2)]
+        yield [way.label, *times, str(m.graphs), str(m.host_reads), *sizes, loss]
+
+
+def markdown(title: str, found: list[tuple[Way, Measured]]) -> str:
+    """The table for a page."""
+    lines = [list(NAMES), ["---"] + ["--:"] * (len(NAMES) - 1), *rows(found)]
+    return "\n".join([f"{title}\n", *("| " + " | ".join(line) + " |" for line in lines)])
+
+
+def write_into(page: Path, text: str) -> None:
+    """Put a table between the marks of a page."""
+    before, _, rest = page.read_text().partition(MARKS[0])
+    _, found, after = rest.partition(MARKS[1])
+    assert found, f"{page} has no place for the table: {' '.join(MARKS)}"
+    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
 def main(
@@ -345,24 +373,31 @@ def main(
     tokens: Annotated[int, typer.Option(min=4, help="Tokens of a rank's batch: 4 sequences.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps per round and way.")] = 3,
+    size: Annotated[str, typer.Option(help="full, quick, or tiny: to see that it runs")] = "full",
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results"),
+    page: Annotated[Path | None, typer.Option(help="A page with a place for the table.")] = None,
 ) -> None:
     """Measure expert parallelism beside transformers' own."""
     console = Console(width=max(120, Console().width))
-    found = measure(ranks, model, tokens, rounds, steps)
-    show(console, f"{SPECS[model].title}: {SPECS[model].sizes}; {ranks} ranks, {tokens} tokens each", found)
+    spec = SPECS_OF[size][model]
+    found = measure(ranks, spec, tokens, rounds, steps)
+    title = f"{spec.title}: {spec.sizes}; {ranks} ranks, {tokens} tokens each"
+    show(console, title, found)
     content = {
         "machine": machine_facts(),
         "command": " ".join(["python -m benchmarks.ep_peers", *sys.argv[1:]]),
         "ranks": ranks,
         "tokens": tokens,
-        "model": dataclasses.asdict(SPECS[model]),
+        "model": dataclasses.asdict(spec),
         "ways": [{**dataclasses.asdict(way), **dataclasses.asdict(m)} for way, m in found],
     }
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"ep_peers_{model}_{ranks}_{time.strftime('%Y%m%d_%H%M%S')}.json"
     target.write_text(json.dumps(content, indent=1) + "\n")
     console.print(f"written: {target}")
+    if page is not None:
+        facts = f"{time.strftime('%d %B %Y')}, `{content['command']}`, {target.name}"
+        write_into(page, markdown(f"{title}. {facts}.", found))
     if any(m.error for way, m in found if way.ours):
         raise typer.Exit(1)
 

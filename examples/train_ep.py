@@ -20,6 +20,8 @@ arguments = argparse.ArgumentParser()
 arguments.add_argument("--ep", type=int, help="over how many ranks the experts are split")
 arguments.add_argument("--dp-shard", type=int, help="over how many ranks FSDP2 splits the dense parameters")
 arguments.add_argument("--checkpoint", type=Path)
+arguments.add_argument("--steps", type=int, default=50)
+arguments.add_argument("--layers", type=int, default=2)
 args = arguments.parse_args()
 
 cuda = torch.cuda.is_available()
@@ -36,7 +38,7 @@ config = MixtralConfig(
     vocab_size=256,
     hidden_size=128,
     intermediate_size=128,
-    num_hidden_layers=2,
+    num_hidden_layers=args.layers,
     num_attention_heads=4,
     num_key_value_heads=2,
     num_local_experts=16,
@@ -59,7 +61,7 @@ if rank == 0:
 
 torch.manual_seed(rank)  # each rank has its own batches
 start = time.perf_counter()
-for step in range(50):
+for step in range(args.steps):
     starts = torch.randint(0, len(text) - 128, (4,)).tolist()
     batch = torch.stack([text[s : s + 128] for s in starts])
     loss = compiled(input_ids=batch, labels=batch, use_cache=False).loss

@@ -25,7 +25,6 @@ Refuses    sums by rank where numerics is "exact"; experts that are not sharded 
            may not have, or bools.
 """
 
-import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,6 +38,7 @@ from moe_compile.parallel.by_sums import AllGather, Dedup
 from moe_compile.parallel.expert_shards import JOIN_SHARDS, padded, part, split_dim
 from moe_compile.parallel.mesh import shard_sizes
 from moe_compile.parallel.shards import Family, Placement
+from moe_compile.parallel.weight_views import RESHAPES, cut_of, each_alike, place_of, without_gradients
 from moe_compile.parallel.writer import Writer, all_gather, sources, wait, write
 from moe_compile.passes.chunk_tokens import CHUNKS
 from moe_compile.region import experts
@@ -73,6 +73,7 @@ class PlaceExperts(RewritePass[Chunks]):
         self.families = {state[m]: f for f in placement.families for m in f.members if m in state}
         self.replicated = set(state.values()) - self.families.keys()
         self.local: dict[str, Node] = {}
+        self.ungraded: set[Node] = set()
 
     def find(self, graph: Graph) -> Iterator[tuple[Node, Chunks]]:
         regions: dict[Any, list[Node]] = {}
@@ -116,6 +117,7 @@ class PlaceExperts(RewritePass[Chunks]):
         sharded = {f.num_experts for p in params for n in sources(p) if (f := self.families.get(n))}
         if sharded != {num_experts}:
             raise Refusal(f"{num_experts} experts run, {' and '.join(map(str, sorted(sharded)))} are sharded")
+        self.ungraded = without_gradients(graph)
         with graph.inserting_before(nodes[-1]):
             before = set(graph.nodes)
             ours = [self._param(graph, node, p) for p in params]
@@ -152,11 +154,13 @@ class PlaceExperts(RewritePass[Chunks]):
                 return emit(graph, aten.slice.Tensor, param, 0, own.start, own.stop, like=node)
             return list(param)[own]
         if isinstance(param, Node):
+            if value(param).shape[0] != node.args[6]:
+                raise Refusal(f"{param.name} has {value(param).shape[0]} rows for {node.args[6]} experts")
             return self._view(graph, node, param)
         family = self.families.get(param[0])
-        if family is None or [self.state.get(m) for m in family.members] != list(param):
-            raise Refusal("the experts' weights are not sharded in the order of the experts")
-        return self._shard(graph, node, family)
+        if family is not None and [self.state.get(m) for m in family.members] == list(param):
+            return self._shard(graph, node, family)
+        return self._pieces(graph, node, list(param))
 
     def _own(self, node: Node) -> slice:
         sizes = shard_sizes(node.args[6], self.placement.ranks)  # type: ignore[arg-type]
@@ -166,20 +170,71 @@ class PlaceExperts(RewritePass[Chunks]):
     def _view(self, graph: Graph, node: Node, param: Node) -> Node:
         """The ops between a sharded stack and a param, on what runs here: each works on every expert alike."""
         if (family := self.families.get(param)) is not None:
-            if family.members != (family.members[0],):
+            if family.listed:
                 raise Refusal(f"{param.name} is the weight of one expert, and stands for all")
-            return self._shard(graph, node, family)
-        if not _each_alike(param):
+            shard = self._shard(graph, node, family)
+            if not family.rows:
+                return shard
+            return emit(graph, aten.reshape.default, shard, [-1, *value(shard).shape[2:]], like=node)
+        if param.target in RESHAPES:
+            return self._reshaped(graph, node, param)
+        if not each_alike(param):
             raise Refusal(f"{param.name} ({param.target}) is not shown to work on every expert's weight alike")
-        source, *rest = param.args
-        return emit(graph, param.target, self._view(graph, node, source), *rest, like=node)  # type: ignore[arg-type]
+        return self._again(graph, node, param, self._view(graph, node, param.args[0]))  # type: ignore[arg-type]
+
+    def _reshaped(self, graph: Graph, node: Node, param: Node) -> Node:
+        """Another shape of the same numbers, in their order: the experts stay one behind the other.
+
+        So they do in all values between a sharded parameter and a param: each has a multiple of E in front.
+        """
+        number: Any = node.args[6]
+        shape = list(value(param).shape)
+        if param.kwargs or len(param.all_input_nodes) != 1 or not shape or shape[0] % number:
+            raise Refusal(f"{param.name} ({param.target}) is not shown to keep the experts' weights apart")
+        source = self._view(graph, node, param.args[0])  # type: ignore[arg-type]
+        shape[0] = shape[0] // number * self._number(node)
+        made = emit(graph, aten.reshape.default, source, shape, like=node)
+        return emit(graph, aten.detach.default, made, like=node) if param in self.ungraded else made
+
+    def _number(self, node: Node) -> int:
+        """How many experts run here."""
+        number: Any = node.args[6]
+        own = self._own(node)
+        return own.stop - own.start if self.travels else number
+
+    def _pieces(self, graph: Graph, node: Node, params: list[Node]) -> list[Node]:
+        """Params that are computed one by one, each from the piece of a sharded value that is its expert's."""
+        cuts = [cut_of(param) for param in params]
+        if any(c is None or place_of(c) != (e, len(params)) for e, c in enumerate(cuts)):
+            raise Refusal("the experts' weights are not sharded in the order of the experts")
+        own = self._own(node) if self.travels else slice(0, len(params))
+        return [self._piece(graph, node, p, c, i) for i, (p, c) in enumerate(zip(params[own], cuts[own], strict=True))]
+
+    def _piece(self, graph: Graph, node: Node, param: Node, cut: Node | None, i: int) -> Node:
+        """The same of the i-th expert that runs here."""
+        source: Any = param.args[0]
+        if param is not cut:
+            return self._again(graph, node, param, self._piece(graph, node, source, cut, i))
+        whole: Any = source if cut.target is aten.select.int else source.args[0]
+        number: Any = node.args[6]
+        shape = [self._number(node), value(whole).shape[0] // number, *value(whole).shape[1:]]
+        rows = emit(graph, aten.reshape.default, self._view(graph, node, whole), shape, like=node)
+        mine = emit(graph, aten.select.int, rows, 0, i, like=node)
+        mine = emit(graph, aten.reshape.default, mine, list(value(cut).shape), like=node)
+        return emit(graph, aten.detach.default, mine, like=node) if cut in self.ungraded else mine
+
+    def _again(self, graph: Graph, node: Node, param: Node, source: Node) -> Node:
+        """The same op on another source, in the grad mode that it had."""
+        again = emit(graph, param.target, source, *param.args[1:], like=node)  # type: ignore[arg-type]
+        if param not in self.ungraded or not isinstance(again.meta["val"], Tensor):
+            return again
+        return emit(graph, aten.detach.default, again, like=node)
 
     def _shard(self, graph: Graph, node: Node, family: Family) -> Node:
         """The shard of a family, a new input; gathered, if tokens do not travel or copies are split."""
         here, example = self.placement, value(self.state[family.members[0]])
-        shape = [*(example.shape[1:] if len(family.members) == 1 else example.shape)]
-        shape = [shard_sizes(family.num_experts, here.ranks)[here.rank], *shape]
-        dim = split_dim(shape, here.edp) if here.edp > 1 else None
+        shape = [shard_sizes(family.num_experts, here.ranks)[here.rank], *family.stacked(example.shape)[1:]]
+        dim = split_dim(shape, here.edp, family.behind) if here.edp > 1 else None
         if family.name not in self.local:
             with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
                 made = graph.placeholder(family.name.replace(".", "_") + "_local")
@@ -234,24 +289,3 @@ def _gathered(graph: Graph, node: Node, shard: Node, num_experts: int, placement
     flat = emit(graph, wait, flat, like=node, val=val)
     flat = emit(graph, aten.slice.Tensor, flat, 0, 0, num_experts, like=node)  # what was added is at the end
     return emit(graph, aten.reshape.default, flat, [num_experts, *value(shard).shape[1:]], like=node)
-
-
-# -- params ---------------------------------------------------------------------------------
-
-
-def _each_alike(node: Node) -> bool:
-    """Whether an op on a stack does the same to the weight of each expert, and leaves the experts first."""
-    source, *rest = node.args
-    arguments: Any = rest
-    if node.kwargs or not isinstance(source, Node) or len(node.all_input_nodes) != 1:
-        return False
-    if node.target in (aten.to.dtype, aten.detach.default, aten.contiguous.default, operator.getitem):
-        return True
-    rank = value(source).dim() if isinstance(source.meta["val"], torch.Tensor) else 0
-    if node.target is aten.transpose.int:
-        return rank >= 3 and 0 not in (arguments[0] % rank, arguments[1] % rank)
-    if node.target is aten.permute.default:
-        return bool(arguments[0][0] == 0)
-    if node.target in (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
-        return len(arguments) == 2 and arguments[1] % rank != 0
-    return node.target is aten.slice.Tensor and bool(arguments) and arguments[0] % rank != 0

@@ -61,8 +61,9 @@ def parallelize(
     that averages the ranks' losses.
 
     A list of expert modules becomes one stacked DTensor parameter of the list for each weight; the modules' own
-    parameters are None.  `state_dict()` has the model's own names and shapes: a stacked weight as a DTensor, of a list
-    the experts of this rank.  `load_state_dict` takes the weights of one process, whole, or what `state_dict` gave.
+    parameters are None.  A flat weight [E * F, D], which the model views as [E, F, D], becomes a DTensor of that shape.
+    `state_dict()` has the model's own names and shapes: a stacked weight as a DTensor, of a list the experts of this
+    rank.  `load_state_dict` takes the weights of one process, whole, or what `state_dict` gave.
 
     Experts are found by structure (find.py).  Raises `MoeCompileError` if there are none, or they do not fit the mesh.
     """
@@ -116,7 +117,7 @@ def _shard(experts: Experts, mesh: DeviceMesh, shards: Shards) -> Shards:
     holder = experts.holder
     packed = {f.name: nn.Parameter(_split(holder, f, shards, mesh), _needs_grad(holder, f)) for f in experts.families}
     for family in experts.families:
-        if family.members != (family.name,):
+        if family.listed:
             for member in family.members:
                 owner, _, name = member.rpartition(".")
                 holder.get_submodule(owner)._parameters[name] = None
@@ -134,20 +135,20 @@ def _split(holder: nn.Module, family: Family, shards: Shards, mesh: DeviceMesh) 
     """The DTensor of a family: rank 0 sends each rank its experts, one shard at a time."""
     weights = [holder.get_parameter(member).detach() for member in family.members]
     sizes = shard_sizes(family.num_experts, shards.mesh.size())
-    whole = weights[0].shape if len(weights) == 1 else (family.num_experts, *weights[0].shape)
-    dim = shards.split_dim(whole)
+    whole = family.stacked(weights[0].shape)
+    dim = shards.split_dim(whole, family)
 
     def shard(rank: int) -> Tensor:
         i = place_of(mesh, rank, "ep")
         start = sum(sizes[:i])
         mine = slice(start, start + sizes[i])
-        rows = weights[0][mine] if len(weights) == 1 else torch.stack(weights[mine])
+        rows = torch.stack(weights[mine]) if family.listed else family.stack(weights[0])[mine]
         if dim is not None:
             own = part(whole[dim], shards.edp, place_of(mesh, rank, "edp"))
             rows = rows.narrow(dim, own.start, own.stop - own.start)
         return rows.clone(memory_format=torch.contiguous_format)
 
-    return shards.wrap(_from_first(shard), whole)
+    return shards.wrap(_from_first(shard), whole, family)
 
 
 def _from_first(shard: Callable[[int], Tensor]) -> Tensor:

@@ -4,7 +4,8 @@ torch.distributed.checkpoint writes each shard once, and reads what a rank needs
 the mesh may be others when training goes on, and a model on one process reads them too.
 
 A list of experts is one stacked parameter to the optimizer; in its state dict it becomes the weights of the list again,
-of which each rank has its own experts', or all (`full`).
+of which each rank has its own experts', or all (`full`).  A flat weight [E * F, D], of which it is [E, F, D], has the
+model's shape.
 """
 
 import os
@@ -28,7 +29,7 @@ from moe_compile.parallel.shards import Family, Shards, holders
 
 METADATA = ".metadata"  # written last, by torch.distributed.checkpoint
 State = dict[str, Any]
-Lists = dict[str, tuple[Family, Shards]]
+Families = dict[str, tuple[Family, Shards]]
 
 
 def save_checkpoint(model: nn.Module, optimizer: Optimizer | None, path: str | os.PathLike[str]) -> None:
@@ -52,7 +53,7 @@ def load_checkpoint(model: nn.Module, optimizer: Optimizer | None, path: str | o
     states, packed = _states(model, optimizer)
     names = [set(group["params"]) for group in states.get("optimizer", {}).get("param_groups", [])]
     path = complete(path, (METADATA,))
-    agree(_misfit(states, _lists(model), path))
+    agree(_misfit(states, _translated(model), path))
     dcp.load(states, checkpoint_id=path)
     set_model_state_dict(model, states["model"], options=StateDictOptions(strict=False))  # of a list, a rank's own
     if optimizer is not None:
@@ -69,18 +70,22 @@ def model_state(model: nn.Module, full: bool = False) -> State:
     As in all state dicts of torch, values may share memory with the model.
     """
     model = _original(model)
-    state: State = get_model_state_dict(model, options=StateDictOptions(full_state_dict=full))
-    if full:
-        for family, _ in _lists(model).values():
-            whole = _whole(model.get_parameter(family.name).detach())
-            state.update(zip(family.members, whole.unbind(0), strict=True))
+    state: State = get_model_state_dict(model)
+    if not full:
+        return state
+    translated = _translated(model)
+    members = {member for family, _ in translated.values() for member in family.members}
+    state = {name: value if name in members else _whole(value) for name, value in state.items()}
+    for family, _ in translated.values():
+        whole = _whole(model.get_parameter(family.name).detach())
+        state.update(zip(family.members, whole.unbind(0) if family.listed else [family.own(whole)], strict=True))
     return state
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer, full: bool = False) -> State:
     """{"state": what the optimizer holds, by the model's own names; "param_groups"}, as torch's state dicts are."""
     model = _original(model)
-    return _own_names(get_optimizer_state_dict(model, optimizer), _lists(model), full)
+    return _own_names(get_optimizer_state_dict(model, optimizer), _translated(model), full)
 
 
 # -- help -----------------------------------------------------------------------------------
@@ -98,29 +103,32 @@ def _states(model: nn.Module, optimizer: Optimizer | None) -> tuple[State, State
     packed: State = {}
     if optimizer is not None:
         packed = get_optimizer_state_dict(model, optimizer)
-        states["optimizer"] = _own_names(packed, _lists(model), full=False)
+        states["optimizer"] = _own_names(packed, _translated(model), full=False)
     return states, packed
 
 
-def _lists(model: nn.Module) -> Lists:
-    """The families of lists of modules, by the names of their packed parameters."""
+def _translated(model: nn.Module) -> Families:
+    """The families that the model has in another shape or under other names, by the names of their parameters."""
     found = [(f.below(name), shards) for name, _, shards in holders(model) for f in shards.families]
-    return {family.name: (family, shards) for family, shards in found if family.members != (family.name,)}
+    return {family.name: (family, shards) for family, shards in found if family.listed or family.rows}
 
 
-def _own_names(packed: State, lists: Lists, full: bool) -> State:
+def _own_names(packed: State, translated: Families, full: bool) -> State:
     state: State = {}
     for name, values in packed["state"].items():
-        if name not in lists:
+        if name not in translated:
             state[name] = {k: _whole(v) if full else v for k, v in values.items()}
             continue
-        family, shards = lists[name]
+        family, shards = translated[name]
+        if not family.listed:
+            state[name] = {k: _of_flat(v, family, shards, full) for k, v in values.items()}
+            continue
         own = range(family.num_experts) if full else shards.own(family)
         for i, e in enumerate(own):
             state[family.members[e]] = {k: _of_one(_whole(v) if full else v, i, shards) for k, v in values.items()}
     groups = []
     for group in packed["param_groups"]:
-        names = [m for n in group["params"] for m in (lists[n][0].members if n in lists else (n,))]
+        names = [m for n in group["params"] for m in (translated[n][0].members if n in translated else (n,))]
         groups.append({**group, "params": names})
     return {"state": state, "param_groups": groups}
 
@@ -136,7 +144,14 @@ def _of_one(value: Any, i: int, shards: Shards) -> Any:
     return shards.of_one(value, i)
 
 
-def _misfit(states: State, lists: Lists, path: str | os.PathLike[str]) -> str | None:
+def _of_flat(value: Any, family: Family, shards: Shards, full: bool) -> Any:
+    """What the optimizer holds for a flat weight, in the shape that the model has."""
+    if not isinstance(value, Tensor) or not value.dim():
+        return value.to_local() if isinstance(value, DTensor) else value
+    return family.own(_whole(value)) if full else shards.own_of(value, family)
+
+
+def _misfit(states: State, translated: Families, path: str | os.PathLike[str]) -> str | None:
     """Why a checkpoint is not of these states, if it is not."""
     if not os.path.exists(os.path.join(path, METADATA)):
         return f"there is no checkpoint in {os.fspath(path)}"
@@ -153,7 +168,7 @@ def _misfit(states: State, lists: Lists, path: str | os.PathLike[str]) -> str | 
         size = getattr(found[name], "size", None)
         if isinstance(value, Tensor) and size is not None and size != value.shape:
             return f"{name} is {tuple(size)} in the checkpoint in {os.fspath(path)}, and {tuple(value.shape)} here"
-    others = {f"model.{member}" for family, _ in lists.values() for member in family.members}  # of other ranks
+    others = {f"model.{member}" for family, _ in translated.values() for member in family.members}  # of other ranks
     for name in found:
         if name.startswith("model.") and name not in wanted and name not in others:
             return f"the checkpoint in {os.fspath(path)} has {name}, and this model has not"

@@ -290,8 +290,7 @@ def _told(ids: Node) -> int:
 
 
 def _of_expert(family: Family, example: torch.Tensor) -> int:
-    numbers = example.shape[1:].numel() if len(family.members) == 1 else example.numel()
-    return int(numbers * example.element_size())
+    return math.prod(family.stacked(example.shape)[1:]) * example.element_size()
 
 
 LETTERS = (T, K, E, P, L, M, t, q, r, y, z, w, f, n, a, b, g, s, h, c, p, o, u)

@@ -21,11 +21,12 @@ from torch.library import custom_op
 c10d = torch.ops._c10d_functional
 
 
-def split_dim(shape: Sequence[int], ranks: int) -> int | None:
-    """Along which dimension a stack [E, ...] is split over so many ranks: the first behind that of the experts which
-    they divide, else the longest, of which the last ranks have less.  None for numbers, one an expert: they are copied.
+def split_dim(shape: Sequence[int], ranks: int, first: int = 1) -> int | None:
+    """Along which dimension a stack [E, ...] is split over so many ranks: the first behind that of the experts, from
+    `first` on, which they divide, else the longest, of which the last ranks have less.  None if there is none: numbers,
+    one an expert, are copied.
     """
-    behind = range(1, len(shape))
+    behind = range(first, len(shape))
     even = [d for d in behind if shape[d] % ranks == 0]
     if even:
         return even[0]

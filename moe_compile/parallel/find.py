@@ -2,6 +2,7 @@
 
     stacked   a parameter of at least three dimensions, the first larger than one, that a candidate function of its
               module names
+    flat      a parameter [E * F, ..] or [E, F * D] that a candidate function views as [E, F, D] (flat.py)
     listed    the parameters of a list of like modules that a candidate function of the list, or of the module that
               holds it, loops over and selects rows for: alike in names, shapes and dtypes, none used elsewhere
 
@@ -16,13 +17,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moe_compile.candidates import SELECTS, is_candidate
+from moe_compile.candidates import SELECTS, VIEWS, is_candidate
+from moe_compile.parallel.flat import experts_of_views
 from moe_compile.parallel.shards import Family
 from moe_compile.python_state import code_names, is_torch
 
 # Ops that choose rows by a condition or an order; to stack or join results is what a loop over layers does too.
 CHOOSES = SELECTS - {"any", "stack", "einsum", "repeat_interleave", "scatter"}
-VIEWS = {"view", "reshape", "unflatten"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def find_experts(model: nn.Module) -> list[Experts]:
             if not is_candidate(fn, module):
                 continue
             names = frozenset(code_names(fn.__code__))
-            for holder, found in (*_stacked(module, names, uses), *_listed(module, names, uses)):
+            views = experts_of_views(fn, module) if names & VIEWS else {}
+            for holder, found in (*_stacked(module, names, uses, views), *_listed(module, names, uses)):
                 inside = any(h is not holder and h in families for h in holder.modules())
                 if found and not inside:
                     families.setdefault(holder, found)
@@ -59,7 +61,7 @@ def find_experts(model: nn.Module) -> list[Experts]:
 def about_flat_weights(model: nn.Module) -> str:
     """What to do about weights in two dimensions that a candidate function views as one matrix an expert, if any.
 
-    Their rows are not split: nothing but the function's own numbers says how many belong to an expert.
+    Their rows are split if the source says how many belong to an expert (flat.py), and these lie together.
     """
     for path, module in model.named_modules():
         for fn in _functions(module):
@@ -89,18 +91,23 @@ def _functions(module: nn.Module) -> Iterator[types.FunctionType]:
 
 
 def _stacked(
-    module: nn.Module, names: frozenset[str], uses: dict[int, int]
+    module: nn.Module, names: frozenset[str], uses: dict[int, int], views: dict[int, int]
 ) -> Iterator[tuple[nn.Module, tuple[Family, ...]]]:
-    """Its own stacked weights, and those of children that it names."""
+    """Its own stacked and flat weights, and those of children that it names.  views: of flat.py."""
     for holder in (module, *(c for n, c in module._modules.items() if c is not None and n in names)):
         found = tuple(
-            Family(n, (n,), p.shape[0])
+            _family(n, p, views.get(id(p), p.shape[0]))
             for n, p in holder._parameters.items()
-            if p is not None and p.dim() >= 3 and p.shape[0] > 1 and uses[id(p)] == 1
-            if holder is not module or n in names
+            if p is not None and p.dim() and p.shape[0] > 1 and uses[id(p)] == 1
+            if id(p) in views or (p.dim() >= 3 and (holder is not module or n in names))
         )
         if len({f.num_experts for f in found}) == 1:
             yield holder, found
+
+
+def _family(name: str, parameter: nn.Parameter, num_experts: int) -> Family:
+    rows = parameter.shape[0] // num_experts
+    return Family(name, (name,), num_experts, rows if rows > 1 else 0)
 
 
 def _listed(

@@ -114,7 +114,7 @@ def whole(holder: nn.Module, shards: Shards) -> dict[str, Tensor]:
         full = packed.detach().full_tensor().to(shards.dtype(packed))
         if packed.requires_grad and torch.is_grad_enabled():
             shards.averages.gather(packed, full.requires_grad_())
-        parts = [full] if len(family.members) == 1 else full.unbind(0)
+        parts = full.unbind(0) if family.listed else [family.own(full)]
         values.update(zip(family.members, parts, strict=True))
     return values
 

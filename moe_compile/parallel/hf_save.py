@@ -175,7 +175,7 @@ def _plain(tensors: dict[str, Tensor], slot: Slot, owners: list[int]) -> _Step:
         mine = slot.rows() if slot.is_expert else slot.local()
         for rank, piece in zip(ranks, _pieces(slot.tensor, len(ranks)), strict=True):
             if piece.shape[0]:
-                _hand(mine, piece, rank, ranks[0], write)
+                _hand(mine, slot.own(piece), rank, ranks[0], write)
 
     return _Step(ranks[0], tensors, rows)
 
@@ -202,7 +202,7 @@ def _by_expert(
     """
     if not hf_names.written_by_expert(conversion):
         return None
-    if not all(s.is_expert and s.row is None and _in_rows(s.tensor) for s in own.values()):
+    if not all(s.is_expert and not s.is_flat and s.row is None and _in_rows(s.tensor) for s in own.values()):
         return None
     number = next(iter(own.values())).tensor.shape[0]
     if any(s.tensor.shape[0] != number for s in own.values()) or len(tensors) % number:
@@ -272,7 +272,7 @@ def _pieces(tensor: Tensor, number: int) -> list[Tensor]:
 
 def _whole(slot: Slot) -> Tensor:
     tensor = slot.tensor.full_tensor() if isinstance(slot.tensor, DTensor) else slot.tensor
-    return (tensor if slot.row is None else tensor[slot.row]).detach().cpu()
+    return (slot.own(tensor) if slot.row is None else tensor[slot.row]).detach().cpu()
 
 
 def _me() -> int:

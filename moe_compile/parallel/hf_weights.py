@@ -104,7 +104,7 @@ def _plan(model: nn.Module, path: str | os.PathLike[str]) -> tuple[Files, dict[s
 def _by_expert(conversion: Conversion, sources: dict[str, Tensor], targets: list[Slot]) -> bool:
     shapes = {slot.tensor.shape[:1] for slot in targets}
     dims = {len(slot.tensor.shape) - 1 for slot in targets}
-    if len(shapes) != 1 or not all(s.is_expert and s.row is None for s in targets):
+    if len(shapes) != 1 or not all(s.is_expert and not s.is_flat and s.row is None for s in targets):
         return False
     return {t.dim() for t in sources.values()} == dims and conversion.by_expert(next(iter(shapes))[0])
 

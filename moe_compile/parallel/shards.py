@@ -2,8 +2,8 @@
 
 A family is one weight of all experts.  It is a DTensor parameter with `Shard(0)` over the mesh dimension "ep", whose
 global value is the stack [E, ...]; on a mesh ("edp", "ep") it may be split further (expert_shards.py).  In the model's
-own terms it is one stacked parameter, or one parameter of each module of a list; then the DTensor is a parameter of the
-list, and the modules' own are None.
+own terms it is one stacked parameter; or one parameter with the experts' rows below each other, [E * rows, ...], flat;
+or one parameter of each module of a list: then the DTensor is a parameter of the list, and the modules' own are None.
 
 A module that holds families is in one of three states:
 
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe_compile.parallel.expert_shards import part, split_dim
 from moe_compile.parallel.mesh import shard_sizes
+from moe_compile.parallel.uneven import Rows
 from moe_compile.parts import parts
 
 ATTRIBUTE = "_moe_ep_shards"
@@ -33,17 +34,48 @@ ATTRIBUTE = "_moe_ep_shards"
 @dataclass(frozen=True)
 class Family:
     """name: of the DTensor, below the module at hand.  members: the names that the model has for it, in the order of
-    the experts; one, if it is stacked.
+    the experts; one, if it is stacked.  rows: of an expert, if the model's own parameter is flat, else 0.
     """
 
     name: str
     members: tuple[str, ...]
     num_experts: int
+    rows: int = 0
 
     def below(self, prefix: str) -> "Family":
         """The family as seen from a module further out."""
         start = f"{prefix}." if prefix else ""
-        return Family(start + self.name, tuple(start + m for m in self.members), self.num_experts)
+        return replace(self, name=start + self.name, members=tuple(start + m for m in self.members))
+
+    @property
+    def listed(self) -> bool:
+        """Whether the model has a parameter for each expert."""
+        return self.members != (self.name,)
+
+    @property
+    def behind(self) -> int:
+        """The first dimension along which a stack may be split over "edp": what a rank has of a flat one is a box."""
+        return 2 if self.rows else 1
+
+    def stack(self, own: Tensor) -> Tensor:
+        """The stack [L, ...] of what the model has for some experts in one parameter."""
+        return own.unflatten(0, (-1, self.rows)) if self.rows else own
+
+    def own(self, stack: Tensor) -> Tensor:
+        """What the model has in one parameter, of the stack of some experts."""
+        return stack.flatten(0, 1) if self.rows else stack
+
+    def stacked(self, own: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the stack, of that of one parameter of the model."""
+        if len(self.members) > 1:
+            return (self.num_experts, *own)
+        return (own[0] // self.rows, self.rows, *own[1:]) if self.rows else tuple(own)
+
+    def unstacked(self, stack: Sequence[int]) -> tuple[int, ...]:
+        """The shape of a parameter of the model, of that of the stack."""
+        if len(self.members) > 1:
+            return tuple(stack[1:])
+        return (stack[0] * stack[1], *stack[2:]) if self.rows else tuple(stack)
 
 
 @dataclass(frozen=True)
@@ -103,40 +135,56 @@ class Shards:
         """Over how many ranks the same experts are split."""
         return 1 if self.split is None else self.split.size(0)
 
-    def split_dim(self, whole: Sequence[int]) -> int | None:
+    def split_dim(self, whole: Sequence[int], family: Family) -> int | None:
         """The dimension of a stack [E, ...] along which they are; None if each has all."""
-        return None if self.split is None else split_dim(whole, self.edp)
+        return None if self.split is None else split_dim(whole, self.edp, family.behind)
 
     def place(self, rows: Tensor, family: Family) -> DTensor:
         """The DTensor of a family, of whole weights [L, ...] of this rank's experts."""
         shape = (family.num_experts, *rows.shape[1:])
-        if self.split is not None and (dim := self.split_dim(shape)) is not None:
+        if self.split is not None and (dim := self.split_dim(shape, family)) is not None:
             mine = part(shape[dim], self.edp, self.split.get_local_rank(0))
             rows = rows.narrow(dim, mine.start, mine.stop - mine.start)
-        return self.wrap(rows, shape)
+        return self.wrap(rows, shape, family)
 
-    def wrap(self, local: Tensor, shape: Sequence[int]) -> DTensor:
+    def wrap(self, local: Tensor, shape: Sequence[int], family: Family) -> DTensor:
         """The DTensor of a stack of this shape, of what this rank holds of it."""
-        stride = torch.empty(tuple(shape), device="meta").stride()
         mesh, placements = self.mesh, [Shard(0)]
         if self.split is not None:
-            dim = self.split_dim(shape)
+            dim = self.split_dim(shape, family)
             mesh, placements = self.split, [Replicate() if dim is None else Shard(dim), Shard(0)]  # type: ignore[list-item]
-        return DTensor.from_local(
-            local.contiguous(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        return _dtensor(local.contiguous(), mesh, placements, shape)
+
+    def own_of(self, packed: Tensor, family: Family) -> Tensor:
+        """A flat weight, or what an optimizer holds for it, as the model has it; of the stack, whose memory it shares.
+
+        A DTensor where each rank has as many experts, else `Rows`: no DTensor has other sizes than `Shard`'s.
+        """
+        if not isinstance(packed, DTensor) or packed.dim() < 2:
+            return packed
+        mesh, shape = packed.device_mesh, family.unstacked(packed.shape)
+        local = family.own(packed.to_local())
+        placements = [Shard(p.dim - 1) if isinstance(p, Shard) and p.dim else p for p in packed.placements]
+        if family.num_experts % self.mesh.size() == 0:
+            return _dtensor(local, mesh, placements, shape)
+        offsets = [self.own(family).start * family.rows] + [0] * (len(shape) - 1)
+        for i, p in enumerate(placements):
+            if isinstance(p, Shard) and p.dim:
+                offsets[p.dim] = part(shape[p.dim], mesh.size(i), mesh.get_local_rank(i)).start
+        return Rows(local.detach(), tuple(offsets), shape)
 
     def of_one(self, packed: Tensor, i: int) -> Tensor:
         """The weight of the i-th expert of this rank, in the memory of all: a DTensor if it is split over "edp"."""
         local = packed.to_local() if isinstance(packed, DTensor) else packed
         mine = local[i]
-        if self.split is None or not isinstance(packed, DTensor) or (dim := self.split_dim(packed.shape)) is None:
+        if self.split is None or not isinstance(packed, DTensor) or (dim := self._dim_of(packed)) is None:
             return mine
-        shape = packed.shape[1:]
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            mine, self.split["edp"], [Shard(dim - 1)], run_check=False, shape=shape, stride=stride
-        )
+        return _dtensor(mine, self.split["edp"], [Shard(dim - 1)], packed.shape[1:])
+
+    def _dim_of(self, packed: DTensor) -> int | None:
+        """Along which dimension it is split over "edp"."""
+        placement = packed.placements[0]
+        return placement.dim if packed.device_mesh.ndim > 1 and isinstance(placement, Shard) else None
 
     def dtype(self, weight: Tensor) -> torch.dtype:
         """What a forward reads a weight in: as FSDP's `param_dtype`, for numbers that are not integers."""
@@ -147,7 +195,7 @@ class Shards:
         for family in self.families:
             packed = holder._parameters[family.name]
             assert packed is not None
-            whole = tuple(packed.shape if len(family.members) == 1 else packed.shape[1:])
+            whole = family.unstacked(packed.shape)
             local = packed.to_local() if isinstance(packed, DTensor) else packed
             alike = (whole, self.dtype(packed), local.device, packed.requires_grad)
             for member in family.members:
@@ -163,7 +211,7 @@ class Shards:
         assert self.state == "sharded", f"experts are {self.state}"
         packed = {family.name: holder._parameters[family.name] for family in self.families}
         for family in self.families:
-            if family.members != (family.name,):
+            if family.listed:
                 del holder._parameters[family.name]
             for member in family.members:
                 _slot(holder, member, values[member])
@@ -178,6 +226,11 @@ class Shards:
             self.state = "sharded"
 
         return undo
+
+
+def _dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Any], shape: Sequence[int]) -> DTensor:
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

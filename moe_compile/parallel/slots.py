@@ -1,7 +1,7 @@
 """What stands behind each name of a model: where a checkpoint's numbers go, and come from.
 
 A rank holds a box of a named tensor: all of it, the rows that are its shard, or nothing.  Of a list of experts, which
-is one packed parameter, each name is one row.
+is one packed parameter, each name is one row; a flat weight is a stack here, and its rows in the model.
 """
 
 import math
@@ -20,22 +20,35 @@ from moe_compile.errors import MoeCompileError
 from moe_compile.parallel import gradients
 from moe_compile.parallel.mesh import device_type
 from moe_compile.parallel.safetensors_files import some
-from moe_compile.parallel.shards import holders
+from moe_compile.parallel.shards import Family, holders
 
 Box = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """tensor: the parameter or buffer.  row: which expert of a packed list.  is_expert: whether "ep" shards it."""
+    """tensor: the parameter or buffer.  row: which expert of a packed list.  family: of experts, which "ep" shards."""
 
     tensor: Tensor
     row: int | None = None
-    is_expert: bool = False
+    family: Family | None = None
+
+    @property
+    def is_expert(self) -> bool:
+        return self.family is not None
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the tensor is [E, F, ..] of what the model has as [E * F, ..]."""
+        return self.family is not None and self.family.rows > 0
+
+    def own(self, stack: Tensor) -> Tensor:
+        """What the model has, of the stack of some experts; other tensors as they are."""
+        return stack if self.family is None else self.family.own(stack)
 
     def meta(self) -> Tensor:
         """A tensor of the shape and dtype that the name stands for."""
-        shape = self.tensor.shape if self.row is None else self.tensor.shape[1:]
+        shape = self.tensor.shape if self.family is None else self.family.unstacked(self.tensor.shape)
         return torch.empty(shape, dtype=self.tensor.dtype, device="meta")
 
     def box(self) -> Box | None:
@@ -52,6 +65,8 @@ class Slot:
         if not math.prod(shape):
             return None
         box = tuple(slice(start, start + n) for start, n in zip(offset, shape, strict=True))
+        if self.is_flat:  # never split between the rows of an expert: Family.behind
+            return (slice(box[0].start * shape[1], box[0].stop * shape[1]), *box[2:])
         if self.row is None:
             return box
         return box[1:] if self.row in range(box[0].start, box[0].stop) else None
@@ -62,7 +77,7 @@ class Slot:
         if not isinstance(tensor, DTensor):
             return tensor.detach()
         local = tensor.to_local().detach()
-        return local if self.row is None else self._row()
+        return self.own(local) if self.row is None else self._row()
 
     def _row(self) -> Tensor:
         tensor: Any = self.tensor
@@ -83,7 +98,7 @@ class Slot:
         if self.row is None:
             whole: Any = tensor.detach()
             local: Tensor = whole.redistribute(placements=[Replicate(), tensor.placements[1]]).to_local()
-            return local
+            return self.own(local)
         shape = tensor.shape[1:]
         stride = torch.empty(shape, device="meta").stride()
         mesh = tensor.device_mesh["edp"]
@@ -116,7 +131,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward without a backward leaves whole parameters
-    packed = {
+    families = {
         id(holder._parameters[family.name]): family.below(name)
         for name, holder, shards in holders(model)
         for family in shards.families
@@ -131,11 +146,11 @@ def slots(model: nn.Module) -> dict[str, Slot]:
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            family = packed.get(id(parameter))
-            if family is None or len(family.members) == 1:
-                found[start + name] = Slot(parameter, is_expert=family is not None)
+            family = families.get(id(parameter))
+            if family is None or not family.listed:
+                found[start + name] = Slot(parameter, family=family)
             else:
-                found |= {member: Slot(parameter, e, True) for e, member in enumerate(family.members)}
+                found |= {member: Slot(parameter, e, family) for e, member in enumerate(family.members)}
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found[start + name] = Slot(buffer)

@@ -1,8 +1,9 @@
 """State dicts of sharded experts, by the model's own names.
 
-Dense weights that FSDP splits are DTensors under their names.  A stacked weight keeps its name and is a DTensor.  The
-weights of a list of modules appear one by one, those of this rank's experts only, as DTensors if they are split over
-"edp": together the ranks' state dicts are the model's.  Loading takes the weights of one process too.
+Dense weights that FSDP splits are DTensors under their names.  A stacked weight keeps its name and is a DTensor; so is
+a flat one, in the shape that the model has, or `Rows` where ranks hold other numbers of experts.  The weights of a list
+of modules appear one by one, those of this rank's experts only, as DTensors if they are split over "edp": together the
+ranks' state dicts are the model's.  Loading takes the weights of one process too.
 """
 
 import functools
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moe_compile.parallel.shards import Family, Shards
+from moe_compile.parallel.uneven import Rows
 
 
 def install(holder: nn.Module, shards: Shards) -> None:
@@ -20,7 +22,9 @@ def install(holder: nn.Module, shards: Shards) -> None:
 
     def save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         for family in shards.families:
-            if family.members != (family.name,) and (packed := state.pop(prefix + family.name, None)) is not None:
+            if family.rows and (packed := state.get(prefix + family.name)) is not None:
+                state[prefix + family.name] = shards.own_of(packed, family)
+            elif family.listed and (packed := state.pop(prefix + family.name, None)) is not None:
                 for i, e in enumerate(shards.own(family)):
                     state[prefix + family.members[e]] = shards.of_one(packed, i)
 
@@ -53,10 +57,16 @@ def _load_dense(names: list[str], module: nn.Module, state: dict[str, Any], pref
 def _load(state: dict[str, Any], prefix: str, family: Family, shards: Shards) -> None:
     """Put this rank's experts, as a DTensor, in the place of what stands for the whole."""
     own = shards.own(family)
-    if family.members == (family.name,):
-        whole = state.get(prefix + family.name)
-        if isinstance(whole, Tensor) and not isinstance(whole, DTensor) and whole.shape[:1] == (family.num_experts,):
-            state[prefix + family.name] = shards.place(whole[own.start : own.stop], family)
+    if not family.listed:
+        found = state.get(prefix + family.name)
+        if isinstance(found, Tensor) and family.rows and found.shape[:1] == (family.num_experts * family.rows,):
+            if isinstance(found, DTensor | Rows):  # what `save` gave
+                local = found.to_local() if isinstance(found, DTensor) else found.local
+                state[prefix + family.name] = shards.wrap(family.stack(local), family.stacked(found.shape), family)
+                return
+            found = family.stack(found)
+        if isinstance(found, Tensor) and not isinstance(found, DTensor) and found.shape[:1] == (family.num_experts,):
+            state[prefix + family.name] = shards.place(found[own.start : own.stop], family)
         return
     found = [state.pop(prefix + member, None) for member in family.members]
     mine = [weight for weight in found[own.start : own.stop] if weight is not None]
@@ -65,4 +75,4 @@ def _load(state: dict[str, Any], prefix: str, family: Family, shards: Shards) ->
             state[prefix + family.name] = shards.place(torch.stack(mine), family)
         elif shards.split is not None and all(w.device_mesh == shards.split["edp"] for w in mine):
             shape = (family.num_experts, *mine[0].shape)  # what `save` gave
-            state[prefix + family.name] = shards.wrap(torch.stack([w.to_local() for w in mine]), shape)
+            state[prefix + family.name] = shards.wrap(torch.stack([w.to_local() for w in mine]), shape, family)

@@ -97,7 +97,9 @@ def own_names(model: nn.Module, what: Callable[[nn.Parameter], Tensor | None]) -
     for name, parameter in model.named_parameters():
         value = what(parameter)
         value = value.full_tensor() if isinstance(value, DTensor) else value
-        members = families[parameter].members if parameter in families else (name,)
+        family = families.get(parameter)
+        members = (name,) if family is None else family.members
+        value = value if value is None or family is None else family.own(value)
         parts = [value] * len(members) if value is None or len(members) == 1 else list(value.unbind(0))
         found.update(zip(members, parts, strict=True))
     return found
@@ -178,7 +180,8 @@ def parity(
 
 
 def stacked_loop(ranks: Ranks) -> None:
-    parity(ranks, stacked(2), tokens(ranks), inner="aot_eager" if ranks.size <= 2 else "eager")
+    few = ranks.size <= 2
+    parity(ranks, stacked(2 if few else 1), tokens(ranks), inner="aot_eager" if few else "eager")
 
 
 def module_list(ranks: Ranks) -> None:
@@ -286,6 +289,29 @@ def autocast(ranks: Ranks) -> None:
     with torch.autocast("cpu", torch.bfloat16), regions() as found:
         assert torch.equal(compiled(model, fullgraph=True, strategy="alltoall")(x), alone(x))
     assert {r.strategy for r in found} == {"alltoall", "grouped"}
+
+
+def autocast_with_gradients(ranks: Ranks) -> None:
+    """Loss and gradients are those of one process under autocast, to the rounding of bfloat16; weights stay float32."""
+    model, batches = stacked(), tokens(ranks, [20, 13])
+    reference, single = copy.deepcopy(model), copy.deepcopy(model)
+    moe_compile.parallelize(model, moe_compile.build_mesh())
+    call = compiled(model, "aot_eager", fullgraph=True, strategy="alltoall")
+    with torch.autocast("cpu", torch.bfloat16):
+        got = square(call, *batches[ranks.rank])
+        want = sum(square(reference, *b) for b in batches) / ranks.size  # type: ignore[misc]
+    exact = sum(square(single, *b) for b in batches) / ranks.size  # type: ignore[misc]
+    for loss in (got, want, exact):
+        loss.backward()
+    total = got.detach().clone()
+    dist.all_reduce(total)
+    assert close(total / ranks.size, want, 4e-3), (total / ranks.size, want)
+    grads = own_names(model, lambda p: p.grad)
+    for name, parameter in reference.named_parameters():
+        mine, theirs, true = grads[name], parameter.grad, single.get_parameter(name).grad
+        assert mine is not None and theirs is not None and true is not None
+        assert mine.dtype == torch.float32 and close(mine, theirs, 2e-2), f"{name}: {_off(mine, theirs)}"
+        assert not close(mine, true, 1e-4), f"{name}: autocast is not seen"
 
 
 def frozen_experts(ranks: Ranks) -> None:
@@ -672,6 +698,16 @@ def kept(rows: Tensor, *_: Any) -> Tensor:
     return rows.clone()
 
 
+@torch.no_grad()
+def exchange(ranks: Ranks, experts: nn.Module) -> None:
+    """Give each of two ranks the experts of the other."""
+    for parameter in experts.parameters():
+        local = parameter.to_local()  # type: ignore[operator]
+        both = [torch.empty_like(local) for _ in range(2)]
+        dist.all_gather(both, local.contiguous())
+        local.copy_(both[1 - ranks.rank])
+
+
 def sabotage(ranks: Ranks) -> None:
     """A collective that is missing, a gradient that is not averaged, experts on the wrong rank: each is noticed."""
     batches: Batches = [(torch.randn(3, D), FOUR_IDS) for _ in range(ranks.size)]
@@ -691,31 +727,24 @@ def sabotage(ranks: Ranks) -> None:
     with mock.patch.object(gradients, "_all_reduce", lambda parameters, group: None):
         assert not right(), "without the average of dense gradients"
 
-    def exchange() -> None:
-        with torch.no_grad():
-            for parameter in (model.experts.w13, model.experts.w2):
-                both = [torch.empty_like(parameter.to_local()) for _ in range(2)]
-                dist.all_gather(both, parameter.to_local().contiguous())
-                parameter.to_local().copy_(both[1 - ranks.rank])
-
-    exchange()
+    exchange(ranks, model.experts)
     assert not right(), "with exchanged experts"
-    exchange()
+    exchange(ranks, model.experts)
     assert right()
     vars(model)[gradients.ATTRIBUTE].ep = 1
     assert not right(), "with experts' gradients that are sums"
 
 
 CHECKS = {
-    1: [stacked_loop, uncompiled, bitwise],
+    1: [stacked_loop, module_list, uncompiled, bitwise],
     2: [
         stacked_loop, module_list, mixtral_eager, mixtral_grouped, inductor, a_rank_without_tokens,
         experts_nobody_chose, everybody_chose_one, gradient_accumulation, without_gradients, generates, frozen_experts,
-        sizes_that_vary, autocast,
+        sizes_that_vary, autocast, autocast_with_gradients,
         activation_checkpointing, mixtral_checkpointing, layer_by_layer, weights_travel, bitwise, uncompiled, refused,
         one_refused, another_backend, everything_of_an_expert, a_value_of_each_rank, experts_in_another_order,
         ids_of_no_expert, states, different_dense_weights, sabotage, ranks_that_compute_something_else,
     ],
     4: [misfits, stacked_loop, unequal_batches, copies_of_experts, bitwise],
-    8: [stacked_loop, bitwise],
+    8: [stacked_loop, module_list, bitwise],
 }  # fmt: skip

@@ -85,7 +85,7 @@ def _work(rank: int, size: int, port: int, names: list[str], module: str, result
     import torch
     import torch.distributed as dist
 
-    from tests.parallel import checks, strategies
+    from tests.parallel import checks, checks_flat, strategies
 
     checks.E = max(3, 2 * size - 1)  # the last rank holds fewer
     torch.set_num_threads(1)
@@ -94,9 +94,8 @@ def _work(rank: int, size: int, port: int, names: list[str], module: str, result
     for name in names:
         torch._dynamo.reset()
         torch.manual_seed(0)
-        check: Callable[[Ranks], None] = getattr(importlib.import_module(module), name, None) or getattr(
-            strategies, name
-        )
+        places = (importlib.import_module(module), strategies, checks_flat)
+        check: Callable[[Ranks], None] = next(getattr(m, name) for m in places if hasattr(m, name))
         start = time.monotonic(), time.process_time()
         try:
             check(Ranks(rank, size))

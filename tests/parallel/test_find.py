@@ -1,10 +1,14 @@
 """Which parameters are taken for experts', and which are not."""
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_compile.parallel.find import about_flat_weights, find_experts
+from moe_compile.parallel.flat import experts_of_views
+from moe_compile.parallel.shards import Family
 from tests.tiny import FF, Block, D, Experts, Net, Separate
 
 
@@ -118,9 +122,68 @@ class Flat(Experts):
         return out
 
 
-def test_flat_weights_are_none_and_what_to_do_is_said() -> None:
-    flat = Net(1, lambda: Block(Flat()))
-    assert found(flat) == {}
-    assert "layers.0.experts.w13 is (128, 8)" in about_flat_weights(flat)
-    assert "make it a parameter of (experts, rows, columns)" in about_flat_weights(flat)
+def test_flat_weights_are_found_by_the_sizes_of_their_views() -> None:
+    assert find_experts(Flat())[0].families == (Family("w13", ("w13",), 4, 2 * FF), Family("w2", ("w2",), 4, D))
+
+
+class Columns(Experts):
+    """The weights of all experts beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w13, self.w2 = (nn.Parameter(w.detach().movedim(-1, 0).flatten(1)) for w in (self.w13, self.w2))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        w13, w2 = self.w13.view(D, self.num_experts, 2 * FF), self.w2.view(FF, self.num_experts, D)
+        for e in range(self.num_experts):
+            t, k = torch.where(ids == e)
+            gate, up = (x[t] @ w13[:, e]).chunk(2, -1)
+            out.index_add_(0, t, (F.silu(gate) * up) @ w2[:, e] * weights[t, k, None])
+        return out
+
+
+def test_weights_beside_each_other_are_none_and_what_to_do_is_said() -> None:
+    columns = Net(1, lambda: Block(Columns()))
+    assert found(columns) == {}
+    assert "layers.0.experts.w13 is (8, 128)" in about_flat_weights(columns)
+    assert "make it a parameter of (experts, rows, columns)" in about_flat_weights(columns)
     assert about_flat_weights(Net()) == about_flat_weights(Convolution()) == ""
+
+
+class Sizes(nn.Module):
+    """How the sizes of a view are written; `known` says what is found."""
+
+    known = (6, 6, 6, 6, 6, 2)
+    experts = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = SimpleNamespace(sizes=(6, 2, 4), wide=24)
+        for name in [*"abcdef", *(f"r{i}" for i in range(8))]:
+            setattr(self, name, nn.Parameter(torch.randn(12, 4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (-1, 2, self.a.shape[1])
+        turned = self.r7.view(6, 2, 4)
+        twice = 2
+        twice = twice + int(x.sum())
+        for e in range(6):
+            x = x + torch.where(x > 0, self.a.view(shape)[e], self.b.reshape(self.experts, -1, x.shape[1])[e])
+            x = x + self.c.unflatten(0, (-1, 2))[e] + self.helper(self.d, 6)[e] + self.e.view(self.inner.sizes)[e]
+            x = x + self.f.view([self.inner.wide // 12, 6, 4])[e]
+            x = x + self.r0.view(twice, -1, 4)[e] + self.r1.view(x.shape[0], -1)[e] + self.r2.view(5, -1, 4)[e]
+            x = x + self.r3.view(6, 2, 4)[e] + self.r3.view(3, 4, 4)[e] + self.r4.t().view(6, -1) + self.r5.view(-1)
+            x = x + self.r6.view(6, 2, 4)[:, e] + turned[..., e]
+        return x
+
+    def helper(self, flat: Tensor, number: int) -> Tensor:
+        return flat.view(number, -1, 4)
+
+
+def test_sizes_that_the_source_says() -> None:
+    """Names set once, attributes, tuples, arithmetic, methods; not what is set again, computed from data or ambiguous."""
+    module = Sizes()
+    sizes = experts_of_views(Sizes.forward, module)
+    named = {n: sizes[id(p)] for n, p in module.named_parameters() if id(p) in sizes}
+    assert named == dict(zip("abcdef", Sizes.known, strict=True))

@@ -1,11 +1,11 @@
-"""Every check of checks.py and strategies.py, on the world sizes that it is listed for."""
+"""Every check of checks.py, strategies.py and checks_flat.py, on the world sizes that it is listed for."""
 
 import pytest
 
-from tests.parallel import checks, ranks, strategies
+from tests.parallel import checks, checks_flat, ranks, strategies
 
 CHECKS = {
-    size: [check.__name__ for module in (checks, strategies) for check in module.CHECKS.get(size, [])]
+    size: [check.__name__ for module in (checks, strategies, checks_flat) for check in module.CHECKS.get(size, [])]
     for size in sorted(checks.CHECKS | strategies.CHECKS)
 }
 
