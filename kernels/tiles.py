@@ -86,7 +86,7 @@ def sum_products(
 def sum_described_products(
     acc, x_ptrs, w, e, f, r_in, D: tl.constexpr, F_PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """As `sum_products`, of weights by a descriptor (`described`), from column f of each half on."""
+    """As `sum_products`, of weights by a descriptor (`by_descriptor`), from column f of each half on."""
     d, expert = tl.arange(0, BLOCK_K), e.to(tl.int32)
     for first in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:

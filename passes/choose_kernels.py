@@ -118,17 +118,18 @@ class ChooseKernels(RewritePass[Site]):
 def _why_not_fused(node: Node, forward: bool) -> str | None:
     vals: Any = map_arg(node.args, lambda n: n.meta["val"])
     if forward:
-        x, ids, weights, gate, up, down, num_experts, activation, gated = vals
+        x, ids, weights, gate, up, down, num_experts, activation, gated, *biases = vals
         top_k, routing = ids.shape[1], cuda.why_not_routing(ids, num_experts)
     else:
-        _, x, _, weights, offsets, _, gate, up, down, activation, gated, _, _ = vals
+        _, x, _, weights, offsets, _, gate, up, down, activation, gated, _, _, *biases = vals
         num_experts, routing, top_k = offsets.shape[0], None, 1 if weights is None else weights.shape[1]
-    return routing or cuda.why_not_mlp(x, weights, gate, up, down, num_experts, top_k, activation, gated)
+    return routing or cuda.why_not_mlp(x, weights, gate, up, down, num_experts, top_k, activation, gated, *biases)
 
 
 def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
     """(result, by whom the last product is done) of an `expert_mlp` whose other outputs nobody reads."""
-    x, ids, weights, gate, up, down, num_experts, activation, gated = node.args
+    x, ids, weights, gate, up, down, num_experts, activation, gated, *biases = node.args
+    bias_EG, bias_ED = [*biases, None, None][:2]
     top_k, triton = value(ids).shape[1], torch.ops.moe_ep_triton  # type: ignore[arg-type]
 
     def stack(w: Any) -> Any:
@@ -141,9 +142,11 @@ def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
 
     routing = emit(graph, triton.sort_by_expert.default, ids, num_experts, like=node)
     order, offsets = part(routing, 0), part(routing, 1)
-    arguments = (x, stack(gate), stack(up), offsets, order, top_k, activation, gated, False)
+    arguments = (x, stack(gate), stack(up), offsets, order, top_k, activation, gated, False, bias_EG)
     a, last = part(emit(graph, triton.gated_gemm.default, *arguments, like=node), 0), stack(down)
-    if _timed(a, last):
+    if bias_ED is not None:  # added where our product ends
+        y, name = emit(graph, triton.grouped_gemm.default, a, last, offsets, bias_ED, like=node), "triton"
+    elif _timed(a, last):
         y, name = _by_time(graph, node, a, last, offsets), "triton and the faster one, by Inductor"
     elif _prefer_grouped_mm(a, last) is not None:
         product = emit(graph, moe_ep.grouped_gemm.default, a, [last], offsets, like=node)

@@ -178,7 +178,7 @@ arg4_1: bf16[64, 2]
 sort_by_expert_default: tuple = moe_ep_triton.sort_by_expert(arg1_1, 4)
 getitem_4: i32[128] = sort_by_expert_default[0]
 getitem_5: i32[4] = sort_by_expert_default[1]
-gated_gemm_default: tuple = moe_ep_triton.gated_gemm(arg0_1, None, arg2_1, getitem_5, getitem_4, 2, silu, True, False)
+gated_gemm_default: tuple = moe_ep_triton.gated_gemm(arg0_1, None, arg2_1, getitem_5, getitem_4, 2, silu, True, False, None)
 getitem_6: bf16[128, 48] = gated_gemm_default[0]
 grouped_gemm_default: bf16[128, 32] = moe_ep_triton.grouped_gemm(getitem_6, arg3_1, getitem_5)
 combine_default: bf16[64, 32] = moe_ep_triton.combine(grouped_gemm_default, arg4_1, getitem_4, getitem_5, 2)
