@@ -42,6 +42,7 @@ from moe_compile.kernels.grouped_gemm import grouped_gemm_reference, why_not_bia
 from moe_compile.kernels.tiles import (
     GROUP_M,
     fills,
+    num_programs,
     program_tile,
     row_tiles,
     rows_per_expert,
@@ -89,13 +90,41 @@ def _gated_gemm_kernel(
     GROUP_M: tl.constexpr,
     MULTIPLE: tl.constexpr,
     TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
     """UP_START: where the rows of up begin behind up_ptr, in elements.  TMA: gate_ptr is a descriptor of both.
     PAIRS: up_ptr holds both."""
+    if PERSISTENT:
+        num_tiles = num_row_tiles * ((F + BLOCK_F - 1) // BLOCK_F)
+        for program in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            _tile(
+                program,
+                x_ptr, gate_ptr, up_ptr, bias_ptr, order_ptr, tiles_ptr, a_ptr, h_ptr, num_row_tiles, E, K,
+                D, F, UP_START, STRIDE_E, STRIDE_F, STRIDE_D, ACTIVATION, ALPHA, LIMIT, SHIFT, GATED, PAIRS,
+                BIASED, KEEP_H, BLOCK_M, BLOCK_F, BLOCK_K, GROUP_M, MULTIPLE, TMA,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0),
+            x_ptr, gate_ptr, up_ptr, bias_ptr, order_ptr, tiles_ptr, a_ptr, h_ptr, num_row_tiles, E, K,
+            D, F, UP_START, STRIDE_E, STRIDE_F, STRIDE_D, ACTIVATION, ALPHA, LIMIT, SHIFT, GATED, PAIRS,
+            BIASED, KEEP_H, BLOCK_M, BLOCK_F, BLOCK_K, GROUP_M, MULTIPLE, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    program,
+    x_ptr, gate_ptr, up_ptr, bias_ptr, order_ptr, tiles_ptr, a_ptr, h_ptr, num_row_tiles, E: tl.constexpr, K:
+    tl.constexpr, D: tl.constexpr, F: tl.constexpr, UP_START: tl.constexpr, STRIDE_E: tl.constexpr, STRIDE_F:
+    tl.constexpr, STRIDE_D: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr, GATED: tl.constexpr, PAIRS: tl.constexpr, BIASED: tl.constexpr, KEEP_H: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, MULTIPLE:
+    tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile of a program; nothing where it has none."""
     num_col_tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
-    if e > E:
-        return
+    e, r, r_in, column = program_tile(tiles_ptr, program, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     G: tl.constexpr = 2 * F if GATED else F
     BLOCK_N: tl.constexpr = 2 * BLOCK_F if GATED else BLOCK_F
     number = a_ptr.dtype.element_ty
@@ -117,42 +146,42 @@ def _gated_gemm_kernel(
                 store_columns(h_ptr, zero, r, r_in, f_out, F, G)
                 if GATED:
                     store_columns(h_ptr + F, zero, r, r_in, f_out, F, G)
-        return
-    t = (tl.load(order_ptr + r, mask=r_in, other=0) // K).to(tl.int64)
-    d = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + t[:, None] * D + d[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if TMA:
-        first = column * (BLOCK_N if PAIRS else BLOCK_F)
-        acc = sum_described_products(acc, x_ptrs, gate_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
-    else:
-        offset = g.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
-        w_ptrs = weight_of(gate_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + offset
-        if GATED and not PAIRS:
-            up_ptrs = weight_of(up_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + UP_START + offset
-            w_ptrs = tl.where((n < BLOCK_F)[None, :], w_ptrs, up_ptrs)
-        acc = sum_products(acc, x_ptrs, w_ptrs, r_in, g_in, D, STRIDE_D, BLOCK_K)
-    if BIASED:
-        place = g
-        if GATED and not PAIRS:
-            place += tl.where(n < BLOCK_F, 0, F)
-        acc += tl.load(bias_ptr + e * G + place, mask=g_in, other=0.0).to(tl.float32)[None, :]
-    h = acc.to(number)
-    if GATED:
-        if PAIRS:
-            gate, up = tl.split(tl.reshape(h, [BLOCK_M, BLOCK_F, 2]))
+    elif e < E:
+        t = (tl.load(order_ptr + r, mask=r_in, other=0) // K).to(tl.int64)
+        d = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + t[:, None] * D + d[None, :]
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if TMA:
+            first = column * (BLOCK_N if PAIRS else BLOCK_F)
+            acc = sum_described_products(acc, x_ptrs, gate_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
         else:
-            # A row of the accumulator lies in one group of threads: the halves part without a move.
-            gate, up = tl.split(tl.permute(tl.reshape(h, [BLOCK_M, 2, BLOCK_F]), [0, 2, 1]))
-        a = activated(gate.to(tl.float32), ACTIVATION, ALPHA, LIMIT) * factor(up.to(tl.float32), LIMIT, SHIFT)
-        if KEEP_H and not PAIRS:
-            store_columns(h_ptr, gate, r, r_in, f_out, F, G)
-            store_columns(h_ptr + F, up, r, r_in, f_out, F, G)
-    else:
-        a = activated(h.to(tl.float32), ACTIVATION, ALPHA, LIMIT)
-    if KEEP_H and (PAIRS or not GATED):
-        store_columns(h_ptr, h, r, r_in, g, G, G)
-    store_columns(a_ptr, a.to(number), r, r_in, f_out, F, F)
+            offset = g.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
+            w_ptrs = weight_of(gate_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + offset
+            if GATED and not PAIRS:
+                up_ptrs = weight_of(up_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + UP_START + offset
+                w_ptrs = tl.where((n < BLOCK_F)[None, :], w_ptrs, up_ptrs)
+            acc = sum_products(acc, x_ptrs, w_ptrs, r_in, g_in, D, STRIDE_D, BLOCK_K)
+        if BIASED:
+            place = g
+            if GATED and not PAIRS:
+                place += tl.where(n < BLOCK_F, 0, F)
+            acc += tl.load(bias_ptr + e * G + place, mask=g_in, other=0.0).to(tl.float32)[None, :]
+        h = acc.to(number)
+        if KEEP_H and (PAIRS or not GATED):
+            store_columns(h_ptr, h, r, r_in, g, G, G)
+        if GATED:
+            if PAIRS:
+                gate, up = tl.split(tl.reshape(h, [BLOCK_M, BLOCK_F, 2]))
+            else:
+                # A row of the accumulator lies in one group of threads: the halves part without a move.
+                gate, up = tl.split(tl.permute(tl.reshape(h, [BLOCK_M, 2, BLOCK_F]), [0, 2, 1]))
+            a = activated(gate.to(tl.float32), ACTIVATION, ALPHA, LIMIT) * factor(up.to(tl.float32), LIMIT, SHIFT)
+            if KEEP_H and not PAIRS:
+                store_columns(h_ptr, gate, r, r_in, f_out, F, G)
+                store_columns(h_ptr + F, up, r, r_in, f_out, F, G)
+        else:
+            a = activated(h.to(tl.float32), ACTIVATION, ALPHA, LIMIT)
+        store_columns(a_ptr, a.to(number), r, r_in, f_out, F, F)
 
 
 # -- launcher: the grid is never empty, so that nothing is asked about R -----------------------
@@ -203,8 +232,8 @@ def launch(
     filled = fills(R, E, F, 32 if gated else 64)
     seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None, filled)
     setting = settings.choose("gated_gemm", form, x_TD.device, x_TD.dtype, rows, D, F, seed=seed)
-    block_m, block_f, block_k, warps, stages = setting[:5]
-    wanted = setting[5:] == (1,) and gate is None
+    block_m, block_f, block_k, warps, stages, tma, per_multiprocessor = (*setting, 0, 0)[:7]
+    wanted = tma and gate is None
     columns, num_halves = (2 * block_f, 1) if how.pairs else (block_f, 2 if gated else 1)
     pointer = by_descriptor(up, num_halves, columns, block_k) if wanted else None
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
@@ -212,10 +241,11 @@ def launch(
     first_pointer = first.pointer if pointer is None else pointer
     bias = a_RF if bias_EG is None else bias_EG.contiguous()
     arguments = (x_TD, first_pointer, up.pointer, bias, order_R, tiles, a_RF, h_RG if keep_h else a_RF, num_row_tiles)
-    run[(num_row_tiles * triton.cdiv(F, block_f),)](
+    run[(num_programs(num_row_tiles, triton.cdiv(F, block_f), per_multiprocessor, x_TD.device),)](
         *arguments,
         *(E, top_k, D, F, up_start, *up.stride, *constants(how), gated, how.pairs, bias_EG is not None, keep_h),
         *(block_m, block_f, block_k, GROUP_M, min(first.multiple, up.multiple), pointer is not None),
+        per_multiprocessor > 0,
         num_warps=warps,
         num_stages=stages,
     )
@@ -309,6 +339,7 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         filled: bool = True,
         tma: bool = False,
         biased: bool = False,
+        persistent: bool = False,
     ) -> None:
         m, f, k, warps, stages = _seed(rows, dtype, gated, hip, filled)
         short, act = "bf16" if dtype == torch.bfloat16 else "fp32", described(how)
@@ -324,11 +355,13 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         values |= dict(zip(("ACTIVATION", "ALPHA", "LIMIT", "SHIFT"), constants(act), strict=True))
         values |= {"GATED": gated, "PAIRS": act.pairs, "BIASED": biased, "KEEP_H": keep, "GROUP_M": GROUP_M}
         values |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "MULTIPLE": multiple, "TMA": tma}
+        values |= {"PERSISTENT": persistent}
         values |= {"STRIDE_E": 0} if multiple else {}
         tile = f"{m}x{'2x' if gated else ''}{f}x{k} w{warps} s{stages}"
         rest = f"{' h' if keep else ''}{', f packed' if packed == 'f' else ''}{', two' if form == 'two' else ''}"
         rest += f"{', separate' if multiple else ''}{', TMA' if tma else ''}{'' if how == 'silu' else f', {how}'}"
         rest = rest.replace(GPT_OSS, "gpt-oss") + (", bias" if biased else "")
+        rest += ", persistent" if persistent else ""
         cases.append((f"{short} {tile}{rest}", _gated_gemm_kernel, args, values, warps, stages))
 
     for rows in (256, 32, 1):
@@ -355,7 +388,12 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     case(torch.bfloat16, 256, True, True, biased=True)
     case(torch.bfloat16, 256, False, True, biased=True)
     case(torch.float32, 256, True, True, packed="f", how=GPT_OSS, biased=True)
+    for rows in (256, 32, 1):
+        case(torch.bfloat16, rows, True, True, persistent=True)
+        case(torch.bfloat16, rows, False, False, persistent=True)
+    case(torch.float32, 256, True, True, persistent=True)
     for packed in "" if hip else "df":
+        case(torch.bfloat16, 256, True, True, packed=packed, tma=True, persistent=True)
         case(torch.bfloat16, 256, True, True, packed=packed, how=GPT_OSS, biased=True, tma=True)
     return cases
 

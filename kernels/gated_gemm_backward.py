@@ -83,7 +83,7 @@ def _gated_gemm_backward_kernel(
     MULTIPLE: tl.constexpr,
 ):
     num_col_tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
+    e, r, r_in, column = program_tile(tiles_ptr, tl.program_id(0), num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     if e > E:
         return
     pair = tl.load(order_ptr + r, mask=r_in, other=0)

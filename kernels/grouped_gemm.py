@@ -29,6 +29,7 @@ from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 from moe_compile.kernels.tiles import (
     GROUP_M,
     fills,
+    num_programs,
     program_tile,
     row_tiles,
     rows_per_expert,
@@ -61,11 +62,35 @@ def _grouped_gemm_kernel(
     GROUP_M: tl.constexpr,
     MULTIPLE: tl.constexpr,
     TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
+    if PERSISTENT:
+        num_tiles = num_row_tiles * ((F + BLOCK_N - 1) // BLOCK_N)
+        for program in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            _tile(
+                program,
+                x_ptr, w_ptr, bias_ptr, tiles_ptr, y_ptr, num_row_tiles, E, D, F, STRIDE_E, STRIDE_F,
+                STRIDE_D, BIASED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, MULTIPLE, TMA,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0),
+            x_ptr, w_ptr, bias_ptr, tiles_ptr, y_ptr, num_row_tiles, E, D, F, STRIDE_E, STRIDE_F,
+            STRIDE_D, BIASED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, MULTIPLE, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    program,
+    x_ptr, w_ptr, bias_ptr, tiles_ptr, y_ptr, num_row_tiles, E: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    STRIDE_E: tl.constexpr, STRIDE_F: tl.constexpr, STRIDE_D: tl.constexpr, BIASED: tl.constexpr, BLOCK_M:
+    tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, MULTIPLE: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile of a program; nothing where it has none."""
     num_col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
-    if e > E:
-        return
+    e, r, r_in, column = program_tile(tiles_ptr, program, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     f_in = f < F
     y_ptrs = y_ptr + r[:, None] * F + f[None, :]
@@ -73,19 +98,19 @@ def _grouped_gemm_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if e == E:
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
-        return
-    d = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + r[:, None] * D + d[None, :]
-    if TMA:
-        first = column * BLOCK_N
-        acc = sum_described_products(acc, x_ptrs, w_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
-    else:
-        w_ptrs = weight_of(w_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
-        w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
-        acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
-    if BIASED:
-        acc += tl.load(bias_ptr + e * F + f, mask=f_in, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
+    elif e < E:
+        d = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + r[:, None] * D + d[None, :]
+        if TMA:
+            first = column * BLOCK_N
+            acc = sum_described_products(acc, x_ptrs, w_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
+        else:
+            w_ptrs = weight_of(w_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
+            w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
+            acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
+        if BIASED:
+            acc += tl.load(bias_ptr + e * F + f, mask=f_in, other=0.0).to(tl.float32)[None, :]
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
 
 
 # -- launcher: the grid is never empty, so that nothing is asked about R -----------------------
@@ -104,15 +129,15 @@ def launch(x_RD: Tensor, w: Weights, offsets_E: Tensor, bias_EF: Tensor | None =
     y_RF, rows = x_RD.new_empty(R, F), rows_per_expert(R, E)
     seed = _seed(rows, x_RD.dtype, torch.version.hip is not None, fills(R, E, F, 64))
     setting = settings.choose("grouped_gemm", w.packed(), x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
-    block_m, block_n, block_k, warps, stages = setting[:5]
-    pointer = by_descriptor(w, 1, block_n, block_k) if setting[5:] == (1,) else None
+    block_m, block_n, block_k, warps, stages, tma, per_multiprocessor = (*setting, 0, 0)[:7]
+    pointer = by_descriptor(w, 1, block_n, block_k) if tma else None
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
     run: Any = _grouped_gemm_kernel
     run = wrap_triton(_grouped_gemm_kernel) if compiled(run) else run
-    run[(num_row_tiles * triton.cdiv(F, block_n),)](
+    run[(num_programs(num_row_tiles, triton.cdiv(F, block_n), per_multiprocessor, x_RD.device),)](
         *(x_RD, w.pointer if pointer is None else pointer, y_RF if bias_EF is None else bias_EF.contiguous(), tiles),
         *(y_RF, num_row_tiles, E, D, F, *w.stride, bias_EF is not None),
-        *(block_m, block_n, block_k, GROUP_M, w.multiple, pointer is not None),
+        *(block_m, block_n, block_k, GROUP_M, w.multiple, pointer is not None, per_multiprocessor > 0),
         num_warps=warps,
         num_stages=stages,
     )
@@ -176,15 +201,18 @@ def compile_cases(hip: bool = False) -> list[tuple]:
             m, n, k, warps, stages = _seed(rows, dtype, hip, filled)
             ways = [("d", 0, 0), ("f", 0, 0), ("d", 16, 0), ("f", 16, 0)]
             tma_ways = [("d", 0, 1), ("f", 0, 1)] * (short == "bf16" and not hip)
-            for packed, multiple, tma, biased in [*((*way, False) for way in ways + tma_ways), ("f", 0, 0, True)]:
+            forms = [*((*way, "") for way in ways + tma_ways), ("f", 0, 0, "bias")]
+            forms += [(*way, "persistent") for way in (ways[:2] + tma_ways) * (filled and rows > 1)]
+            for packed, multiple, tma, form in forms:
                 args = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), f"*{short}")
                 args |= {"tiles_ptr": "*i32", "num_row_tiles": "i32"} | ({"w_ptr": "*i64"} if multiple else {})
                 args |= {"w_ptr": descriptor_type(short, 1, n, k, packed == "f")} if tma else {}
                 setting = f"{short} {m}x{n}x{k} w{warps} s{stages}, {packed} packed"
-                setting += ", separate" if multiple else ", TMA" if tma else ", bias" if biased else ""
+                setting += ", separate" if multiple else ", TMA" if tma else ""
+                setting += f", {form}" if form else ""
                 constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k} | sizes | strides[packed]
                 constants |= {"STRIDE_E": 0 if multiple else F * D, "MULTIPLE": multiple, "TMA": bool(tma)}
-                constants |= {"BIASED": biased}
+                constants |= {"BIASED": form == "bias", "PERSISTENT": form == "persistent"}
                 cases.append((setting, _grouped_gemm_kernel, args, constants, warps, stages))
     return cases
 

@@ -4,6 +4,9 @@ A small kernel writes the expert and the rows of each tile of BLOCK_M rows; a ti
 left over do nothing, and the rows behind the last offset are a group of their own, with number E.  Of n groups that
 have rows no routing makes more than n + (R - n) // BLOCK_M tiles, and n is R or E + 1 at most.  No host read; the
 number of tiles depends on R and E alone, and with few rows it is R.
+
+A program computes one tile of rows by one of columns; or, in a persistent grid, one after another: as many programs as
+the device runs at a time, in the same order of tiles.
 """
 
 from typing import Any
@@ -42,13 +45,15 @@ def _row_tiles_kernel(offsets_ptr, tiles_ptr, R, E: tl.constexpr, GROUPS: tl.con
 
 
 @triton.jit
-def program_tile(tiles_ptr, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """(expert, rows, which of them are its own, column tile) of this program; expert > E: nothing to do.
+def program_tile(
+    tiles_ptr, program, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
+):  # fmt: skip
+    """(expert, rows, which of them are its own, column tile) of a program; expert > E: nothing to do.
 
     Row tiles run fastest, within groups of GROUP_M, so that neighbours read the same weights.
     """
-    group = tl.program_id(0) // (GROUP_M * NUM_COL_TILES)
-    within = tl.program_id(0) % (GROUP_M * NUM_COL_TILES)
+    group = program // (GROUP_M * NUM_COL_TILES)
+    within = program % (GROUP_M * NUM_COL_TILES)
     group_size = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
     tile = group * GROUP_M + within % group_size
     e = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
@@ -115,6 +120,17 @@ def row_tiles(offsets_E: Tensor, R: int | torch.SymInt, block_m: int) -> tuple[T
     groups = triton.next_power_of_2(E + 1)
     make[(num_row_tiles,)](offsets_E.contiguous(), tiles, R, E, groups, block_m, num_warps=4)
     return tiles, num_row_tiles
+
+
+def num_programs(
+    num_row_tiles: int | torch.SymInt, num_col_tiles: int, per_multiprocessor: int, device: torch.device
+) -> int | torch.SymInt:
+    """One for each tile, or no more than so many for each multiprocessor, if that is not 0."""
+    num_tiles = num_row_tiles * num_col_tiles
+    if not per_multiprocessor:
+        return num_tiles
+    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return torch.sym_min(num_tiles, per_multiprocessor * count)
 
 
 def hint(R: int | torch.SymInt, E: int) -> int:
