@@ -41,7 +41,9 @@ from moe_compile.kernels.grouped_gemm import _seed as first_product_seed
 from moe_compile.kernels.grouped_gemm import grouped_gemm_reference, why_not_bias
 from moe_compile.kernels.tiles import (
     GROUP_M,
+    Made,
     fills,
+    made_of,
     num_programs,
     program_tile,
     row_tiles,
@@ -199,12 +201,18 @@ def gated_gemm(
     gated: bool,
     keep_h: bool,
     bias_EG: Tensor | None = None,
+    tiles: Tensor | None = None,
+    tile_rows: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(a_RF, h_RG); h is empty if nobody keeps it.  Without `gate_EFD`, `up_EGD` holds both if `gated`."""
+    """(a_RF, h_RG); h is empty if nobody keeps it.  Without `gate_EFD`, `up_EGD` holds both if `gated`.
+
+    tiles: row tiles of `tile_rows` rows of this routing, which are taken if the product wants such.
+    """
     if reason := why_not(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated, bias_EG):
         raise ValueError(f"moe_ep_triton.gated_gemm: {reason}")
     gate = None if gate_EFD is None else stacked(gate_EFD)
-    return launch(x_TD, gate, stacked(up_EGD), offsets_E, order_R, top_k, activation, gated, keep_h, bias_EG)
+    made = made_of(tiles, tile_rows)
+    return launch(x_TD, gate, stacked(up_EGD), offsets_E, order_R, top_k, activation, gated, keep_h, bias_EG, made)
 
 
 def launch(
@@ -218,6 +226,7 @@ def launch(
     gated: bool,
     keep_h: bool,
     bias_EG: Tensor | None = None,
+    made: Made | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(a_RF, h_RG), of arguments that `why_not` does not object to; gate and up are both stacked, or both separate."""
     x_TD, order_R, R = x_TD.contiguous(), order_R.contiguous(), order_R.shape[0]
@@ -228,15 +237,12 @@ def launch(
     a_RF, h_RG = _outputs(x_TD, F, order_R, gated, keep_h)
     how = described(activation)
     up_start = F * up.stride[1] if gated and gate is None and not how.pairs else 0
-    rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
-    filled = fills(R, E, F, 32 if gated else 64)
-    seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None, filled)
-    setting = settings.choose("gated_gemm", form, x_TD.device, x_TD.dtype, rows, D, F, seed=seed)
+    setting = _setting(x_TD, E, F, R, gated)
     block_m, block_f, block_k, warps, stages, tma, per_multiprocessor = (*setting, 0, 0)[:7]
     wanted = tma and gate is None
     columns, num_halves = (2 * block_f, 1) if how.pairs else (block_f, 2 if gated else 1)
     pointer = by_descriptor(up, num_halves, columns, block_k) if wanted else None
-    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
+    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m, made)
     run: Any = wrap_triton(_gated_gemm_kernel) if compiled(_gated_gemm_kernel) else _gated_gemm_kernel
     first_pointer = first.pointer if pointer is None else pointer
     bias = a_RF if bias_EG is None else bias_EG.contiguous()
@@ -250,6 +256,19 @@ def launch(
         num_stages=stages,
     )
     return a_RF, h_RG
+
+
+def _setting(x_TD: Tensor, E: int, F: int, R: int | torch.SymInt, gated: bool) -> tuple[int, ...]:
+    rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
+    filled = fills(R, E, F, 32 if gated else 64)
+    seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None, filled)
+    return settings.choose("gated_gemm", form, x_TD.device, x_TD.dtype, rows, int(x_TD.shape[1]), F, seed=seed)
+
+
+def tile_rows(x_TD: Tensor, gate_EFD: Tensor | None, up_EGD: Tensor, order_R: Tensor, gated: bool) -> int:
+    """How many rows the tiles of this product have.  The tensors may be fakes."""
+    F = _width(gate_EFD, up_EGD, gated)
+    return _setting(x_TD, int(up_EGD.shape[0]), F, order_R.shape[0], gated)[0]
 
 
 def _width(gate_EFD: Tensor | None, up_EGD: Tensor, gated: bool) -> int:
@@ -269,7 +288,8 @@ def _seed(rows: int, dtype: torch.dtype, gated: bool, hip: bool, filled: bool = 
 
 
 @gated_gemm.register_fake
-def _(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated, keep_h, bias_EG=None):  # type: ignore[no-untyped-def]
+def _(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated, keep_h, bias_EG=None, tiles=None,
+      tile_rows=0):  # type: ignore[no-untyped-def]  # fmt: skip
     return _outputs(x_TD, _width(gate_EFD, up_EGD, gated), order_R, gated, keep_h)
 
 

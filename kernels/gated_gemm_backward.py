@@ -39,7 +39,15 @@ from moe_compile.kernels.activation import activated, constants, factor, followe
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 from moe_compile.kernels.gated_gemm import GPT_OSS
 from moe_compile.kernels.grouped_gemm import grouped_gemm_reference
-from moe_compile.kernels.tiles import GROUP_M, program_tile, row_tiles, rows_per_expert, store_columns, sum_products
+from moe_compile.kernels.tiles import (
+    GROUP_M,
+    Made,
+    program_tile,
+    row_tiles,
+    rows_per_expert,
+    store_columns,
+    sum_products,
+)
 from moe_compile.kernels.weights import Weights, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
@@ -228,6 +236,7 @@ def launch(
     apart: bool,
     keep_a: bool,
     scale_a: bool,
+    made: Made | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dh, a_RF, dots_R), of arguments that `why_not` does not object to."""
     order_R, R, (E, D, F) = order_R.contiguous(), order_R.shape[0], down.shape
@@ -240,7 +249,7 @@ def launch(
     num_col_tiles = triton.cdiv(F, block_f)
     dots = dots_R if weights_TK is None else h_RG.new_empty(num_col_tiles, R, dtype=torch.float32)
     weights = dots if weights_TK is None else weights_TK.contiguous()
-    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
+    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m, made)
     run: Any = _gated_gemm_backward_kernel
     run = wrap_triton(_gated_gemm_backward_kernel) if compiled(run) else run
     run[(num_row_tiles * num_col_tiles,)](

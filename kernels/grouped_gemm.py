@@ -28,7 +28,9 @@ from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 from moe_compile.kernels.tiles import (
     GROUP_M,
+    Made,
     fills,
+    made_of,
     num_programs,
     program_tile,
     row_tiles,
@@ -117,13 +119,23 @@ def _tile(
 
 
 @triton_op("moe_ep_triton::grouped_gemm", mutates_args=())
-def grouped_gemm(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor, bias_EF: Tensor | None = None) -> Tensor:
+def grouped_gemm(
+    x_RD: Tensor,
+    w_EFD: Tensor,
+    offsets_E: Tensor,
+    bias_EF: Tensor | None = None,
+    tiles: Tensor | None = None,
+    tile_rows: int = 0,
+) -> Tensor:
+    """y_RF.  tiles: row tiles of `tile_rows` rows of this routing, which are taken if the product wants such."""
     if reason := why_not(x_RD, w_EFD, offsets_E, bias_EF):
         raise ValueError(f"moe_ep_triton.grouped_gemm: {reason}")
-    return launch(x_RD, stacked(w_EFD), offsets_E, bias_EF)
+    return launch(x_RD, stacked(w_EFD), offsets_E, bias_EF, made_of(tiles, tile_rows))
 
 
-def launch(x_RD: Tensor, w: Weights, offsets_E: Tensor, bias_EF: Tensor | None = None) -> Tensor:
+def launch(
+    x_RD: Tensor, w: Weights, offsets_E: Tensor, bias_EF: Tensor | None = None, made: Made | None = None
+) -> Tensor:
     """y_RF, of arguments that `why_not` does not object to."""
     x_RD, R, (E, F, D) = x_RD.contiguous(), x_RD.shape[0], w.shape
     y_RF, rows = x_RD.new_empty(R, F), rows_per_expert(R, E)
@@ -131,7 +143,7 @@ def launch(x_RD: Tensor, w: Weights, offsets_E: Tensor, bias_EF: Tensor | None =
     setting = settings.choose("grouped_gemm", w.packed(), x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
     block_m, block_n, block_k, warps, stages, tma, per_multiprocessor = (*setting, 0, 0)[:7]
     pointer = by_descriptor(w, 1, block_n, block_k) if tma else None
-    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
+    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m, made)
     run: Any = _grouped_gemm_kernel
     run = wrap_triton(_grouped_gemm_kernel) if compiled(run) else run
     run[(num_programs(num_row_tiles, triton.cdiv(F, block_n), per_multiprocessor, x_RD.device),)](
@@ -162,7 +174,14 @@ def _seed(rows: int, dtype: torch.dtype, hip: bool, filled: bool = True) -> tupl
 
 
 @grouped_gemm.register_fake
-def _(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor, bias_EF: Tensor | None = None) -> Tensor:
+def _(
+    x_RD: Tensor,
+    w_EFD: Tensor,
+    offsets_E: Tensor,
+    bias_EF: Tensor | None = None,
+    tiles: Tensor | None = None,
+    tile_rows: int = 0,
+) -> Tensor:
     return x_RD.new_empty(x_RD.shape[0], w_EFD.shape[1])
 
 

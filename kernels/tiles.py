@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
+from torch.library import triton_op, wrap_triton
 
 from moe_compile.kernels.dispatch import compiled
 
@@ -110,8 +110,19 @@ def sum_described_products(
 # -- launching ------------------------------------------------------------------------------
 
 
-def row_tiles(offsets_E: Tensor, R: int | torch.SymInt, block_m: int) -> tuple[Tensor, int | torch.SymInt]:
-    """(i32[tiles, 3], number of tiles): expert, first row and end of its rows of each tile of `block_m` rows."""
+Made = dict[int, tuple[Tensor, int | torch.SymInt]]
+"""Row tiles of one routing that other launches made, by BLOCK_M."""
+
+
+def row_tiles(
+    offsets_E: Tensor, R: int | torch.SymInt, block_m: int, made: Made | None = None
+) -> tuple[Tensor, int | torch.SymInt]:
+    """(i32[tiles, 3], number of tiles): expert, first row and end of its rows of each tile of `block_m` rows.
+
+    Those in `made` are taken, and others added to it.
+    """
+    if made is not None and block_m in made:
+        return made[block_m]
     E = int(offsets_E.shape[0])
     groups_with_rows = torch.sym_min(R, E + 1)
     num_row_tiles = torch.sym_max(groups_with_rows + (R - groups_with_rows) // block_m, 1)
@@ -119,7 +130,27 @@ def row_tiles(offsets_E: Tensor, R: int | torch.SymInt, block_m: int) -> tuple[T
     make: Any = wrap_triton(_row_tiles_kernel) if compiled(_row_tiles_kernel) else _row_tiles_kernel
     groups = triton.next_power_of_2(E + 1)
     make[(num_row_tiles,)](offsets_E.contiguous(), tiles, R, E, groups, block_m, num_warps=4)
+    if made is not None:
+        made[block_m] = tiles, num_row_tiles
     return tiles, num_row_tiles
+
+
+@triton_op("moe_ep_triton::row_tiles", mutates_args=())
+def make_row_tiles(offsets_E: Tensor, order_R: Tensor, block_m: int) -> Tensor:
+    """The tiles of `row_tiles`, for several products of one routing."""
+    return row_tiles(offsets_E, order_R.shape[0], block_m)[0]
+
+
+@make_row_tiles.register_fake
+def _(offsets_E: Tensor, order_R: Tensor, block_m: int) -> Tensor:
+    R, E = order_R.shape[0], int(offsets_E.shape[0])
+    groups_with_rows = torch.sym_min(R, E + 1)
+    return offsets_E.new_empty(torch.sym_max(groups_with_rows + (R - groups_with_rows) // block_m, 1), 3)
+
+
+def made_of(tiles: Tensor | None, block_m: int) -> Made:
+    """As `row_tiles` takes what `make_row_tiles` gave."""
+    return {} if tiles is None else {block_m: (tiles, tiles.shape[0])}
 
 
 def num_programs(

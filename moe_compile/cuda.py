@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
+from torch.library import custom_op
 
 from moe_compile import expert_mlp, ops
 
@@ -121,7 +122,10 @@ def mlp(
     gated: bool,
     bias_EG: Tensor | None = None,
     bias_ED: Tensor | None = None,
+    *,
+    keep_h: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `expert_mlp`; h is empty unless somebody keeps it."""
     expert_mlp.check(gate, up, down, activation, gated, bias_EG, bias_ED)
     how = (activation, gated, bias_EG, bias_ED)
     if why_not_routing(ids_TK, num_experts) or why_not_mlp(
@@ -130,14 +134,40 @@ def mlp(
         return expert_mlp.reference(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, *how)
     from moe_compile.kernels import combine, dispatch, gated_gemm, grouped_gemm
 
-    K = ids_TK.shape[1]
+    K, made = ids_TK.shape[1], {}  # type: ignore[var-annotated]
     order_R, offsets_E = dispatch.sort_by_expert(ids_TK, num_experts)
     with set_wrap_triton_enabled(False):
         first = _weights(gate, up)
-        routing = (offsets_E, order_R, K, activation, gated, True, bias_EG)
+        routing = (offsets_E, order_R, K, activation, gated, keep_h, bias_EG, made)
         a_RF, h_RG = gated_gemm.launch(x_TD, first[0] if gate else None, first[-1], *routing)
-        y_RD = grouped_gemm.launch(a_RF, _weights(down)[0], offsets_E, bias_ED)
+        y_RD = grouped_gemm.launch(a_RF, _weights(down)[0], offsets_E, bias_ED, made)
     return combine.combine(y_RD, weights_TK, order_R, offsets_E, K), h_RG, offsets_E, order_R
+
+
+def mlp_result(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor | None,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    num_experts: int,
+    activation: str,
+    gated: bool,
+    bias_EG: Tensor | None = None,
+    bias_ED: Tensor | None = None,
+) -> Tensor:
+    """The first output of `expert_mlp`, for whom nobody keeps the others: an inference."""
+    how = (activation, gated, bias_EG, bias_ED)
+    return mlp(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, *how, keep_h=False)[0]
+
+
+result_of_mlp = custom_op("moe_ep_triton::expert_mlp_result", mlp_result, mutates_args=())
+
+
+@result_of_mlp.register_fake
+def _(*args: Any) -> Tensor:
+    return expert_mlp.expert_mlp(*args)[0]  # type: ignore[no-any-return]
 
 
 def mlp_backward(
@@ -171,11 +201,12 @@ def mlp_backward(
     dout_TD, routing, first = dout_TD.to(x_TD.dtype), (offsets_E, order_R), [w for w in (gate, up) if w]
     dx_TD, dgate, dup, ddown, dbias_EG, dbias_ED = (x_TD.new_empty(0) for _ in range(6))
     with set_wrap_triton_enabled(False):
-        asked: Any = (K, activation, gated, len(gate) > 0, of_params, scale_a)
+        made: Any = {}
+        asked: Any = (K, activation, gated, len(gate) > 0, of_params, scale_a, made)
         dh, a_RF, dots_R = gated_gemm_backward.launch(dout_TD, _weights(down)[0], h_RG, weights_TK, *routing, *asked)
         if of_x:
             parts = [(d, _weights(expert_mlp.transposed(w))[0]) for d, w in zip(dh, first, strict=True)]
-            dx_RD, *other = (grouped_gemm.launch(d, w, offsets_E) for d, w in parts)
+            dx_RD, *other = (grouped_gemm.launch(d, w, offsets_E, None, made) for d, w in parts)
             dx_TD = combine.combine(dx_RD.add_(other[0]) if other else dx_RD, None, order_R, offsets_E, K)
     if of_params:
         *before, dup = (grouped_gemm_dw.grouped_gemm_dw(d, x_TD, *routing, 0, K) for d in dh)

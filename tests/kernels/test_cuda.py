@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_compile import cuda, expert_mlp, ops
 from moe_compile.activations import ACTIVATIONS
-from moe_compile.kernels import grouped_gemm
+from moe_compile.kernels import gated_gemm, grouped_gemm, settings, tiles
 
 from .conftest import DEVICE, DTYPES, random
 
@@ -180,6 +181,52 @@ def test_mlp_is_run_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((expert_mlp, "reference"), (expert_mlp, "backward_reference"), (ops, "dispatch_reference")):
         monkeypatch.setattr(module, name, never)
     everything(*OURS, mlp_arguments("mixed", "one stack", torch.float32, torch.float32))
+
+
+@pytest.mark.parametrize("form", ["one stack", "separate"])
+def test_an_inference_writes_no_products_before_the_activation(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits without them."""
+    args = mlp_arguments("mixed", form, torch.float32, torch.float32)
+    kept: list[bool] = []
+    run = gated_gemm.launch
+    monkeypatch.setattr(gated_gemm, "launch", lambda *more: (kept.append(more[8]), run(*more))[1])
+    assert torch.equal(cuda.mlp_result(*args), cuda.mlp(*args)[0])
+    assert kept == [False, True]
+    assert torch.equal(torch.ops.moe_ep_triton.expert_mlp_result(*args), cuda.mlp(*args)[0])
+    with FakeTensorMode() as fakes:
+        fake = torch.utils._pytree.tree_map_only(Tensor, fakes.from_tensor, args)
+        assert torch.ops.moe_ep_triton.expert_mlp_result(*fake).shape == (7, 24)
+
+
+def test_row_tiles_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For both products of a forward, and for both of a backward; again where tiles have other sizes."""
+    made: list[int] = []
+    kernel = tiles._row_tiles_kernel
+
+    class Noted:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: (made.append(args[-1]), kernel[grid](*args, **kwargs))[1]
+
+    monkeypatch.setattr(tiles, "_row_tiles_kernel", Noted())
+    args = mlp_arguments("mixed", "one stack", torch.float32, torch.float32)
+    wanted = everything(*OURS, args)
+    assert made == [16, 16]
+    made.clear()
+    with settings.pinned("grouped_gemm", "d packed", (32, 32, 16, 4, 2)):
+        again = everything(*OURS, args)
+    assert made == [16, 32, 16]  # in the backward the last weight is packed the other way
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(again, wanted, strict=True))
+    x, w, (offsets, order, K) = args[0], args[4][0], (*ops.dispatch_reference(args[0], args[1], E)[1:], 2)
+    table = tiles.make_row_tiles(offsets, order, 16)
+    for rows, count in ((16, 0), (64, 1)):  # of another size: not taken
+        made.clear()
+        how = "silu", True, False, None, table, rows
+        assert torch.equal(gated_gemm.gated_gemm(x, None, w, offsets, order, K, *how)[0], cuda_a(x, w, offsets, order))
+        assert len(made) == count + 1
+
+
+def cuda_a(x: Tensor, w: Tensor, offsets: Tensor, order: Tensor) -> Tensor:
+    return gated_gemm.gated_gemm(x, None, w, offsets, order, 2, "silu", True, False)[0]
 
 
 def test_mlp_only_what_is_asked() -> None:
