@@ -225,9 +225,8 @@ return combine_default""",
             return moe_ep.expert_mlp(x, ids, None, [], [*up], [*down], E, "silu", True)[:2]
 
         gm = trace(step, (T, D), IDS, (E, 2 * F, D), (E, D, F), dtype=torch.bfloat16)
-        before = graph_text(gm.graph)
         self.assertEqual([c[1:] for c in choose(gm).chosen], [("triton, in one call", "")])
-        self.assertEqual(graph_text(gm.graph), before)
+        self.assertIn("= moe_ep.expert_mlp(", graph_text(gm.graph))
 
     def test_an_inference_with_biases(self):
         def layer(x, ids, up, down, up_bias, down_bias):
