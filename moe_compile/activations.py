@@ -42,8 +42,9 @@ class Activation:
         """Return why this is no activation, or None."""
         if self.name not in ACTIVATIONS:
             return f"activation {self.name}, expected one of {', '.join(ACTIVATIONS)}"
-        finite = all(abs(number) < float("inf") for number in (self.alpha, self.limit, self.shift))
-        if not finite or self.limit < 0 or (self.alpha != 1 and self.name != "silu"):
+        numbers = (self.alpha, self.limit, self.shift)  # kernels have them in f32
+        fit = all(n == 0 or 1e-30 < abs(n) < 1e30 for n in numbers)
+        if not fit or self.limit < 0 or (self.alpha != 1 and self.name != "silu"):
             return f"activation {self}"
         return f"activation {self} without a gate" if not gated and (self.shift or self.pairs) else None
 

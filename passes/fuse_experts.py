@@ -153,6 +153,8 @@ class _Matcher:
         if last is None or (between := self.activated(last.rows)) is None:
             return None
         activation, gated, products = between
+        if activation.why_not(gated) is not None:
+            return None
         routing = (products[0].rows, self.offsets, self.order)
         if [n.args for n in routing if _is(n, operator.getitem)] != [(dispatch, i) for i in range(3)]:  # type: ignore[union-attr]
             return None
@@ -179,7 +181,7 @@ class _Matcher:
         if _is(node, aten.add.Tensor) and not node.kwargs:
             for y, b in (node.args, node.args[::-1]):
                 if _is(b, aten.index.Tensor) and (found := self.product(y)) is not None and found.bias is None:
-                    if not self.by_expert(b.args[1]) or value(b).shape != value(node).shape:
+                    if not self.by_expert(b.args[1]) or value(b).shape[1:] != value(node).shape[1:]:
                         return None
                     self.inside |= {node, b}
                     return Product(found.rows, found.weights, b.args[0])

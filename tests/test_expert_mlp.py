@@ -168,6 +168,8 @@ def test_what_describes_an_activation() -> None:
         "elu",
         "silu limit=-1",
         "silu limit=inf",
+        "silu limit=1e-40",
+        "silu shift=nan",
         "gelu alpha=2",
         "silu beta=1",
         "silu limit=1 limit=2",
@@ -348,7 +350,8 @@ def test_only_what_needs_a_gradient_gets_one(frozen: str) -> None:
         assert torch.equal(got, everything[1 + i])
 
 
-def test_it_keeps_the_input_the_products_and_the_routing() -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_it_keeps_the_input_the_products_and_the_routing(biased: bool) -> None:
     """Bytes kept for the backward do not grow with K at fixed K*F."""
     T, E = 64, 8
     kept = {}
@@ -357,7 +360,8 @@ def test_it_keeps_the_input_the_products_and_the_routing() -> None:
         up, down = torch.randn(E, 2 * width, D, requires_grad=True), torch.randn(E, D, width, requires_grad=True)
         ids = torch.rand(T, E).argsort(1)[:, :K]
         sizes: list[int] = []
-        params = {up.untyped_storage().data_ptr(), down.untyped_storage().data_ptr()}
+        biases = torch.randn(E, 2 * width, requires_grad=True), torch.randn(E, D, requires_grad=True)
+        params = {v.untyped_storage().data_ptr() for v in (up, down, *biases)}
 
         def pack(v: Tensor, sizes=sizes, params=params) -> Tensor:
             if v.untyped_storage().data_ptr() not in params:
@@ -365,7 +369,8 @@ def test_it_keeps_the_input_the_products_and_the_routing() -> None:
             return v
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
-            torch.ops.moe_ep.expert_mlp(x, ids, weights, [], [up], [down], E, "silu", True)
+            how = FORMS[-4] if biased else "silu"
+            torch.ops.moe_ep.expert_mlp(x, ids, weights, [], [up], [down], E, how, True, *(biases if biased else ()))
         routing = 4 * (T * K + E) + 4 * T * K  # order, offsets, weights
         assert sum(sizes) == 4 * T * D + 4 * T * K * 2 * width + routing
         kept[K] = sum(sizes) - routing
