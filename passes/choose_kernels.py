@@ -167,7 +167,7 @@ def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
     return emit(graph, triton.combine.default, y, weights, order, offsets, top_k, like=node), name
 
 
-def _rows_of_tiles(x: Node, gate: Node | None, up: Node, order: Node, gated: bool) -> int:
+def _rows_of_tiles(x: Any, gate: Node | None, up: Node, order: Node, gated: Any) -> int:
     from moe_compile.kernels.gated_gemm import tile_rows
 
     return tile_rows(value(x), None if gate is None else value(gate), value(up), value(order), gated)

@@ -94,7 +94,7 @@ def mlp_arguments(
         groups = [halves[:-1], halves[-1:], [down]]
     if form.endswith("separate"):
         groups = [[v.contiguous() for w in group for v in w] for group in groups]
-    biases = [random(*w.shape[:2], dtype=dtype, seed=6) for w in (up, down)] if biased else [None, None]
+    biases = [random(*w.shape[:2], dtype=dtype, seed=6) for w in (up, down)] if biased else []
     return x, i, weights, *groups, E, activation, gated, *biases
 
 
