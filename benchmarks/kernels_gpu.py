@@ -289,7 +289,7 @@ def layer_reference(
     x, weights, up, down, dout = (v.float() for v in (x, weights, up, down, dout))
     out, h, ends, order = reference(x, ids, weights, [], [up], [down], E, "silu", True)
     rest: tuple[Any, ...] = (weights, ends, order, [], [up], [down], "silu", True, True, True)
-    dx, dweights, _, dup, ddown = backward_reference(dout, x, h, *rest)
+    dx, dweights, _, dup, ddown, *_ = backward_reference(dout, x, h, *rest)
     return [out, dx, dweights, dup, ddown]
 
 

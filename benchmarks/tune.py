@@ -52,7 +52,8 @@ class Job(NamedTuple):
 def candidates(job: Job, shared_bytes: int) -> list[Setting]:
     """Settings worth trying, nearest to the kernel's own guess first."""
     ours = job.problem.device
-    tma = ours.startswith("sm_") and int(ours[3:]) >= 90 and "TMA" in settings.NAMES[job.problem.kernel]
+    names = settings.NAMES[job.problem.kernel]
+    tma = ours.startswith("sm_") and int(ours[3:]) >= 90
     kernel, halves = job.problem.kernel, 2 if (job.problem.kernel, job.problem.form) == ("gated_gemm", "gated") else 1
     found: list[Setting] = []
     for m, n, k, warps, stages in itertools.product(BLOCKS_M, BLOCKS_N, BLOCKS_K, WARPS, STAGES):
@@ -62,10 +63,13 @@ def candidates(job: Job, shared_bytes: int) -> list[Setting]:
             continue
         if kernel != "grouped_gemm_dw" and m > max(16, 2 * job.problem.rows):
             continue  # most of a tile would be empty
+        # as many programs as fit a multiprocessor by their registers, where there are tiles enough for several turns
+        persistent = (0, 1, 2)[: 1 + min(2, 65536 // (32 * warps * 128))] if job.problem.rows >= 64 else (0,)
         if kernel == "gated_gemm_backward":
             found += [(m, n, k, parts, warps, stages) for parts in (1, 2, 4) if n // parts >= 32]
         else:
-            found += [(m, n // halves, k, warps, stages, *rest) for rest in ((), (1,))[: 1 + tma]]
+            asked = [(t, p) for t in (0, 1)[: 1 + tma] for p in persistent] if "TMA" in names else [()]
+            found += [(m, n // halves, k, warps, stages, *rest) for rest in asked]
 
     def far(setting: Setting) -> float:
         return sum(abs(math.log2(a / b)) for a, b in zip(setting, job.seed, strict=False))

@@ -1,15 +1,18 @@
 """Triton kernel for the first half of `moe_ep.expert_mlp`: gather, grouped GEMM and gated activation.
 
-    h_RG[r]    = w_EGD[e] @ x_TD[order_R[r] // K]      where offsets_E[e-1] <= r < offsets_E[e]
+    h_RG[r]    = w_EGD[e] @ x_TD[order_R[r] // K]      where offsets_E[e-1] <= r < offsets_E[e]; plus bias_EG[e], if any
     a_RF[r, f] = act(h_RG[r, f]) * h_RG[r, F + f]      gated: G = 2F, the gate's numbers first
+    a_RF[r, f] = act(h_RG[r, 2f]) * h_RG[r, 2f + 1]    gated, in pairs
     a_RF[r, f] = act(h_RG[r, f])                       not gated: G = F
+    and with the limits and the shift of moe_compile/activations.py, if the activation has any
     both zero where r >= offsets_E[E-1]
 
 Rows of tokens are gathered as they are loaded; no copy of them exists.  A program computes the same columns of gate
-and up, in one tile of 2*BLOCK_F columns, so that the activation needs no other program's numbers.
+and up, in one tile of 2*BLOCK_F columns, so that the activation needs no other program's numbers; pairs are
+such a tile as they lie.
 
 Letters    T tokens, K experts per token, R = T*K routed rows, E experts, D model width, F expert width.
-Types      x, w, a, h: bf16 | f16 | f32, all the same, summed in f32 (f32: no tf32).  order, offsets: i32.
+Types      x, w, bias, a, h: bf16 | f16 | f32, all the same, summed in f32 (f32: no tf32).  order, offsets: i32.
 Numerics   h is rounded once, a is computed in f32 from the rounded h and rounded once: the same bits with or without
            h, and the same as what the backward computes from h.
 Layout     x row-major (other strides are copied first).  One stack w_EGD, or two stacks [E, F, D] for gate and up, of
@@ -28,15 +31,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from moe_compile.expert_mlp import ACTIVATIONS, activate
+from moe_compile.activations import ACTIVATIONS, between, described
+from moe_compile.activations import why_not as why_not_activation
+from moe_compile.expert_mlp import add_bias
 from moe_compile.kernels import settings
-from moe_compile.kernels.activation import activated
+from moe_compile.kernels.activation import activated, constants, factor
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 from moe_compile.kernels.grouped_gemm import _seed as first_product_seed
-from moe_compile.kernels.grouped_gemm import grouped_gemm_reference
+from moe_compile.kernels.grouped_gemm import grouped_gemm_reference, why_not_bias
 from moe_compile.kernels.tiles import (
     GROUP_M,
+    Made,
     fills,
+    made_of,
+    num_programs,
     program_tile,
     row_tiles,
     rows_per_expert,
@@ -44,7 +52,9 @@ from moe_compile.kernels.tiles import (
     sum_described_products,
     sum_products,
 )
-from moe_compile.kernels.weights import Weights, described, descriptor_type, restrided, stacked, weight_of
+from moe_compile.kernels.weights import Weights, by_descriptor, descriptor_type, restrided, stacked, weight_of
+
+GPT_OSS = "silu alpha=1.702 limit=7.0 shift=1.0 pairs"  # a form with everything, for `compile_cases`
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -54,6 +64,7 @@ def _gated_gemm_kernel(
     x_ptr,
     gate_ptr,
     up_ptr,
+    bias_ptr,
     order_ptr,
     tiles_ptr,
     a_ptr,
@@ -68,7 +79,12 @@ def _gated_gemm_kernel(
     STRIDE_F: tl.constexpr,
     STRIDE_D: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     GATED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BIASED: tl.constexpr,
     KEEP_H: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -76,55 +92,98 @@ def _gated_gemm_kernel(
     GROUP_M: tl.constexpr,
     MULTIPLE: tl.constexpr,
     TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    """UP_START: where the rows of up begin behind up_ptr, in elements.  TMA: gate_ptr is a descriptor of both."""
+    """UP_START: where the rows of up begin behind up_ptr, in elements.  TMA: gate_ptr is a descriptor of both.
+    PAIRS: up_ptr holds both."""
+    if PERSISTENT:
+        num_tiles = num_row_tiles * ((F + BLOCK_F - 1) // BLOCK_F)
+        for program in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            _tile(
+                program,
+                x_ptr, gate_ptr, up_ptr, bias_ptr, order_ptr, tiles_ptr, a_ptr, h_ptr, num_row_tiles, E, K,
+                D, F, UP_START, STRIDE_E, STRIDE_F, STRIDE_D, ACTIVATION, ALPHA, LIMIT, SHIFT, GATED, PAIRS,
+                BIASED, KEEP_H, BLOCK_M, BLOCK_F, BLOCK_K, GROUP_M, MULTIPLE, TMA,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0),
+            x_ptr, gate_ptr, up_ptr, bias_ptr, order_ptr, tiles_ptr, a_ptr, h_ptr, num_row_tiles, E, K,
+            D, F, UP_START, STRIDE_E, STRIDE_F, STRIDE_D, ACTIVATION, ALPHA, LIMIT, SHIFT, GATED, PAIRS,
+            BIASED, KEEP_H, BLOCK_M, BLOCK_F, BLOCK_K, GROUP_M, MULTIPLE, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    program,
+    x_ptr, gate_ptr, up_ptr, bias_ptr, order_ptr, tiles_ptr, a_ptr, h_ptr, num_row_tiles, E: tl.constexpr, K:
+    tl.constexpr, D: tl.constexpr, F: tl.constexpr, UP_START: tl.constexpr, STRIDE_E: tl.constexpr, STRIDE_F:
+    tl.constexpr, STRIDE_D: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr, GATED: tl.constexpr, PAIRS: tl.constexpr, BIASED: tl.constexpr, KEEP_H: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, MULTIPLE:
+    tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile of a program; nothing where it has none."""
     num_col_tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
-    if e > E:
-        return
+    e, r, r_in, column = program_tile(tiles_ptr, program, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     G: tl.constexpr = 2 * F if GATED else F
+    BLOCK_N: tl.constexpr = 2 * BLOCK_F if GATED else BLOCK_F
     number = a_ptr.dtype.element_ty
     f_out = column * BLOCK_F + tl.arange(0, BLOCK_F)
+    n = tl.arange(0, BLOCK_N)
+    if PAIRS:
+        g = column * BLOCK_N + n  # where a column of the tile lies in h
+        g_in = g < G
+    else:
+        g = column * BLOCK_F + n % BLOCK_F
+        g_in = g < F
     if e == E:
         zero = tl.zeros([BLOCK_M, BLOCK_F], number)
         store_columns(a_ptr, zero, r, r_in, f_out, F, F)
         if KEEP_H:
-            store_columns(h_ptr, zero, r, r_in, f_out, F, G)
-            if GATED:
-                store_columns(h_ptr + F, zero, r, r_in, f_out, F, G)
-        return
-    t = (tl.load(order_ptr + r, mask=r_in, other=0) // K).to(tl.int64)
-    d = tl.arange(0, BLOCK_K)
-    BLOCK_N: tl.constexpr = 2 * BLOCK_F if GATED else BLOCK_F
-    x_ptrs = x_ptr + t[:, None] * D + d[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if TMA:
-        first = column * BLOCK_F
-        acc = sum_described_products(acc, x_ptrs, gate_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
-    else:
-        n = tl.arange(0, BLOCK_N)
-        f = column * BLOCK_F + n % BLOCK_F
-        f_in = f < F
-        offset = f.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
-        w_ptrs = weight_of(gate_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + offset
-        if GATED:
-            up_ptrs = weight_of(up_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + UP_START + offset
-            w_ptrs = tl.where((n < BLOCK_F)[None, :], w_ptrs, up_ptrs)
-        acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
-    if GATED:
-        # A row of the accumulator lies in one group of threads: the halves part without a move.
-        gate, up = tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_F]), [0, 2, 1]))
-        gate, up = gate.to(number), up.to(number)
-        a = activated(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32)
-        if KEEP_H:
-            store_columns(h_ptr, gate, r, r_in, f_out, F, G)
-            store_columns(h_ptr + F, up, r, r_in, f_out, F, G)
-    else:
+            if PAIRS:
+                store_columns(h_ptr, tl.zeros([BLOCK_M, BLOCK_N], number), r, r_in, g, G, G)
+            else:
+                store_columns(h_ptr, zero, r, r_in, f_out, F, G)
+                if GATED:
+                    store_columns(h_ptr + F, zero, r, r_in, f_out, F, G)
+    elif e < E:
+        t = (tl.load(order_ptr + r, mask=r_in, other=0) // K).to(tl.int64)
+        d = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + t[:, None] * D + d[None, :]
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if TMA:
+            first = column * (BLOCK_N if PAIRS else BLOCK_F)
+            acc = sum_described_products(acc, x_ptrs, gate_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
+        else:
+            offset = g.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
+            w_ptrs = weight_of(gate_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + offset
+            if GATED and not PAIRS:
+                up_ptrs = weight_of(up_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + UP_START + offset
+                w_ptrs = tl.where((n < BLOCK_F)[None, :], w_ptrs, up_ptrs)
+            acc = sum_products(acc, x_ptrs, w_ptrs, r_in, g_in, D, STRIDE_D, BLOCK_K)
+        if BIASED:
+            place = g
+            if GATED and not PAIRS:
+                place += tl.where(n < BLOCK_F, 0, F)
+            acc += tl.load(bias_ptr + e * G + place, mask=g_in, other=0.0).to(tl.float32)[None, :]
         h = acc.to(number)
-        a = activated(h.to(tl.float32), ACTIVATION)
-        if KEEP_H:
-            store_columns(h_ptr, h, r, r_in, f_out, F, G)
-    store_columns(a_ptr, a.to(number), r, r_in, f_out, F, F)
+        if KEEP_H and (PAIRS or not GATED):
+            store_columns(h_ptr, h, r, r_in, g, G, G)
+        if GATED:
+            if PAIRS:
+                gate, up = tl.split(tl.reshape(h, [BLOCK_M, BLOCK_F, 2]))
+            else:
+                # A row of the accumulator lies in one group of threads: the halves part without a move.
+                gate, up = tl.split(tl.permute(tl.reshape(h, [BLOCK_M, 2, BLOCK_F]), [0, 2, 1]))
+            a = activated(gate.to(tl.float32), ACTIVATION, ALPHA, LIMIT) * factor(up.to(tl.float32), LIMIT, SHIFT)
+            if KEEP_H and not PAIRS:
+                store_columns(h_ptr, gate, r, r_in, f_out, F, G)
+                store_columns(h_ptr + F, up, r, r_in, f_out, F, G)
+        else:
+            a = activated(h.to(tl.float32), ACTIVATION, ALPHA, LIMIT)
+        store_columns(a_ptr, a.to(number), r, r_in, f_out, F, F)
 
 
 # -- launcher: the grid is never empty, so that nothing is asked about R -----------------------
@@ -141,12 +200,19 @@ def gated_gemm(
     activation: str,
     gated: bool,
     keep_h: bool,
+    bias_EG: Tensor | None = None,
+    tiles: Tensor | None = None,
+    tile_rows: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(a_RF, h_RG); h is empty if nobody keeps it.  Without `gate_EFD`, `up_EGD` holds both if `gated`."""
-    if reason := why_not(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated):
+    """(a_RF, h_RG); h is empty if nobody keeps it.  Without `gate_EFD`, `up_EGD` holds both if `gated`.
+
+    tiles: row tiles of `tile_rows` rows of this routing, which are taken if the product wants such.
+    """
+    if reason := why_not(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated, bias_EG):
         raise ValueError(f"moe_ep_triton.gated_gemm: {reason}")
     gate = None if gate_EFD is None else stacked(gate_EFD)
-    return launch(x_TD, gate, stacked(up_EGD), offsets_E, order_R, top_k, activation, gated, keep_h)
+    made = made_of(tiles, tile_rows)
+    return launch(x_TD, gate, stacked(up_EGD), offsets_E, order_R, top_k, activation, gated, keep_h, bias_EG, made)
 
 
 def launch(
@@ -159,6 +225,8 @@ def launch(
     activation: str,
     gated: bool,
     keep_h: bool,
+    bias_EG: Tensor | None = None,
+    made: Made | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(a_RF, h_RG), of arguments that `why_not` does not object to; gate and up are both stacked, or both separate."""
     x_TD, order_R, R = x_TD.contiguous(), order_R.contiguous(), order_R.shape[0]
@@ -167,26 +235,40 @@ def launch(
         up = restrided(up, first.stride)
     F = G // 2 if gated and gate is None else G
     a_RF, h_RG = _outputs(x_TD, F, order_R, gated, keep_h)
-    up_start = F * up.stride[1] if gated and gate is None else 0
-    rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
-    filled = fills(R, E, F, 32 if gated else 64)
-    seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None, filled)
-    setting = settings.choose("gated_gemm", form, x_TD.device, x_TD.dtype, rows, D, F, seed=seed)
-    block_m, block_f, block_k, warps, stages = setting[:5]
-    wanted = setting[5:] == (1,) and gate is None
-    pointer = described(up, 2 if gated else 1, block_f, block_k) if wanted else None
-    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
+    how = described(activation)
+    up_start = F * up.stride[1] if gated and gate is None and not how.pairs else 0
+    setting = _setting(x_TD, E, F, R, gated)
+    block_m, block_f, block_k, warps, stages, tma, per_multiprocessor = (*setting, 0, 0)[:7]
+    wanted = tma and gate is None
+    columns, num_halves = (2 * block_f, 1) if how.pairs else (block_f, 2 if gated else 1)
+    pointer = by_descriptor(up, num_halves, columns, block_k) if wanted else None
+    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m, made)
     run: Any = wrap_triton(_gated_gemm_kernel) if compiled(_gated_gemm_kernel) else _gated_gemm_kernel
     first_pointer = first.pointer if pointer is None else pointer
-    arguments = (x_TD, first_pointer, up.pointer, order_R, tiles, a_RF, h_RG if keep_h else a_RF, num_row_tiles)
-    run[(num_row_tiles * triton.cdiv(F, block_f),)](
+    bias = a_RF if bias_EG is None else bias_EG.contiguous()
+    arguments = (x_TD, first_pointer, up.pointer, bias, order_R, tiles, a_RF, h_RG if keep_h else a_RF, num_row_tiles)
+    run[(num_programs(num_row_tiles, triton.cdiv(F, block_f), per_multiprocessor, x_TD.device),)](
         *arguments,
-        *(E, top_k, D, F, up_start, *up.stride, activation, gated, keep_h),
+        *(E, top_k, D, F, up_start, *up.stride, *constants(how), gated, how.pairs, bias_EG is not None, keep_h),
         *(block_m, block_f, block_k, GROUP_M, min(first.multiple, up.multiple), pointer is not None),
+        per_multiprocessor > 0,
         num_warps=warps,
         num_stages=stages,
     )
     return a_RF, h_RG
+
+
+def _setting(x_TD: Tensor, E: int, F: int, R: int | torch.SymInt, gated: bool) -> tuple[int, ...]:
+    rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
+    filled = fills(R, E, F, 32 if gated else 64)
+    seed = _seed(rows, x_TD.dtype, gated, torch.version.hip is not None, filled)
+    return settings.choose("gated_gemm", form, x_TD.device, x_TD.dtype, rows, int(x_TD.shape[1]), F, seed=seed)
+
+
+def tile_rows(x_TD: Tensor, gate_EFD: Tensor | None, up_EGD: Tensor, order_R: Tensor, gated: bool) -> int:
+    """How many rows the tiles of this product have.  The tensors may be fakes."""
+    F = _width(gate_EFD, up_EGD, gated)
+    return _setting(x_TD, int(up_EGD.shape[0]), F, order_R.shape[0], gated)[0]
 
 
 def _width(gate_EFD: Tensor | None, up_EGD: Tensor, gated: bool) -> int:
@@ -206,7 +288,8 @@ def _seed(rows: int, dtype: torch.dtype, gated: bool, hip: bool, filled: bool = 
 
 
 @gated_gemm.register_fake
-def _(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated, keep_h):  # type: ignore[no-untyped-def]
+def _(x_TD, gate_EFD, up_EGD, offsets_E, order_R, top_k, activation, gated, keep_h, bias_EG=None, tiles=None,
+      tile_rows=0):  # type: ignore[no-untyped-def]  # fmt: skip
     return _outputs(x_TD, _width(gate_EFD, up_EGD, gated), order_R, gated, keep_h)
 
 
@@ -219,17 +302,24 @@ def why_not(
     top_k: int,
     activation: str,
     gated: bool,
+    bias_EG: Tensor | None = None,
 ) -> str | None:
     """Return why this kernel cannot take these arguments, or None if it can."""
     if offsets_E.dtype != torch.int32 or order_R.dtype != torch.int32:
         return f"order is {order_R.dtype} and offsets are {offsets_E.dtype}, expected int32"
     if offsets_E.shape[0] != up_EGD.shape[0]:
         return f"offsets are for {offsets_E.shape[0]} experts, up for {up_EGD.shape[0]}"
-    return why_not_weights(x_TD, gate_EFD, up_EGD, top_k, activation, gated)
+    return why_not_weights(x_TD, gate_EFD, up_EGD, top_k, activation, gated, bias_EG)
 
 
 def why_not_weights(
-    x_TD: Tensor, gate_EFD: Tensor | None, up_EGD: Tensor, top_k: int, activation: str, gated: bool
+    x_TD: Tensor,
+    gate_EFD: Tensor | None,
+    up_EGD: Tensor,
+    top_k: int,
+    activation: str,
+    gated: bool,
+    bias_EG: Tensor | None = None,
 ) -> str | None:
     """The same, before there is a routing."""
     if x_TD.dim() != 2 or up_EGD.dim() != 3:
@@ -244,7 +334,12 @@ def why_not_weights(
         return f"rows of x have {x_TD.shape[1]} elements, those of up {up_EGD.shape[2]}"
     if up_EGD.shape[1] == 0 or (gated and gate_EFD is None and up_EGD.shape[1] % 2):
         return f"up has {up_EGD.shape[1]} rows"
-    return None if activation in ACTIVATIONS else f"activation {activation}, expected one of {', '.join(ACTIVATIONS)}"
+    if reason := why_not_activation(activation, gated):
+        return reason
+    if gate_EFD is not None and described(activation).pairs:
+        return f"activation {activation} of two stacks"
+    width = _width(gate_EFD, up_EGD, gated) * (2 if gated else 1)
+    return None if bias_EG is None else why_not_bias(bias_EG, x_TD, up_EGD.shape[0], width)
 
 
 def compile_cases(hip: bool = False) -> list[tuple]:
@@ -263,24 +358,31 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         multiple: int = 0,
         filled: bool = True,
         tma: bool = False,
+        biased: bool = False,
+        persistent: bool = False,
     ) -> None:
         m, f, k, warps, stages = _seed(rows, dtype, gated, hip, filled)
-        short = "bf16" if dtype == torch.bfloat16 else "fp32"
-        args = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "a_ptr", "h_ptr"), f"*{short}")
+        short, act = "bf16" if dtype == torch.bfloat16 else "fp32", described(how)
+        args = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "bias_ptr", "a_ptr", "h_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "num_row_tiles": "i32"}
         args |= dict.fromkeys(("gate_ptr", "up_ptr"), "*i64") if multiple else {}
-        args |= {"gate_ptr": descriptor_type(short, 1 + gated, f, k, packed == "f")} if tma else {}
+        columns = (2 * f, 1) if act.pairs else (f, 1 + gated)
+        args |= {"gate_ptr": descriptor_type(short, columns[1], columns[0], k, packed == "f")} if tma else {}
         G = 2 * F if gated and form == "one" else F
         strides = {"d": (G * D, D, 1), "f": (G * D, 1, G)}[packed]
-        constants = dict(zip(("STRIDE_E", "STRIDE_F", "STRIDE_D"), strides, strict=True))
-        constants |= {"E": E, "K": K, "D": D, "F": F, "UP_START": F * strides[1] if G > F else 0}
-        constants |= {"ACTIVATION": how, "GATED": gated, "KEEP_H": keep, "GROUP_M": GROUP_M}  # type: ignore[dict-item]
-        constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "MULTIPLE": multiple, "TMA": tma}
-        constants |= {"STRIDE_E": 0} if multiple else {}
+        values: dict[str, object] = dict(zip(("STRIDE_E", "STRIDE_F", "STRIDE_D"), strides, strict=True))
+        values |= {"E": E, "K": K, "D": D, "F": F, "UP_START": F * strides[1] if G > F and not act.pairs else 0}
+        values |= dict(zip(("ACTIVATION", "ALPHA", "LIMIT", "SHIFT"), constants(act), strict=True))
+        values |= {"GATED": gated, "PAIRS": act.pairs, "BIASED": biased, "KEEP_H": keep, "GROUP_M": GROUP_M}
+        values |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "MULTIPLE": multiple, "TMA": tma}
+        values |= {"PERSISTENT": persistent}
+        values |= {"STRIDE_E": 0} if multiple else {}
         tile = f"{m}x{'2x' if gated else ''}{f}x{k} w{warps} s{stages}"
         rest = f"{' h' if keep else ''}{', f packed' if packed == 'f' else ''}{', two' if form == 'two' else ''}"
         rest += f"{', separate' if multiple else ''}{', TMA' if tma else ''}{'' if how == 'silu' else f', {how}'}"
-        cases.append((f"{short} {tile}{rest}", _gated_gemm_kernel, args, constants, warps, stages))
+        rest = rest.replace(GPT_OSS, "gpt-oss") + (", bias" if biased else "")
+        rest += ", persistent" if persistent else ""
+        cases.append((f"{short} {tile}{rest}", _gated_gemm_kernel, args, values, warps, stages))
 
     for rows in (256, 32, 1):
         for keep in (True, False):
@@ -300,6 +402,19 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         case(torch.bfloat16, rows, False, True, tma=True)
     for how in ACTIVATIONS[1:]:
         case(torch.bfloat16, 256, True, True, how=how)
+    for rows in (256, 32, 1):
+        for keep in (True, False):
+            case(torch.bfloat16, rows, True, keep, packed="f", how=GPT_OSS, biased=True)
+    case(torch.bfloat16, 256, True, True, biased=True)
+    case(torch.bfloat16, 256, False, True, biased=True)
+    case(torch.float32, 256, True, True, packed="f", how=GPT_OSS, biased=True)
+    for rows in (256, 32, 1):
+        case(torch.bfloat16, rows, True, True, persistent=True)
+        case(torch.bfloat16, rows, False, False, persistent=True)
+    case(torch.float32, 256, True, True, persistent=True)
+    for packed in "" if hip else "df":
+        case(torch.bfloat16, 256, True, True, packed=packed, tma=True, persistent=True)
+        case(torch.bfloat16, 256, True, True, packed=packed, how=GPT_OSS, biased=True, tma=True)
     return cases
 
 
@@ -315,11 +430,10 @@ def gated_gemm_reference(
     top_k: int,
     activation: str,
     gated: bool,
+    bias_EG: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(a_RF, h_RG)."""
     x_RD = x_TD.index_select(0, order_R.div(top_k, rounding_mode="floor"))
     h_RG = torch.cat([grouped_gemm_reference(x_RD, w, offsets_E) for w in (gate_EFD, up_EGD) if w is not None], 1)
-    if not gated:
-        return activate(activation, h_RG), h_RG
-    gate_RF, up_RF = h_RG.chunk(2, 1)
-    return activate(activation, gate_RF) * up_RF, h_RG
+    h_RG = add_bias(h_RG, bias_EG, offsets_E)
+    return between(h_RG, activation, gated), h_RG

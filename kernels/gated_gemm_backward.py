@@ -4,7 +4,8 @@
     da_RF[r]        = dout_TD[t] @ down_EDF[e]
     dots_R[p]       = dot(da_RF[r], a_RF[r])                 the gradient of the routing weight w[p]
     dh_RG[r, f]     = w[p] * da_RF[r, f] * act'(h[r, f])     times h[r, F + f] if gated
-    dh_RG[r, F + f] = w[p] * da_RF[r, f] * act(h[r, f])      if gated
+    dh_RG[r, F + f] = w[p] * da_RF[r, f] * act(h[r, f])      if gated; in pairs at 2f and 2f + 1
+                      with the limits and the shift of moe_compile/activations.py, if the activation has any
     a_RF[r]         = a of `gated_gemm`, from h again, times w[p] if asked for: for the gradient of down
     all zero where r >= offsets_E[E-1]
 
@@ -17,7 +18,7 @@ Numerics   Products, activation and dots in f32; what is written is rounded once
            the dots; they are added in a fixed order.  No atomics.
 Layout     dout and h row-major (other strides are copied first); down of any strides, fast where d or f is contiguous,
            one stack or separate (weights.py).
-           dh is [1, R, G], or [2, R, F] with gate's and up's apart, as two stacks of weights want them.
+           dh is [1, R, G], or [2, R, F] with gate's and up's apart, as two stacks of weights want them; no pairs then.
 Cost       2*R*D*F FLOP; R*D elements gathered for each column tile; E*D*F of down, R*G of h read; R*G + R*F written.
            The epilogue works on a part of the columns at a time: on the whole tile it would spill.  No host read.
 Gradient   None: nothing differentiates it a second time.
@@ -31,12 +32,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
-from moe_compile.expert_mlp import ACTIVATIONS, activate, activate_backward
+from moe_compile.activations import ACTIVATIONS, between, between_backward, described
+from moe_compile.activations import why_not as why_not_activation
 from moe_compile.kernels import settings
-from moe_compile.kernels.activation import activated, slope
+from moe_compile.kernels.activation import activated, constants, factor, followed, slope
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
+from moe_compile.kernels.gated_gemm import GPT_OSS
 from moe_compile.kernels.grouped_gemm import grouped_gemm_reference
-from moe_compile.kernels.tiles import GROUP_M, program_tile, row_tiles, rows_per_expert, store_columns, sum_products
+from moe_compile.kernels.tiles import (
+    GROUP_M,
+    Made,
+    program_tile,
+    row_tiles,
+    rows_per_expert,
+    store_columns,
+    sum_products,
+)
 from moe_compile.kernels.weights import Weights, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
@@ -63,7 +74,11 @@ def _gated_gemm_backward_kernel(
     STRIDE_D: tl.constexpr,
     STRIDE_F: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr,
     GATED: tl.constexpr,
+    PAIRS: tl.constexpr,
     WEIGHTED: tl.constexpr,
     APART: tl.constexpr,
     KEEP_A: tl.constexpr,
@@ -76,7 +91,7 @@ def _gated_gemm_backward_kernel(
     MULTIPLE: tl.constexpr,
 ):
     num_col_tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
+    e, r, r_in, column = program_tile(tiles_ptr, tl.program_id(0), num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     if e > E:
         return
     pair = tl.load(order_ptr + r, mask=r_in, other=0)
@@ -86,9 +101,13 @@ def _gated_gemm_backward_kernel(
     dup_ptr = dh_ptr + (R.to(tl.int64) * F if APART else F)
     if e == E:
         zero = tl.zeros([BLOCK_M, BLOCK_F], dh_ptr.dtype.element_ty)
-        store_columns(dh_ptr, zero, r, r_in, f, F, row)
-        if GATED:
-            store_columns(dup_ptr, zero, r, r_in, f, F, row)
+        if PAIRS:
+            both = tl.zeros([BLOCK_M, 2 * BLOCK_F], dh_ptr.dtype.element_ty)
+            store_columns(dh_ptr, both, r, r_in, column * 2 * BLOCK_F + tl.arange(0, 2 * BLOCK_F), row, row)
+        else:
+            store_columns(dh_ptr, zero, r, r_in, f, F, row)
+            if GATED:
+                store_columns(dup_ptr, zero, r, r_in, f, F, row)
         if KEEP_A:
             store_columns(a_ptr, zero, r, r_in, f, F, F)
         if WEIGHTED:
@@ -115,10 +134,9 @@ def _gated_gemm_backward_kernel(
             da = _half(acc, part)
         else:
             da = _half(_half(acc, part // 2), part % 2)
-        column_f = column * BLOCK_F + part * width + tl.arange(0, width)
         dots += _between(
-            *(da, weight, h_ptr, dh_ptr, dup_ptr, a_ptr, r, r_in, column_f),
-            *(F, row, ACTIVATION, GATED, KEEP_A, SCALE_A),
+            *(da, weight, h_ptr, dh_ptr, dup_ptr, a_ptr, r, r_in, column * BLOCK_F + part * width),
+            *(F, row, ACTIVATION, ALPHA, LIMIT, SHIFT, GATED, PAIRS, KEEP_A, SCALE_A, width),
         )
     if WEIGHTED:
         tl.store(dots_ptrs, dots, mask=r_in)
@@ -135,25 +153,41 @@ def _half(tile, WHICH: tl.constexpr):
 
 @triton.jit
 def _between(
-    da, weight, h_ptr, dh_ptr, dup_ptr, a_ptr, r, r_in, f,
-    F: tl.constexpr, ROW: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    KEEP_A: tl.constexpr, SCALE_A: tl.constexpr,
+    da, weight, h_ptr, dh_ptr, dup_ptr, a_ptr, r, r_in, first,
+    F: tl.constexpr, ROW: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    SHIFT: tl.constexpr, GATED: tl.constexpr, PAIRS: tl.constexpr, KEEP_A: tl.constexpr, SCALE_A: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write dh and a of these columns; the part of the dots that they give."""
+    """Write dh and a of WIDTH columns from `first` on; the part of the dots that they give."""
     number = dh_ptr.dtype.element_ty
+    f = first + tl.arange(0, WIDTH)
     inside = r_in[:, None] & (f < F)[None, :]
     G: tl.constexpr = 2 * F if GATED else F
     h_ptrs = h_ptr + r[:, None] * G + f[None, :]
-    g = tl.load(h_ptrs, mask=inside, other=0.0).to(tl.float32)
-    a = activated(g, ACTIVATION)
+    if PAIRS:
+        g_both = 2 * first + tl.arange(0, 2 * WIDTH)
+        both_in = r_in[:, None] & (g_both < G)[None, :]
+        both = tl.load(h_ptr + r[:, None] * G + g_both[None, :], mask=both_in, other=0.0).to(tl.float32)
+        g, u = tl.split(tl.reshape(both, [both.shape[0], WIDTH, 2]))
+    else:
+        g = tl.load(h_ptrs, mask=inside, other=0.0).to(tl.float32)
+    a = activated(g, ACTIVATION, ALPHA, LIMIT)
     wda = weight[:, None] * da
     if GATED:
-        u = tl.load(h_ptrs + F, mask=inside, other=0.0).to(tl.float32)
-        store_columns(dup_ptr, (wda * a).to(number), r, r_in, f, F, ROW)
-        store_columns(dh_ptr, (wda * u * slope(g, ACTIVATION)).to(number), r, r_in, f, F, ROW)
-        a *= u
+        if not PAIRS:
+            u = tl.load(h_ptrs + F, mask=inside, other=0.0).to(tl.float32)
+        by = factor(u, LIMIT, SHIFT)
+        dup = followed(wda * a, u, LIMIT).to(number)
+        dgate = (wda * by * slope(g, ACTIVATION, ALPHA, LIMIT)).to(number)
+        if PAIRS:
+            dboth = tl.reshape(tl.join(dgate, dup), [dgate.shape[0], 2 * WIDTH])
+            store_columns(dh_ptr, dboth, r, r_in, g_both, G, G)
+        else:
+            store_columns(dup_ptr, dup, r, r_in, f, F, ROW)
+            store_columns(dh_ptr, dgate, r, r_in, f, F, ROW)
+        a *= by
     else:
-        store_columns(dh_ptr, (wda * slope(g, ACTIVATION)).to(number), r, r_in, f, F, ROW)
+        store_columns(dh_ptr, (wda * slope(g, ACTIVATION, ALPHA, LIMIT)).to(number), r, r_in, f, F, ROW)
     if KEEP_A:
         kept = weight[:, None] * a if SCALE_A else a
         store_columns(a_ptr, kept.to(number), r, r_in, f, F, F)
@@ -183,7 +217,7 @@ def gated_gemm_backward(
     dh is [1, R, G], or [2, R, F] if `apart`.  a is empty unless `keep_a`, and times the weights if `scale_a`.  dots are
     by pair, in f32, and empty without weights.
     """
-    if reason := why_not(dout_TD, down_EDF, h_RG, weights_TK, offsets_E, order_R, top_k, activation, gated):
+    if reason := why_not(dout_TD, down_EDF, h_RG, weights_TK, offsets_E, order_R, top_k, activation, gated, apart):
         raise ValueError(f"moe_ep_triton.gated_gemm_backward: {reason}")
     down = stacked(down_EDF)
     return launch(dout_TD, down, h_RG, weights_TK, offsets_E, order_R, top_k, activation, gated, apart, keep_a, scale_a)
@@ -202,10 +236,12 @@ def launch(
     apart: bool,
     keep_a: bool,
     scale_a: bool,
+    made: Made | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dh, a_RF, dots_R), of arguments that `why_not` does not object to."""
     order_R, R, (E, D, F) = order_R.contiguous(), order_R.shape[0], down.shape
     dh, a_RF, dots_R = _outputs(h_RG, F, weights_TK, gated and apart, keep_a)
+    how = described(activation)
     rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
     seed = _seed(rows, h_RG.dtype, torch.version.hip is not None)
     setting = settings.choose("gated_gemm_backward", form, h_RG.device, h_RG.dtype, rows, D, F, seed=seed)
@@ -213,14 +249,15 @@ def launch(
     num_col_tiles = triton.cdiv(F, block_f)
     dots = dots_R if weights_TK is None else h_RG.new_empty(num_col_tiles, R, dtype=torch.float32)
     weights = dots if weights_TK is None else weights_TK.contiguous()
-    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
+    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m, made)
     run: Any = _gated_gemm_backward_kernel
     run = wrap_triton(_gated_gemm_backward_kernel) if compiled(run) else run
     run[(num_row_tiles * num_col_tiles,)](
         *(dout_TD.contiguous(), down.pointer, h_RG.contiguous(), weights, order_R, tiles),
         *(dh, a_RF if keep_a else dh, dots, R, num_row_tiles),
         *(E, top_k, D, F, *down.stride),
-        *(activation, gated, weights_TK is not None, gated and apart, keep_a, scale_a and weights_TK is not None),
+        *(*constants(how), gated, how.pairs, weights_TK is not None, gated and apart),
+        *(keep_a, scale_a and weights_TK is not None),
         *(block_m, block_f, block_k, parts, GROUP_M, down.multiple),
         num_warps=warps,
         num_stages=stages,
@@ -261,6 +298,7 @@ def why_not(
     top_k: int,
     activation: str,
     gated: bool,
+    apart: bool = False,
 ) -> str | None:
     """Return why this kernel cannot take these arguments, or None if it can."""
     if (dout_TD.dim(), down_EDF.dim(), h_RG.dim()) != (2, 3, 2):
@@ -277,7 +315,9 @@ def why_not(
         return f"rows of dout have {dout_TD.shape[1]} elements, down is {tuple(down_EDF.shape)}"
     if h_RG.shape[1] != down_EDF.shape[2] * (2 if gated else 1):
         return f"rows of h have {h_RG.shape[1]} elements, down is {tuple(down_EDF.shape)}"
-    return None if activation in ACTIVATIONS else f"activation {activation}, expected one of {', '.join(ACTIVATIONS)}"
+    if reason := why_not_activation(activation, gated):
+        return reason
+    return f"activation {activation} apart" if apart and described(activation).pairs else None
 
 
 def compile_cases(hip: bool = False) -> list[tuple]:
@@ -295,20 +335,23 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         multiple: int = 0,
     ) -> None:
         m, f, k, parts, warps, stages = _seed(rows, dtype, hip)
-        short = "bf16" if dtype == torch.bfloat16 else "fp32"
+        short, act = "bf16" if dtype == torch.bfloat16 else "fp32", described(how)
         args = dict.fromkeys(("dout_ptr", "down_ptr", "h_ptr", "weights_ptr", "dh_ptr", "a_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "dots_ptr": "*fp32", "R": "i32", "num_row_tiles": "i32"}
         args |= {"down_ptr": "*i64"} if multiple else {}
         strides = (F * D, F, 1) if packed == "f" else (F * D, 1, D)
-        constants = dict(zip(("STRIDE_E", "STRIDE_D", "STRIDE_F"), strides, strict=True))
-        constants |= {"E": E, "K": K, "D": D, "F": F, "GROUP_M": GROUP_M, "ACTIVATION": how}  # type: ignore[dict-item]
-        constants |= {"GATED": gated, "WEIGHTED": True, "APART": apart, "KEEP_A": True, "SCALE_A": True}
-        constants |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "PARTS": parts, "MULTIPLE": multiple}
-        constants |= {"STRIDE_E": 0} if multiple else {}
+        values: dict[str, object] = dict(zip(("STRIDE_E", "STRIDE_D", "STRIDE_F"), strides, strict=True))
+        values |= {"E": E, "K": K, "D": D, "F": F, "GROUP_M": GROUP_M}
+        values |= dict(zip(("ACTIVATION", "ALPHA", "LIMIT", "SHIFT"), constants(act), strict=True))
+        values |= {"GATED": gated, "PAIRS": act.pairs, "WEIGHTED": True, "APART": apart}
+        values |= {"KEEP_A": True, "SCALE_A": True}
+        values |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "PARTS": parts, "MULTIPLE": multiple}
+        values |= {"STRIDE_E": 0} if multiple else {}
         rest = f"{' separate' if multiple else ''}{'' if gated else ' plain'}{' apart' if apart else ''}"
         rest += " d packed" if packed == "d" else ""
         setting = f"{short} {m}x{f}x{k}/{parts} w{warps} s{stages}{rest}{'' if how == 'silu' else f' {how}'}"
-        cases.append((setting, _gated_gemm_backward_kernel, args, constants, warps, stages))
+        setting = setting.replace(GPT_OSS, "gpt-oss")
+        cases.append((setting, _gated_gemm_backward_kernel, args, values, warps, stages))
 
     for rows in (256, 32, 1):
         case(torch.bfloat16, rows)
@@ -319,6 +362,9 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     case(torch.bfloat16, 256, packed="d")
     for how in ACTIVATIONS[1:]:
         case(torch.bfloat16, 256, how=how)
+    for rows in (256, 32, 1):
+        case(torch.bfloat16, rows, packed="d", how=GPT_OSS)
+    case(torch.float32, 256, packed="d", how=GPT_OSS)
     return cases
 
 
@@ -340,11 +386,6 @@ def gated_gemm_backward_reference(
     dout_RD = dout_TD.index_select(0, order_R.div(top_k, rounding_mode="floor"))
     da_RF = grouped_gemm_reference(dout_RD, down_EDF.mT, offsets_E)
     weight_R1 = 1.0 if weights_TK is None else weights_TK.reshape(-1).index_select(0, order_R)[:, None]
-    if gated:
-        g, u = h_RG.chunk(2, 1)
-        act = activate(activation, g)
-        a_RF, dh_RG = act * u, torch.cat([activate_backward(activation, da_RF * u, g), da_RF * act], 1)
-    else:
-        a_RF, dh_RG = activate(activation, h_RG), activate_backward(activation, da_RF, h_RG)
+    a_RF, dh_RG = between(h_RG, activation, gated), between_backward(da_RF, h_RG, activation, gated)
     dots = (da_RF * a_RF).sum(1)
     return weight_R1 * dh_RG, a_RF, torch.empty_like(dots).index_copy_(0, order_R.long(), dots)

@@ -1,14 +1,14 @@
 """Triton kernels for `moe_ep.grouped_gemm`, with one stacked weight or with separate ones (weights.py).
 
-    y_RF[r, f] = sum over d of x_RD[r, d] * w_EFD[e, f, d]
+    y_RF[r, f] = sum over d of x_RD[r, d] * w_EFD[e, f, d]     plus bias_EF[e, f], if there is one,
     for the expert e with offsets_E[e-1] <= r < offsets_E[e]; zero for r >= offsets_E[E-1]
 
 A tile is BLOCK_M rows of one expert by BLOCK_N columns (tiles.py); the rows behind the last offset are a
 group of their own.
 
 Letters    R routed rows, E experts, D inner width, F outer width.
-Types      x, w, y: bf16 | f16 | f32, all the same, summed in f32 (f32: no tf32).  offsets: i32.
-Layout     x and y row-major (x of other strides is copied first); w of any strides, fast where d
+Types      x, w, bias, y: bf16 | f16 | f32, all the same, summed in f32 (f32: no tf32) and rounded once.  offsets: i32.
+Layout     x, bias and y row-major (x of other strides is copied first); w of any strides, fast where d
            (forward) or f (a transposed view, for the input gradient) is contiguous.
 Cost       2*R*D*F FLOP, R*(D + F) + E*D*F elements.  Compute bound from about 125 rows per expert
            on (H100, bf16), else by reading w.  Consecutive tiles share w.  No host read.
@@ -28,14 +28,17 @@ from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 from moe_compile.kernels.tiles import (
     GROUP_M,
+    Made,
     fills,
+    made_of,
+    num_programs,
     program_tile,
     row_tiles,
     rows_per_expert,
     sum_described_products,
     sum_products,
 )
-from moe_compile.kernels.weights import Weights, described, descriptor_type, stacked, weight_of
+from moe_compile.kernels.weights import Weights, by_descriptor, descriptor_type, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -44,6 +47,7 @@ from moe_compile.kernels.weights import Weights, described, descriptor_type, sta
 def _grouped_gemm_kernel(
     x_ptr,
     w_ptr,
+    bias_ptr,
     tiles_ptr,
     y_ptr,
     num_row_tiles,
@@ -53,17 +57,42 @@ def _grouped_gemm_kernel(
     STRIDE_E: tl.constexpr,
     STRIDE_F: tl.constexpr,
     STRIDE_D: tl.constexpr,
+    BIASED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     MULTIPLE: tl.constexpr,
     TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
+    if PERSISTENT:
+        num_tiles = num_row_tiles * ((F + BLOCK_N - 1) // BLOCK_N)
+        for program in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            _tile(
+                program,
+                x_ptr, w_ptr, bias_ptr, tiles_ptr, y_ptr, num_row_tiles, E, D, F, STRIDE_E, STRIDE_F,
+                STRIDE_D, BIASED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, MULTIPLE, TMA,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0),
+            x_ptr, w_ptr, bias_ptr, tiles_ptr, y_ptr, num_row_tiles, E, D, F, STRIDE_E, STRIDE_F,
+            STRIDE_D, BIASED, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, MULTIPLE, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    program,
+    x_ptr, w_ptr, bias_ptr, tiles_ptr, y_ptr, num_row_tiles, E: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
+    STRIDE_E: tl.constexpr, STRIDE_F: tl.constexpr, STRIDE_D: tl.constexpr, BIASED: tl.constexpr, BLOCK_M:
+    tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, MULTIPLE: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile of a program; nothing where it has none."""
     num_col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
-    e, r, r_in, column = program_tile(tiles_ptr, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
-    if e > E:
-        return
+    e, r, r_in, column = program_tile(tiles_ptr, program, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     f_in = f < F
     y_ptrs = y_ptr + r[:, None] * F + f[None, :]
@@ -71,43 +100,56 @@ def _grouped_gemm_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if e == E:
         tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
-        return
-    d = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + r[:, None] * D + d[None, :]
-    if TMA:
-        first = column * BLOCK_N
-        acc = sum_described_products(acc, x_ptrs, w_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
-    else:
-        w_ptrs = weight_of(w_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
-        w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
-        acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
+    elif e < E:
+        d = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + r[:, None] * D + d[None, :]
+        if TMA:
+            first = column * BLOCK_N
+            acc = sum_described_products(acc, x_ptrs, w_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_N, BLOCK_K)
+        else:
+            w_ptrs = weight_of(w_ptr, e, x_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
+            w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
+            acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
+        if BIASED:
+            acc += tl.load(bias_ptr + e * F + f, mask=f_in, other=0.0).to(tl.float32)[None, :]
+        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
 
 
 # -- launcher: the grid is never empty, so that nothing is asked about R -----------------------
 
 
 @triton_op("moe_ep_triton::grouped_gemm", mutates_args=())
-def grouped_gemm(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> Tensor:
-    if reason := why_not(x_RD, w_EFD, offsets_E):
+def grouped_gemm(
+    x_RD: Tensor,
+    w_EFD: Tensor,
+    offsets_E: Tensor,
+    bias_EF: Tensor | None = None,
+    tiles: Tensor | None = None,
+    tile_rows: int = 0,
+) -> Tensor:
+    """y_RF.  tiles: row tiles of `tile_rows` rows of this routing, which are taken if the product wants such."""
+    if reason := why_not(x_RD, w_EFD, offsets_E, bias_EF):
         raise ValueError(f"moe_ep_triton.grouped_gemm: {reason}")
-    return launch(x_RD, stacked(w_EFD), offsets_E)
+    return launch(x_RD, stacked(w_EFD), offsets_E, bias_EF, made_of(tiles, tile_rows))
 
 
-def launch(x_RD: Tensor, w: Weights, offsets_E: Tensor) -> Tensor:
+def launch(
+    x_RD: Tensor, w: Weights, offsets_E: Tensor, bias_EF: Tensor | None = None, made: Made | None = None
+) -> Tensor:
     """y_RF, of arguments that `why_not` does not object to."""
     x_RD, R, (E, F, D) = x_RD.contiguous(), x_RD.shape[0], w.shape
     y_RF, rows = x_RD.new_empty(R, F), rows_per_expert(R, E)
     seed = _seed(rows, x_RD.dtype, torch.version.hip is not None, fills(R, E, F, 64))
     setting = settings.choose("grouped_gemm", w.packed(), x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
-    block_m, block_n, block_k, warps, stages = setting[:5]
-    pointer = described(w, 1, block_n, block_k) if setting[5:] == (1,) else None
-    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
+    block_m, block_n, block_k, warps, stages, tma, per_multiprocessor = (*setting, 0, 0)[:7]
+    pointer = by_descriptor(w, 1, block_n, block_k) if tma else None
+    tiles, num_row_tiles = row_tiles(offsets_E, R, block_m, made)
     run: Any = _grouped_gemm_kernel
     run = wrap_triton(_grouped_gemm_kernel) if compiled(run) else run
-    run[(num_row_tiles * triton.cdiv(F, block_n),)](
-        *(x_RD, w.pointer if pointer is None else pointer, tiles, y_RF, num_row_tiles, E, D, F, *w.stride),
-        *(block_m, block_n, block_k, GROUP_M, w.multiple, pointer is not None),
+    run[(num_programs(num_row_tiles, triton.cdiv(F, block_n), per_multiprocessor, x_RD.device),)](
+        *(x_RD, w.pointer if pointer is None else pointer, y_RF if bias_EF is None else bias_EF.contiguous(), tiles),
+        *(y_RF, num_row_tiles, E, D, F, *w.stride, bias_EF is not None),
+        *(block_m, block_n, block_k, GROUP_M, w.multiple, pointer is not None, per_multiprocessor > 0),
         num_warps=warps,
         num_stages=stages,
     )
@@ -132,11 +174,18 @@ def _seed(rows: int, dtype: torch.dtype, hip: bool, filled: bool = True) -> tupl
 
 
 @grouped_gemm.register_fake
-def _(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> Tensor:
+def _(
+    x_RD: Tensor,
+    w_EFD: Tensor,
+    offsets_E: Tensor,
+    bias_EF: Tensor | None = None,
+    tiles: Tensor | None = None,
+    tile_rows: int = 0,
+) -> Tensor:
     return x_RD.new_empty(x_RD.shape[0], w_EFD.shape[1])
 
 
-def why_not(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> str | None:
+def why_not(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor, bias_EF: Tensor | None = None) -> str | None:
     """Return why these kernels cannot take these arguments, or None if they can."""
     if x_RD.dim() != 2 or w_EFD.dim() != 3:
         return f"x has {x_RD.dim()} dimensions and w {w_EFD.dim()}, expected 2 and 3"
@@ -150,7 +199,14 @@ def why_not(x_RD: Tensor, w_EFD: Tensor, offsets_E: Tensor) -> str | None:
         return f"offsets are for {offsets_E.shape[0]} experts, w for {w_EFD.shape[0]}"
     if x_RD.shape[1] != w_EFD.shape[2]:
         return f"rows of x have {x_RD.shape[1]} elements, those of w {w_EFD.shape[2]}"
-    return None
+    return None if bias_EF is None else why_not_bias(bias_EF, x_RD, w_EFD.shape[0], w_EFD.shape[1])
+
+
+def why_not_bias(bias_EF: Tensor, x_RD: Tensor, E: int, F: int) -> str | None:
+    """Return why this is no bias of products of width F with rows x, or None."""
+    if bias_EF.dtype == x_RD.dtype and bias_EF.shape == (E, F):
+        return None
+    return f"bias is {bias_EF.dtype} {tuple(bias_EF.shape)}, expected {x_RD.dtype} {(E, F)}"
 
 
 def compile_cases(hip: bool = False) -> list[tuple]:
@@ -163,14 +219,19 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         for rows, filled in ((256, True), (32, True), (1, True), (1, False)):
             m, n, k, warps, stages = _seed(rows, dtype, hip, filled)
             ways = [("d", 0, 0), ("f", 0, 0), ("d", 16, 0), ("f", 16, 0)]
-            for packed, multiple, tma in ways + [("d", 0, 1), ("f", 0, 1)] * (short == "bf16" and not hip):
-                args = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr"), f"*{short}")
+            tma_ways = [("d", 0, 1), ("f", 0, 1)] * (short == "bf16" and not hip)
+            forms = [*((*way, "") for way in ways + tma_ways), ("f", 0, 0, "bias")]
+            forms += [(*way, "persistent") for way in (ways[:2] + tma_ways) * (filled and rows > 1)]
+            for packed, multiple, tma, form in forms:
+                args = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr", "y_ptr"), f"*{short}")
                 args |= {"tiles_ptr": "*i32", "num_row_tiles": "i32"} | ({"w_ptr": "*i64"} if multiple else {})
                 args |= {"w_ptr": descriptor_type(short, 1, n, k, packed == "f")} if tma else {}
                 setting = f"{short} {m}x{n}x{k} w{warps} s{stages}, {packed} packed"
                 setting += ", separate" if multiple else ", TMA" if tma else ""
+                setting += f", {form}" if form else ""
                 constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k} | sizes | strides[packed]
                 constants |= {"STRIDE_E": 0 if multiple else F * D, "MULTIPLE": multiple, "TMA": bool(tma)}
+                constants |= {"BIASED": form == "bias", "PERSISTENT": form == "persistent"}
                 cases.append((setting, _grouped_gemm_kernel, args, constants, warps, stages))
     return cases
 

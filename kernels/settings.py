@@ -32,14 +32,16 @@ TABLE = Path(__file__).parent / "settings.jsonl"
 VARIABLE = "MOE_COMPILE_SETTINGS"
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+ASKED = ("TMA", "PROGRAMS")
 NAMES = {
-    "grouped_gemm": (*TILE, "TMA"),
+    "grouped_gemm": (*TILE, *ASKED),
     "grouped_gemm_dw": TILE,
-    "gated_gemm": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "num_warps", "num_stages", "TMA"),
+    "gated_gemm": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "num_warps", "num_stages", *ASKED),
     "gated_gemm_backward": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "PARTS", "num_warps", "num_stages"),
 }
 """What the numbers of a setting are, kernel by kernel.  TMA: 1 if tiles of weights come by tensor descriptors, where
-the device and the weights allow it (tiles.py); 0, or left out, if by pointers."""
+the device and the weights allow it (tiles.py); 0, or left out, if by pointers.  PROGRAMS: how many for each
+multiprocessor, each of which computes tiles until none is left; 0, or left out, for one a tile."""
 
 Pins = Mapping[tuple[str, str], Setting]
 _pinned: ContextVar[Pins] = ContextVar("pinned settings", default={})  # noqa: B039  (never changed in place)
@@ -135,12 +137,14 @@ def checked(kernel: str, setting: Setting) -> Setting:
     """The setting, if it is one for this kernel; else `MoeCompileError`."""
     if kernel not in NAMES:
         raise MoeCompileError(f"unknown kernel {kernel!r}; there are settings for {', '.join(NAMES)}")
-    names = [name for name in NAMES[kernel] if name != "TMA"]
-    rest = setting[len(names) :] if "TMA" in NAMES[kernel] else ()
-    if len(setting) - len(rest) != len(names) or any(not isinstance(n, int) or n < 1 for n in setting[: len(names)]):
+    names = [name for name in NAMES[kernel] if name not in ASKED]
+    rest = setting[len(names) :]
+    if len(setting) < len(names) or any(not isinstance(n, int) or n < 1 for n in setting[: len(names)]):
         raise MoeCompileError(f"setting {list(setting)} of {kernel}: expected {', '.join(names)}, each at least 1")
-    if rest not in ((), (0,), (1,)):
+    if len(rest) > len(NAMES[kernel]) - len(names) or any(n not in (0, 1) for n in rest[:1]):
         raise MoeCompileError(f"setting {list(setting)} of {kernel}: TMA is {list(rest)}, expected 0 or 1")
+    if any(not isinstance(n, int) or not 0 <= n <= 8 for n in rest[1:]):
+        raise MoeCompileError(f"setting {list(setting)} of {kernel}: PROGRAMS is {rest[1]}, expected 0 to 8")
     for name, value in zip(names, setting, strict=False):
         if name != "num_stages" and value & (value - 1):
             raise MoeCompileError(f"setting {list(setting)} of {kernel}: {name} is {value}, no power of two")

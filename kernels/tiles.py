@@ -4,6 +4,9 @@ A small kernel writes the expert and the rows of each tile of BLOCK_M rows; a ti
 left over do nothing, and the rows behind the last offset are a group of their own, with number E.  Of n groups that
 have rows no routing makes more than n + (R - n) // BLOCK_M tiles, and n is R or E + 1 at most.  No host read; the
 number of tiles depends on R and E alone, and with few rows it is R.
+
+A program computes one tile of rows by one of columns; or, in a persistent grid, one after another: as many programs as
+the device runs at a time, in the same order of tiles.
 """
 
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
+from torch.library import triton_op, wrap_triton
 
 from moe_compile.kernels.dispatch import compiled
 
@@ -42,13 +45,15 @@ def _row_tiles_kernel(offsets_ptr, tiles_ptr, R, E: tl.constexpr, GROUPS: tl.con
 
 
 @triton.jit
-def program_tile(tiles_ptr, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
-    """(expert, rows, which of them are its own, column tile) of this program; expert > E: nothing to do.
+def program_tile(
+    tiles_ptr, program, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
+):  # fmt: skip
+    """(expert, rows, which of them are its own, column tile) of a program; expert > E: nothing to do.
 
     Row tiles run fastest, within groups of GROUP_M, so that neighbours read the same weights.
     """
-    group = tl.program_id(0) // (GROUP_M * NUM_COL_TILES)
-    within = tl.program_id(0) % (GROUP_M * NUM_COL_TILES)
+    group = program // (GROUP_M * NUM_COL_TILES)
+    within = program % (GROUP_M * NUM_COL_TILES)
     group_size = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
     tile = group * GROUP_M + within % group_size
     e = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
@@ -86,7 +91,7 @@ def sum_products(
 def sum_described_products(
     acc, x_ptrs, w, e, f, r_in, D: tl.constexpr, F_PACKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """As `sum_products`, of weights by a descriptor (`described`), from column f of each half on."""
+    """As `sum_products`, of weights by a descriptor (`by_descriptor`), from column f of each half on."""
     d, expert = tl.arange(0, BLOCK_K), e.to(tl.int32)
     for first in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
@@ -105,8 +110,19 @@ def sum_described_products(
 # -- launching ------------------------------------------------------------------------------
 
 
-def row_tiles(offsets_E: Tensor, R: int | torch.SymInt, block_m: int) -> tuple[Tensor, int | torch.SymInt]:
-    """(i32[tiles, 3], number of tiles): expert, first row and end of its rows of each tile of `block_m` rows."""
+Made = dict[int, tuple[Tensor, int | torch.SymInt]]
+"""Row tiles of one routing that other launches made, by BLOCK_M."""
+
+
+def row_tiles(
+    offsets_E: Tensor, R: int | torch.SymInt, block_m: int, made: Made | None = None
+) -> tuple[Tensor, int | torch.SymInt]:
+    """(i32[tiles, 3], number of tiles): expert, first row and end of its rows of each tile of `block_m` rows.
+
+    Those in `made` are taken, and others added to it.
+    """
+    if made is not None and block_m in made:
+        return made[block_m]
     E = int(offsets_E.shape[0])
     groups_with_rows = torch.sym_min(R, E + 1)
     num_row_tiles = torch.sym_max(groups_with_rows + (R - groups_with_rows) // block_m, 1)
@@ -114,7 +130,38 @@ def row_tiles(offsets_E: Tensor, R: int | torch.SymInt, block_m: int) -> tuple[T
     make: Any = wrap_triton(_row_tiles_kernel) if compiled(_row_tiles_kernel) else _row_tiles_kernel
     groups = triton.next_power_of_2(E + 1)
     make[(num_row_tiles,)](offsets_E.contiguous(), tiles, R, E, groups, block_m, num_warps=4)
+    if made is not None:
+        made[block_m] = tiles, num_row_tiles
     return tiles, num_row_tiles
+
+
+@triton_op("moe_ep_triton::row_tiles", mutates_args=())
+def make_row_tiles(offsets_E: Tensor, order_R: Tensor, block_m: int) -> Tensor:
+    """The tiles of `row_tiles`, for several products of one routing."""
+    return row_tiles(offsets_E, order_R.shape[0], block_m)[0]
+
+
+@make_row_tiles.register_fake
+def _(offsets_E: Tensor, order_R: Tensor, block_m: int) -> Tensor:
+    R, E = order_R.shape[0], int(offsets_E.shape[0])
+    groups_with_rows = torch.sym_min(R, E + 1)
+    return offsets_E.new_empty(torch.sym_max(groups_with_rows + (R - groups_with_rows) // block_m, 1), 3)
+
+
+def made_of(tiles: Tensor | None, block_m: int) -> Made:
+    """As `row_tiles` takes what `make_row_tiles` gave."""
+    return {} if tiles is None else {block_m: (tiles, tiles.shape[0])}
+
+
+def num_programs(
+    num_row_tiles: int | torch.SymInt, num_col_tiles: int, per_multiprocessor: int, device: torch.device
+) -> int | torch.SymInt:
+    """One for each tile, or no more than so many for each multiprocessor, if that is not 0."""
+    num_tiles = num_row_tiles * num_col_tiles
+    if not per_multiprocessor:
+        return num_tiles
+    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return torch.sym_min(num_tiles, per_multiprocessor * count)
 
 
 def hint(R: int | torch.SymInt, E: int) -> int:

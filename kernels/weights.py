@@ -94,7 +94,7 @@ def separate(weights: Sequence[Tensor]) -> Weights:
     return Weights(table, (len(weights), F, D), (0, of_f, of_d), multiple)
 
 
-def described(w: Weights, halves: int, block_f: int, block_k: int) -> TensorDescriptor | None:
+def by_descriptor(w: Weights, halves: int, block_f: int, block_k: int) -> TensorDescriptor | None:
     """A descriptor of a stack [E, halves * F, D] as [E, halves, F, D], or [E, D, halves, F] where f is packed, whose
     tiles are `block_f` rows of each half by `block_k` numbers, zeros beyond F and D; None where there is none.
 

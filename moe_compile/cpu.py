@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from moe_compile import expert_mlp, native, ops
+from moe_compile.activations import ACTIVATIONS, described
 
 HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 
@@ -152,7 +153,12 @@ def _positions(order_R: Tensor) -> Tensor:
 
 
 def why_not_mlp(
-    x_TD: Tensor, weights_TK: Tensor | None, gate: Sequence[Tensor], up: Sequence[Tensor], down: Sequence[Tensor]
+    x_TD: Tensor,
+    weights_TK: Tensor | None,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    *biases: Tensor | None,
 ) -> str | None:
     """Return why the kernels cannot serve an `expert_mlp`, or None."""
     dtypes = (x_TD.dtype, None if weights_TK is None else weights_TK.dtype)
@@ -160,7 +166,36 @@ def why_not_mlp(
         return f"no fused kernel for {dtypes[0]} with routing weights {dtypes[1]}"
     if any(native.layout(w) is None for w in (gate, up, down) if w):
         return "weights that are contiguous neither as they are nor transposed"
-    return native.why_not(x_TD, *gate, *up, *down)
+    return native.why_not(x_TD, *gate, *up, *down, *(b for b in biases if b is not None))
+
+
+def _form(activation: str, G: int, gated: bool) -> tuple[tuple[int, float, float, float], tuple[int, int]]:
+    """(what the activation is, how gate and up lie in rows of G numbers), as the kernels are told."""
+    how = described(activation)
+    lie = (G // 2 if gated and not how.pairs else 0, how.pairs)
+    return (ACTIVATIONS.index(how.name), how.alpha, how.limit, how.shift), lie
+
+
+def _start(x_RD: Tensor, bias_EG: Tensor | None, offsets_E: Tensor, width: int) -> Tensor:
+    """New rows, of each expert's bias if there is one: what a product is added to."""
+    y_RG = unset(x_RD, x_RD.shape[0], width)
+    if bias_EG is not None:
+        bias_EG, offsets_E = bias_EG.contiguous(), offsets_E.contiguous()
+        native.library(x_RD.dtype).spread(  # type: ignore[union-attr]
+            bias_EG.data_ptr(), offsets_E.data_ptr(), bias_EG.shape[0], y_RG.data_ptr(), *y_RG.shape,
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return y_RG
+
+
+def _bias_gradient(dy_RF: Tensor, weight_R: Tensor, offsets_E: Tensor) -> Tensor:
+    """As `expert_mlp.bias_gradient`, of rows times weights in f32, if there are any."""
+    db_EF = dy_RF.new_empty(offsets_E.shape[0], dy_RF.shape[1])
+    native.library(dy_RF.dtype).bias_gradient(  # type: ignore[union-attr]
+        dy_RF.data_ptr(), _address(weight_R), offsets_E.data_ptr(), offsets_E.shape[0], db_EF.data_ptr(),
+        dy_RF.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    return db_EF
 
 
 def mlp(
@@ -173,24 +208,26 @@ def mlp(
     num_experts: int,
     activation: str,
     gated: bool,
+    bias_EG: Tensor | None = None,
+    bias_ED: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    groups = [w for w in (gate, up) if w]
-    if why_not_mlp(x_TD, weights_TK, gate, up, down):
-        return expert_mlp.reference(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated)
-    expert_mlp.check_widths(gate, up, down, gated)
+    groups, biases = [w for w in (gate, up) if w], (bias_EG, bias_ED)
+    if why_not_mlp(x_TD, weights_TK, gate, up, down, *biases):
+        args = (x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated)
+        return expert_mlp.reference(*args, *biases)
+    expert_mlp.check(gate, up, down, activation, gated, *biases)
     x_RD, offsets_E, order_R = ops.dispatch(x_TD, ids_TK, num_experts)
     R, G = x_RD.shape[0], sum(w[0].shape[-2] for w in groups)
-    h_RG = unset(x_RD, R, G)
+    h_RG = _start(x_RD, bias_EG, offsets_E, G)
     for w, h in zip(groups, h_RG.chunk(len(groups), 1), strict=True):
-        _product(x_RD, w, offsets_E, h)
+        _product(x_RD, w, offsets_E, h, add=bias_EG is not None)
     F = G // 2 if gated else G
-    a_RF = unset(x_RD, R, F)
+    a_RF, (form, lie) = unset(x_RD, R, F), _form(activation, G, gated)
     native.library(x_TD.dtype).gate(  # type: ignore[union-attr]
-        expert_mlp.ACTIVATIONS.index(activation), h_RG.data_ptr(), G, F if gated else 0, a_RF.data_ptr(), R, F,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    y_RD = unset(x_RD, R, down[0].shape[-2])
-    _product(a_RF, down, offsets_E, y_RD)
+        *form, h_RG.data_ptr(), G, *lie, a_RF.data_ptr(), R, F, torch.get_num_threads()
+    )
+    y_RD = _start(x_RD, bias_ED, offsets_E, down[0].shape[-2])
+    _product(a_RF, down, offsets_E, y_RD, add=bias_ED is not None)
     return combine(y_RD, weights_TK, order_R, offsets_E, ids_TK.shape[1]), h_RG, offsets_E, order_R
 
 
@@ -208,28 +245,36 @@ def mlp_backward(
     gated: bool,
     of_x: bool,
     of_params: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    groups = [w for w in (gate, up) if w]
-    if why_not_mlp(x_TD, weights_TK, gate, up, down):
-        return expert_mlp.backward_reference(
-            dout_TD, x_TD, h_RG, weights_TK, offsets_E, order_R, gate, up, down, activation, gated, of_x, of_params
-        )
+    bias_EG: Tensor | None = None,
+    bias_ED: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    groups, biases = [w for w in (gate, up) if w], (bias_EG, bias_ED)
+    if why_not_mlp(x_TD, weights_TK, gate, up, down, *biases):
+        args = (dout_TD, x_TD, h_RG, weights_TK, offsets_E, order_R, gate, up, down, activation, gated)
+        return expert_mlp.backward_reference(*args, of_x, of_params, *biases)
+    offsets_E = offsets_E.contiguous()
     (R, G), K = h_RG.shape, order_R.shape[0] // max(x_TD.shape[0], 1)
     F = G // 2 if gated else G
     token_R = order_R.div(max(K, 1), rounding_mode="floor")
     dout_RD = dout_TD.to(x_TD.dtype).index_select(0, token_R)
     da_RF, a_RF, dh_RG = unset(h_RG, R, F), unset(h_RG, R, F), unset(h_RG, R, G)
     _product(dout_RD, expert_mlp.transposed(down), offsets_E, da_RF)
-    dx_TD, dgate, dup, ddown = (x_TD.new_empty(0) for _ in range(4))
+    dx_TD, dgate, dup, ddown, dbias_EG, dbias_ED = (x_TD.new_empty(0) for _ in range(6))
     weight_R = dweight_R = dout_TD.new_empty(0)
     if weights_TK is not None:
         weight_R = weights_TK.reshape(-1).index_select(0, order_R).float()
         dweight_R = torch.empty_like(weight_R)
+    form, lie = _form(activation, G, gated)
     native.library(x_TD.dtype).gate_backward(  # type: ignore[union-attr]
-        expert_mlp.ACTIVATIONS.index(activation), h_RG.contiguous().data_ptr(), G, F if gated else 0,
-        da_RF.data_ptr(), _address(weight_R), dh_RG.data_ptr(), a_RF.data_ptr(), _address(dweight_R), R, F,
-        torch.get_num_threads(),
+        *form, h_RG.contiguous().data_ptr(), G, *lie, da_RF.data_ptr(), _address(weight_R), dh_RG.data_ptr(),
+        a_RF.data_ptr(), _address(dweight_R), R, F, torch.get_num_threads(),
     )  # fmt: skip
+    if bias_ED is not None and weights_TK is not None:
+        bias_ED = bias_ED.contiguous()
+        native.library(x_TD.dtype).add_bias_dots(  # type: ignore[union-attr]
+            dout_RD.data_ptr(), bias_ED.data_ptr(), offsets_E.data_ptr(), offsets_E.shape[0], dweight_R.data_ptr(),
+            dout_RD.shape[1], torch.get_num_threads(),
+        )  # fmt: skip
     parts = dh_RG.chunk(len(groups), 1)
     if of_x:
         dx_RD = unset(x_TD, R, x_TD.shape[1])
@@ -241,11 +286,13 @@ def mlp_backward(
         *first, dup = (_weight_gradient(dh, x_RD, offsets_E) for dh in parts)
         dgate = first[0] if first else dgate
         ddown = _weight_gradient(dout_RD, a_RF, offsets_E)
+        dbias_EG = dbias_EG if bias_EG is None else _bias_gradient(dh_RG, weight_R[:0], offsets_E)
+        dbias_ED = dbias_ED if bias_ED is None else _bias_gradient(dout_RD, weight_R, offsets_E)
     dweights_TK = dweight_R
     if weights_TK is not None:
         dweights_TK = torch.empty_like(dweight_R).index_copy_(0, order_R.long(), dweight_R)
         dweights_TK = dweights_TK.view(weights_TK.shape).to(weights_TK.dtype)
-    return dx_TD, dweights_TK, dgate, dup, ddown
+    return dx_TD, dweights_TK, dgate, dup, ddown, dbias_EG, dbias_ED
 
 
 def _address(values: Tensor) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.triton import set_wrap_triton_enabled
+from torch.library import custom_op
 
 from moe_compile import expert_mlp, ops
 
@@ -71,6 +72,7 @@ def why_not_mlp(
     top_k: int,
     activation: str,
     gated: bool,
+    *biases: Tensor | None,
 ) -> str | None:
     """Return why the kernels cannot serve an `expert_mlp`, or None.  The tensors may be fakes.
 
@@ -89,6 +91,8 @@ def why_not_mlp(
             return f"rows are {x_TD.dtype}, weights {', '.join(f'{v.dtype} {tuple(v.shape)}' for v in w)}"
         if w and (w[0].shape[0] if w[0].dim() == 3 else len(w)) != num_experts:
             return f"weights of {w[0].shape[0] if w[0].dim() == 3 else len(w)} experts, expected {num_experts}"
+    if any(b is not None and b.dtype != x_TD.dtype for b in biases):
+        return f"rows are {x_TD.dtype}, a bias is of another type"
     if top_k > combine.MAX_TOP_K:
         return f"{top_k} experts a token, expected {combine.MAX_TOP_K} at most"
     if 0 in down[0].shape:
@@ -116,22 +120,54 @@ def mlp(
     num_experts: int,
     activation: str,
     gated: bool,
+    bias_EG: Tensor | None = None,
+    bias_ED: Tensor | None = None,
+    *,
+    keep_h: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    expert_mlp.check_widths(gate, up, down, gated)
+    """As `expert_mlp`; h is empty unless somebody keeps it."""
+    expert_mlp.check(gate, up, down, activation, gated, bias_EG, bias_ED)
+    how = (activation, gated, bias_EG, bias_ED)
     if why_not_routing(ids_TK, num_experts) or why_not_mlp(
-        x_TD, weights_TK, gate, up, down, num_experts, ids_TK.shape[1], activation, gated
+        x_TD, weights_TK, gate, up, down, num_experts, ids_TK.shape[1], *how
     ):
-        return expert_mlp.reference(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated)
+        return expert_mlp.reference(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, *how)
     from moe_compile.kernels import combine, dispatch, gated_gemm, grouped_gemm
 
-    K = ids_TK.shape[1]
+    K, made = ids_TK.shape[1], {}  # type: ignore[var-annotated]
     order_R, offsets_E = dispatch.sort_by_expert(ids_TK, num_experts)
     with set_wrap_triton_enabled(False):
         first = _weights(gate, up)
-        routing = (offsets_E, order_R, K, activation, gated, True)
+        routing = (offsets_E, order_R, K, activation, gated, keep_h, bias_EG, made)
         a_RF, h_RG = gated_gemm.launch(x_TD, first[0] if gate else None, first[-1], *routing)
-        y_RD = grouped_gemm.launch(a_RF, _weights(down)[0], offsets_E)
+        y_RD = grouped_gemm.launch(a_RF, _weights(down)[0], offsets_E, bias_ED, made)
     return combine.combine(y_RD, weights_TK, order_R, offsets_E, K), h_RG, offsets_E, order_R
+
+
+def mlp_result(
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor | None,
+    gate: Sequence[Tensor],
+    up: Sequence[Tensor],
+    down: Sequence[Tensor],
+    num_experts: int,
+    activation: str,
+    gated: bool,
+    bias_EG: Tensor | None = None,
+    bias_ED: Tensor | None = None,
+) -> Tensor:
+    """The first output of `expert_mlp`, for whom nobody keeps the others: an inference."""
+    how = (activation, gated, bias_EG, bias_ED)
+    return mlp(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, *how, keep_h=False)[0]
+
+
+result_of_mlp = custom_op("moe_ep_triton::expert_mlp_result", mlp_result, mutates_args=())
+
+
+@result_of_mlp.register_fake
+def _(*args: Any) -> Tensor:
+    return expert_mlp.expert_mlp(*args)[0]  # type: ignore[no-any-return]
 
 
 def mlp_backward(
@@ -148,25 +184,29 @@ def mlp_backward(
     gated: bool,
     of_x: bool,
     of_params: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias_EG: Tensor | None = None,
+    bias_ED: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     E, K = offsets_E.shape[0], max(order_R.shape[0] // max(x_TD.shape[0], 1), 1)
     K = K if weights_TK is None else weights_TK.shape[1]  # also where there are no tokens
-    if why_not_mlp(x_TD, weights_TK, gate, up, down, E, K, activation, gated):
-        return expert_mlp.backward_reference(
-            dout_TD, x_TD, h_RG, weights_TK, offsets_E, order_R, gate, up, down, activation, gated, of_x, of_params
-        )
+    biases = (bias_EG, bias_ED)
+    if why_not_mlp(x_TD, weights_TK, gate, up, down, E, K, activation, gated, *biases):
+        args = (dout_TD, x_TD, h_RG, weights_TK, offsets_E, order_R, gate, up, down, activation, gated)
+        return expert_mlp.backward_reference(*args, of_x, of_params, *biases)
     from moe_compile.kernels import combine, gated_gemm_backward, grouped_gemm, grouped_gemm_dw
+    from moe_compile.kernels.bias_gradient import bias_gradient
 
     # a loses bits of f16 where a weight is small; there the gradient is scaled instead, as the definition does it
     scale_a = x_TD.dtype != torch.float16
     dout_TD, routing, first = dout_TD.to(x_TD.dtype), (offsets_E, order_R), [w for w in (gate, up) if w]
-    dx_TD, dgate, dup, ddown = (x_TD.new_empty(0) for _ in range(4))
+    dx_TD, dgate, dup, ddown, dbias_EG, dbias_ED = (x_TD.new_empty(0) for _ in range(6))
     with set_wrap_triton_enabled(False):
-        asked: Any = (K, activation, gated, len(gate) > 0, of_params, scale_a)
+        made: Any = {}
+        asked: Any = (K, activation, gated, len(gate) > 0, of_params, scale_a, made)
         dh, a_RF, dots_R = gated_gemm_backward.launch(dout_TD, _weights(down)[0], h_RG, weights_TK, *routing, *asked)
         if of_x:
             parts = [(d, _weights(expert_mlp.transposed(w))[0]) for d, w in zip(dh, first, strict=True)]
-            dx_RD, *other = (grouped_gemm.launch(d, w, offsets_E) for d, w in parts)
+            dx_RD, *other = (grouped_gemm.launch(d, w, offsets_E, None, made) for d, w in parts)
             dx_TD = combine.combine(dx_RD.add_(other[0]) if other else dx_RD, None, order_R, offsets_E, K)
     if of_params:
         *before, dup = (grouped_gemm_dw.grouped_gemm_dw(d, x_TD, *routing, 0, K) for d in dh)
@@ -177,10 +217,17 @@ def mlp_backward(
             token_R = order_R.div(K, rounding_mode="floor")
             dy_RD = dout_TD.index_select(0, token_R) * weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(1)
             ddown = grouped_gemm_dw.grouped_gemm_dw(dy_RD, a_RF, offsets_E)
+        if bias_EG is not None:
+            dbias_EG = torch.cat([bias_gradient(d, None, None, *routing)[0] for d in dh], 1)
     dweights_TK = dout_TD.new_empty(0)
+    if bias_ED is not None:
+        with_dots = None if weights_TK is None else bias_ED
+        found, bias_dots_R = bias_gradient(dout_TD, weights_TK, with_dots, *routing, K)
+        dbias_ED = found if of_params else dbias_ED
+        dots_R = dots_R + bias_dots_R
     if weights_TK is not None:
         dweights_TK = dots_R.view(weights_TK.shape).to(weights_TK.dtype)
-    return dx_TD, dweights_TK, dgate, dup, ddown
+    return dx_TD, dweights_TK, dgate, dup, ddown, dbias_EG, dbias_ED
 
 
 def _one_shape(weights: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ SOURCES = tuple(Path(__file__).parent / "kernels" / name for name in ("vectors.h
 # what the text is told of the type (kernels/vectors.h)
 NUMBERS = {torch.float32: "", torch.bfloat16: "#define BFLOAT16\n", torch.float16: "#define FLOAT16\n"}
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_FORM = _INT, ctypes.c_float, ctypes.c_float, ctypes.c_float  # what an activation is
 _ARGUMENTS = {
     "grouped_gemm": (
         _POINTER,
@@ -36,21 +37,11 @@ _ARGUMENTS = {
         _INT,
     ),
     "grouped_gemm_dw": (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
-    "gate": (_INT, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _INT),
-    "gate_backward": (
-        _INT,
-        _POINTER,
-        _LONG,
-        _LONG,
-        _POINTER,
-        _POINTER,
-        _POINTER,
-        _POINTER,
-        _POINTER,
-        _LONG,
-        _LONG,
-        _INT,
-    ),
+    "gate": (*_FORM, _POINTER, _LONG, _LONG, _INT, _POINTER, _LONG, _LONG, _INT),
+    "gate_backward": (*_FORM, _POINTER, _LONG, _LONG, _INT, *[_POINTER] * 5, _LONG, _LONG, _INT),
+    "spread": (_POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
+    "bias_gradient": (_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
+    "add_bias_dots": (_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
     "combine": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
 }
 

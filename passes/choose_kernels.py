@@ -8,9 +8,9 @@ After:
     y = moe_ep_triton.grouped_gemm(x, w, offsets)      # on CUDA; or aten._grouped_mm, where the cost table says so;
                                                        # or, under max_autotune, moe_ep_timed's: Inductor times both
     o = moe_ep_triton.combine(y, weights, order, offsets, K)
-    # on CUDA, `expert_mlp` whose products before the activation nobody keeps is written as its four kernels;
+    # on CUDA, `expert_mlp` whose products before the activation nobody keeps is written as its kernels;
     # otherwise it stays one call of the op, which runs them (moe_compile/cuda.py); so does any product with separate
-    # weights, [w0, w1, ...], which it reads where they are
+    # weights, [w0, w1, ...], which it reads where they are: `moe_ep_triton.expert_mlp_result` if nobody keeps them
     # on a CPU the nodes stay: each op has its CPU form (moe_compile/ops.py, moe_compile/cpu.py)
 
 Stage      lower; runs on Inductor's forward and backward graphs, after autograd and the partitioner.
@@ -96,17 +96,17 @@ class ChooseKernels(RewritePass[Site]):
 
     def _fused_on_cuda(self, graph: Graph, site: Site) -> None:
         """One call for a training step: Inductor could fuse nothing into its kernels, and what they hand each other is
-        freed inside.  An inference does without one output, which a call cannot know; with separate weights it stays
-        one call too, which reads them by their addresses."""
+        freed inside.  An inference does without one output, which a call cannot know; with separate weights it is
+        one call too, of another op, which reads them by their addresses."""
         node, forward = site.node, site.op == "expert_mlp"
         reason = _why_not_fused(node, forward)
         vals: Any = map_arg(node.args, lambda n: n.meta["val"])
         apart = forward and any(cuda.takes_addresses(vals[0], w) for w in vals[3:6])
         read = [n for n in node.users if n.users]
         results = [n for n in read if n.target is operator.getitem and n.args[1] == 0]
-        if reason is None and forward and results == read and not apart:
+        if reason is None and forward and results == read:
             with graph.inserting_before(node):
-                out, name = _inference(graph, node)
+                out, name = _inference_in_one_call(graph, node) if apart else _inference(graph, node)
             for result in results:
                 result.replace_all_uses_with(out)
             self.chosen.append((node.name, name, ""))
@@ -118,17 +118,25 @@ class ChooseKernels(RewritePass[Site]):
 def _why_not_fused(node: Node, forward: bool) -> str | None:
     vals: Any = map_arg(node.args, lambda n: n.meta["val"])
     if forward:
-        x, ids, weights, gate, up, down, num_experts, activation, gated = vals
+        x, ids, weights, gate, up, down, num_experts, activation, gated, *biases = vals
         top_k, routing = ids.shape[1], cuda.why_not_routing(ids, num_experts)
     else:
-        _, x, _, weights, offsets, _, gate, up, down, activation, gated, _, _ = vals
+        _, x, _, weights, offsets, _, gate, up, down, activation, gated, _, _, *biases = vals
         num_experts, routing, top_k = offsets.shape[0], None, 1 if weights is None else weights.shape[1]
-    return routing or cuda.why_not_mlp(x, weights, gate, up, down, num_experts, top_k, activation, gated)
+    return routing or cuda.why_not_mlp(x, weights, gate, up, down, num_experts, top_k, activation, gated, *biases)
+
+
+def _inference_in_one_call(graph: Graph, node: Node) -> tuple[Node, str]:
+    """The same by a call that writes no products before the activation."""
+    val = next(value(n) for n in node.users if n.args[1] == 0)
+    new = emit(graph, torch.ops.moe_ep_triton.expert_mlp_result.default, *node.args, like=node, val=val)
+    return new, "triton, in one call"
 
 
 def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
     """(result, by whom the last product is done) of an `expert_mlp` whose other outputs nobody reads."""
-    x, ids, weights, gate, up, down, num_experts, activation, gated = node.args
+    x, ids, weights, gate, up, down, num_experts, activation, gated, *biases = node.args
+    bias_EG, bias_ED = [*biases, None, None][:2]
     top_k, triton = value(ids).shape[1], torch.ops.moe_ep_triton  # type: ignore[arg-type]
 
     def stack(w: Any) -> Any:
@@ -141,17 +149,28 @@ def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
 
     routing = emit(graph, triton.sort_by_expert.default, ids, num_experts, like=node)
     order, offsets = part(routing, 0), part(routing, 1)
-    arguments = (x, stack(gate), stack(up), offsets, order, top_k, activation, gated, False)
+    first = stack(gate), stack(up)
+    rows: Any = _rows_of_tiles(x, *first, order, gated)
+    tiles = emit(graph, triton.row_tiles.default, offsets, order, rows, like=node)
+    arguments = (x, *first, offsets, order, top_k, activation, gated, False, bias_EG, tiles, rows)
     a, last = part(emit(graph, triton.gated_gemm.default, *arguments, like=node), 0), stack(down)
-    if _timed(a, last):
+    if bias_ED is not None:  # added where our product ends
+        y, name = emit(graph, triton.grouped_gemm.default, a, last, offsets, bias_ED, tiles, rows, like=node), "triton"
+    elif _timed(a, last):
         y, name = _by_time(graph, node, a, last, offsets), "triton and the faster one, by Inductor"
     elif _prefer_grouped_mm(a, last) is not None:
         product = emit(graph, moe_ep.grouped_gemm.default, a, [last], offsets, like=node)
         y, name = _grouped_mm(graph, product, a, last, offsets), "triton and aten._grouped_mm"
         graph.erase_node(product)
     else:
-        y, name = emit(graph, triton.grouped_gemm.default, a, last, offsets, like=node), "triton"
+        y, name = emit(graph, triton.grouped_gemm.default, a, last, offsets, None, tiles, rows, like=node), "triton"
     return emit(graph, triton.combine.default, y, weights, order, offsets, top_k, like=node), name
+
+
+def _rows_of_tiles(x: Any, gate: Node | None, up: Node, order: Node, gated: Any) -> int:
+    from moe_compile.kernels.gated_gemm import tile_rows
+
+    return tile_rows(value(x), None if gate is None else value(gate), value(up), value(order), gated)
 
 
 def _why_not_triton(op: str, vals: tuple[Any, ...]) -> str | None:

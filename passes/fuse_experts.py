@@ -9,6 +9,13 @@ Before:
 After:
     out = moe_ep.expert_mlp(x, ids, weights, [], [w13], [w2], E, "silu", True)[0]
 
+Biases that were gathered by row are added before the activation and behind the last product, and go with them; so do a
+limit, an alpha, a shift and numbers in pairs (activations.py), as in
+
+    h         = moe_ep.grouped_gemm(x_RD, [w13], offsets) + aten.index(b13, [expert_R])
+    gate, up  = aten.clamp(h[:, ::2], None, 7.0), aten.clamp(h[:, 1::2], -7.0, 7.0)
+    a         = (up + 1) * (gate * aten.sigmoid(gate * 1.702))
+
 Stage      canonicalise; after fold_routing_weights, whose weighted combine it takes.
 Numerics   the same sums; the gradient of the routing weights is a dot product in F instead of one in D.  In bf16 the
            numbers between two products are rounded once instead of after each op.
@@ -18,6 +25,7 @@ Refuses    dtypes and devices without such a kernel: on a CPU see `has_kernel`, 
            other body keeps the general ops.
 """
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +37,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_compile import cuda
+from moe_compile.activations import Activation
 from moe_compile.expert_mlp import has_kernel
 from moe_compile.rewrite import RewritePass, emit, value
 from moe_compile.series import series_of
@@ -54,6 +63,8 @@ class Mlp:
     activation: str
     gated: bool
     inside: frozenset[Node]  # what the op replaces
+    first_biases: tuple[Node, ...] = ()  # stacks; gate's and up's, if these are two products
+    last_bias: Node | None = None
 
 
 class FuseExperts(RewritePass[Mlp]):
@@ -66,7 +77,8 @@ class FuseExperts(RewritePass[Mlp]):
         x: Any = found.dispatch.args[0]
         weights: Any = found.combine.args[1]
         of_weights = None if weights is None else value(weights).dtype
-        parts = [value(x), *_fakes(found.gate), *_fakes(found.up), *_fakes(found.down)]
+        biases = [value(b) for b in (*found.first_biases, found.last_bias) if b is not None]
+        parts = [value(x), *_fakes(found.gate), *_fakes(found.up), *_fakes(found.down), *biases]
         kinds = {(t.device.type, t.dtype) for t in parts}
         named = " and ".join(sorted(f"{dtype} on {device}" for device, dtype in kinds))
         if len(kinds) == 1 and value(x).device.type == "cuda":
@@ -83,11 +95,17 @@ class FuseExperts(RewritePass[Mlp]):
         if isinstance(weights, Node):
             weights = _before_reshapes(weights)
         lists = [w if isinstance(w, Node) else list(w) for w in (found.gate, found.up, found.down)]
-        rest = (num_experts, found.activation, found.gated)
+        rest: list[Any] = [num_experts, found.activation, found.gated]
         target: Any = moe_ep.expert_mlp.default
         routed = [value(n) if isinstance(n, Node) else None for n in (x, ids, weights)]
-        val = target(*routed, *map(_fakes, (found.gate, found.up, found.down)), *rest)
         with graph.inserting_before(combine):
+            if found.first_biases or found.last_bias is not None:
+                first: Any = found.first_biases[0] if found.first_biases else None
+                if len(found.first_biases) > 1:
+                    first = emit(graph, aten.cat.default, list(found.first_biases), 1, like=combine)
+                rest += [first, found.last_bias]
+            vals = [value(n) if isinstance(n, Node) else n for n in rest]
+            val = target(*routed, *map(_fakes, (found.gate, found.up, found.down)), *vals)
             new = emit(graph, target, x, ids, weights, *lists, *rest, like=combine, val=val)
             out = emit(graph, operator.getitem, new, 0, like=combine)
         combine.replace_all_uses_with(out)
@@ -103,35 +121,52 @@ def _why_not_cuda(found: Mlp) -> str | None:
     top_k: Any = found.combine.args[4]
     return cuda.why_not_mlp(
         value(x), None if weights is None else value(weights), gate, up, down, num_experts, top_k,  # type: ignore[arg-type]
-        found.activation, found.gated,
+        found.activation, found.gated, *(value(b) for b in (*found.first_biases, found.last_bias) if b is not None),
     ) or cuda.why_not_routing(value(ids), num_experts)  # type: ignore[arg-type]  # fmt: skip
 
 
 # -- matching, backwards from combine --------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Product:
+    """A grouped GEMM, and the bias that is added to it."""
+
+    rows: Node
+    weights: Weights
+    bias: Node | None
+
+
 class _Matcher:
     def __init__(self, combine: Node) -> None:
         self.combine, self.inside = combine, {combine}
+        _, _, self.order, self.offsets, self.top_k = combine.args
+        source: Any = self.order
+        self.dispatch: Any = source.args[0] if _is(source, operator.getitem) else None
 
     def match(self) -> Mlp | None:
         """The whole, if the nodes between dispatch and combine are just these and nobody else uses them."""
-        arguments: Any = self.combine.args
-        rows, _, order, offsets, top_k = arguments
-        last = self.gemm(rows, offsets)
-        if last is None or (between := self.activated(last[0], offsets)) is None:
+        dispatch = self.dispatch
+        if not _is(dispatch, moe_ep.dispatch.default) or value(dispatch.args[1]).shape[1] != self.top_k:
             return None
-        activation, gated, rows, gate, up = between
-        routing = [n.args[0] if _is(n, operator.getitem) else None for n in (rows, offsets, order)]
-        dispatch: Any = routing[0]
-        if not _is(dispatch, moe_ep.dispatch.default) or any(n is not dispatch for n in routing):
+        last = self.product(self.combine.args[0])
+        if last is None or (between := self.activated(last.rows)) is None:
             return None
-        if [n.args[1] for n in (rows, offsets, order)] != [0, 1, 2] or value(dispatch.args[1]).shape[1] != top_k:
+        activation, gated, products = between
+        if activation.why_not(gated) is not None:
             return None
-        parts = self.inside | {dispatch, rows, offsets, order}
+        routing = (products[0].rows, self.offsets, self.order)
+        if [n.args for n in routing if _is(n, operator.getitem)] != [(dispatch, i) for i in range(3)]:  # type: ignore[union-attr]
+            return None
+        parts: Any = self.inside | {dispatch, *routing}
         if any(user not in parts for n in parts - {self.combine} for user in n.users):
             return None
-        return Mlp(self.combine, dispatch, gate, up, last[1], activation, gated, frozenset(parts))
+        biases = tuple(p.bias for p in products if p.bias is not None)
+        if len(biases) not in (0, len(products)):
+            return None
+        gate, up = (products[0].weights if len(products) > 1 else ()), products[-1].weights
+        how = str(activation), gated, frozenset(parts), biases, last.bias
+        return Mlp(self.combine, dispatch, gate, up, last.weights, *how)
 
     def see(self, node: Any) -> Any:
         """The node, seen through casts to the dtype that it has."""
@@ -140,67 +175,125 @@ class _Matcher:
             node = node.args[0]
         return node
 
-    def gemm(self, node: Any, offsets: Any) -> tuple[Node, Weights] | None:
-        """(rows, weights) of a grouped GEMM."""
+    def product(self, node: Any) -> Product | None:
+        """A grouped GEMM, with its bias."""
         node = self.see(node)
-        if not _is(node, moe_ep.grouped_gemm.default) or node.args[2] is not offsets:
+        if _is(node, aten.add.Tensor) and not node.kwargs:
+            for y, b in (node.args, node.args[::-1]):
+                if _is(b, aten.index.Tensor) and (found := self.product(y)) is not None and found.bias is None:
+                    if not self.by_expert(b.args[1]) or value(b).shape[1:] != value(node).shape[1:]:
+                        return None
+                    self.inside |= {node, b}
+                    return Product(found.rows, found.weights, b.args[0])
+            return None
+        if not _is(node, moe_ep.grouped_gemm.default) or node.args[2] is not self.offsets:
             return None
         self.inside.add(node)
         weights = node.args[1]
-        return self.see(node.args[0]), weights if isinstance(weights, Node) else tuple(weights)
+        return Product(self.see(node.args[0]), weights if isinstance(weights, Node) else tuple(weights), None)
 
-    def activated(self, node: Any, offsets: Any) -> tuple[str, bool, Node, Weights, Weights] | None:
-        """(activation, gated, rows of tokens, gate weights, up weights) of what the last product takes."""
+    def by_expert(self, indices: Any) -> bool:
+        """Whether these are the experts of the rows, as `dispatch_experts` writes them."""
+        ids, num_experts = self.dispatch.args[1:]
+        if len(indices) != 1 or not _is(indices[0], aten.clamp.default):
+            return False
+        (clamped,), (rows, *bounds) = indices, indices[0].args
+        if bounds != [0, num_experts - 1] or not _is(rows, aten.index.Tensor) or list(rows.args[1]) != [self.order]:
+            return False
+        flat = rows.args[0]
+        if _is(flat, aten.to.dtype):
+            self.inside.add(flat)
+            flat = flat.args[0]
+        if not _is(flat, aten.reshape.default) or flat.args[0] is not ids or list(flat.args[1]) != [-1]:
+            return False
+        self.inside |= {clamped, rows, flat}
+        return True
+
+    def activated(self, node: Any) -> tuple[Activation, bool, list[Product]] | None:
+        """(activation, gated, the products that it takes) of what the last product takes."""
         node = self.see(node)
         known = set(self.inside)
-        if (plain := self.activation(node)) is not None and (first := self.gemm(plain[1], offsets)) is not None:
-            return plain[0], False, first[0], (), first[1]
+        if (plain := self.activation(node)) is not None and (first := self.product(plain[1])) is not None:
+            return plain[0], False, [first]
         self.inside = known
         if not _is(node, aten.mul.Tensor):
             return None
         self.inside.add(node)
         for a, u in (node.args, node.args[::-1]):
             known, before = set(self.inside), self.activation(self.see(a))
-            if before is not None:
-                name, g = before
-                source, low = self.half(g)
-                other, high = self.half(self.see(u))
-                if source is other and (low, high) == (0, 1) and (first := self.gemm(source, offsets)) is not None:
-                    return name, True, first[0], (), first[1]
-                gate, up = self.gemm(g, offsets), self.gemm(u, offsets)
-                if gate is not None and up is not None and gate[0] is up[0] and _width(gate[1]) == _width(up[1]):
-                    return name, True, gate[0], gate[1], up[1]
+            if before is not None and (found := self.gated(*before, u)) is not None:
+                return found
             self.inside = known
         return None
 
-    def activation(self, node: Any) -> tuple[str, Any] | None:
-        """(name, operand) of an activation that `expert_mlp` knows."""
-        found = _activation(node)
-        if found is not None:
-            self.inside |= set(found[2])
-            return found[0], self.see(found[1])
+    def gated(self, act: Activation, g: Any, u: Any) -> tuple[Activation, bool, list[Product]] | None:
+        """The same, of the product of an activated g and u."""
+        shift, limit, u = self.factor(self.see(u))
+        if limit != act.limit:
+            return None
+        known = set(self.inside)
+        source, low, pairs = self.half(g)
+        other, high, alike = self.half(u)
+        if source is not None and source is other and (low, high) == (0, 1) and pairs == alike:
+            if (first := self.product(source)) is not None:
+                return Activation(act.name, act.alpha, limit, shift, pairs), True, [first]
+        self.inside = known
+        gate, up = self.product(g), self.product(u)
+        if gate is not None and up is not None and gate.rows is up.rows and _width(gate.weights) == _width(up.weights):
+            return Activation(act.name, act.alpha, limit, shift), True, [gate, up]
         return None
 
-    def half(self, node: Any) -> tuple[Node | None, int]:
-        """(source, 0 or 1) of one half of the last dimension; (None, -1) of anything else."""
+    def factor(self, node: Any) -> tuple[float, float, Any]:
+        """(shift, limit, operand) of what the activated gate is multiplied by; 0 and 0 of anything else."""
+        shift = limit = 0.0
+        if _is(node, aten.add.Tensor) and not node.kwargs and _number(node.args[1]):
+            self.inside.add(node)
+            shift, node = float(node.args[1]), self.see(node.args[0])
+        if _is(node, aten.clamp.default) and not node.kwargs and len(node.args) == 3:
+            low, high = node.args[1:]
+            if _number(low) and _number(high) and -low == high > 0:
+                self.inside.add(node)
+                limit, node = float(high), self.see(node.args[0])
+        return shift, limit, node
+
+    def activation(self, node: Any) -> tuple[Activation, Any] | None:
+        """(activation, operand) of one that `expert_mlp` knows."""
+        found = _activation(node)
+        if found is None:
+            return None
+        act, operand, nodes = found
+        self.inside |= set(nodes)
+        operand = self.see(operand)
+        if (limited := _limited(operand)) is not None:
+            self.inside.add(operand)
+            return Activation(act.name, act.alpha, limited), self.see(operand.args[0])
+        return act, operand
+
+    def half(self, node: Any) -> tuple[Node | None, int, bool]:
+        """(source, 0 or 1, whether it is each second number) of one half of the last dimension; (None, -1, False) of
+        anything else."""
         parts: Any
-        if _is(node, aten.slice.Tensor) and len(node.args) == 4:
-            (source, dim, start, stop), parts = node.args, node
-            width = value(source).shape[1]
-            place = {(0, width // 2): 0, (width // 2, width): 1}.get((start, min(stop, width)), -1)
-            whole = place < 0
+        step = 1
+        if _is(node, aten.slice.Tensor) and len(node.args) in (4, 5):
+            (source, dim, start, stop, *more), parts = node.args, node
+            width, step = value(source).shape[1], more[0] if more else 1
+            if step == 2:
+                place = start if start in (0, 1) and stop >= width else -1
+            else:
+                place = {(0, width // 2): 0, (width // 2, width): 1}.get((start, min(stop, width)), -1)
+            whole = place < 0 or step not in (1, 2)
         else:
             parts = node.args[0] if _is(node, operator.getitem) else None
             if not _is(parts, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default):
-                return None, -1
+                return None, -1, False
             source, sizes, dim = [*parts.args, 0][:3]
             place, width = node.args[1], value(source).shape[-1]
             wanted = {aten.chunk.default: 2, aten.split.Tensor: width // 2}.get(parts.target, [width // 2] * 2)
             whole = (list(sizes) if isinstance(sizes, (list, tuple)) else sizes) != wanted
         if whole or dim not in (1, -1) or width % 2 or value(source).dim() != 2:
-            return None, -1
+            return None, -1, False
         self.inside |= {node, parts}
-        return source, place
+        return source, place, step == 2
 
 
 def _fakes(weights: Weights) -> list[Tensor]:
@@ -214,21 +307,43 @@ def _width(weights: Weights) -> int:
     return int(_fakes(weights)[0].shape[-2])
 
 
-def _activation(node: Any) -> tuple[str, Any, tuple[Node, ...]] | None:
-    """(name, operand, nodes) of an activation."""
+def _activation(node: Any) -> tuple[Activation, Any, tuple[Node, ...]] | None:
+    """(activation without limits, operand, nodes)."""
     if _is(node, aten.silu.default, aten.relu.default):
-        return str(node.target).split(".")[1], node.args[0], (node,)
+        return Activation(str(node.target).split(".")[1]), node.args[0], (node,)
     if _is(node, aten.gelu.default):
         how = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
-        return {"none": "gelu", "tanh": "gelu_tanh"}[how], node.args[0], (node,)
+        return Activation({"none": "gelu", "tanh": "gelu_tanh"}[how]), node.args[0], (node,)
     squared = _is(node, aten.square.default) or (_is(node, aten.pow.Tensor_Scalar) and node.args[1] == 2)
     if squared and _is(node.args[0], aten.relu.default):
-        return "relu_squared", node.args[0].args[0], (node, node.args[0])
+        return Activation("relu_squared"), node.args[0].args[0], (node, node.args[0])
     if _is(node, aten.mul.Tensor):
         for g, s in (node.args, node.args[::-1]):
-            if _is(s, aten.sigmoid.default) and s.args[0] is g:
-                return "silu", g, (node, s)
+            if not _is(s, aten.sigmoid.default):
+                continue
+            if s.args[0] is g:
+                return Activation("silu"), g, (node, s)
+            scaled = s.args[0]
+            if _is(scaled, aten.mul.Tensor) and scaled.args[0] is g and _number(scaled.args[1]):
+                return Activation("silu", float(scaled.args[1])), g, (node, s, scaled)
     return None
+
+
+def _limited(node: Any) -> float | None:
+    """The limit, if the node is a value that is clamped from above alone."""
+    if _is(node, aten.clamp_max.default):
+        low, high = None, node.args[1]
+    elif _is(node, aten.clamp.default):
+        low, high = [*node.args[1:], None][0], node.kwargs.get("max", [*node.args, None, None][2])
+        low = node.kwargs.get("min", low)
+    else:
+        return None
+    return float(high) if low is None and _number(high) and high > 0 else None
+
+
+def _number(x: object) -> bool:
+    """Whether this is a number, and finite."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def _is(node: Any, *targets: Any) -> bool:

@@ -8,6 +8,7 @@ import torch
 
 import moe_compile  # noqa: F401  registers the CPU forms
 from moe_compile import cpu, native, ops
+from moe_compile.activations import between
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # (T, K, E): empty experts, one expert takes all, more experts than rows, crowded, odd sizes
@@ -229,8 +230,11 @@ def test_other_machines(dtype: torch.dtype, lacking: list[str], monkeypatch) -> 
     torch.manual_seed(0)
     h, a = torch.randn(3, 21).to(dtype), torch.empty(3, 21, dtype=dtype)
     h[0, 0], h[1, 20] = float("nan"), float("inf")
-    other.gate(3, h.data_ptr(), 21, 0, a.data_ptr(), 3, 21, 1)
+    other.gate(3, 1, 0, 0, h.data_ptr(), 21, 0, 0, a.data_ptr(), 3, 21, 1)
     assert torch.equal(a.nan_to_num(7), torch.relu(h).nan_to_num(7)) and a[0, 0].isnan()
+    pairs = torch.randn(3, 42).to(dtype)
+    other.gate(3, 1, 0.5, 0, pairs.data_ptr(), 42, 0, 1, a.data_ptr(), 3, 21, 1)
+    assert torch.equal(a, between(pairs.float(), "relu limit=0.5 pairs", True).to(dtype))
     # sums half way between two numbers of the type go to the even one
     eps = torch.finfo(dtype).eps
     pieces = torch.tensor([[1.0, eps / 2], [1.0, 3 * eps / 2], [1.0, eps], [-1.0, -eps / 2]])

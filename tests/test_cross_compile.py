@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="triton has no build for this platform")
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = {
+    "bias_gradient",
     "combine",
     "combine_backward",
     "count",

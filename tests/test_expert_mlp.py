@@ -11,10 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_compile  # noqa: F401  registers the CPU forms
 from moe_compile import cpu, expert_mlp, native
-from moe_compile.expert_mlp import ACTIVATIONS, activate
+from moe_compile.activations import ACTIVATIONS, activate, between, between_backward, described, why_not
 
 D, F = 24, 37
 # (T, K, E)
+# in pairs, with limits that some numbers are beyond, as OpenAI's gpt-oss has it; and parts of that
+FORMS = (
+    *ACTIVATIONS, "silu alpha=1.702 limit=0.2 shift=1.0 pairs", "silu limit=0.1", "gelu pairs", "relu_squared shift=-0.5",
+)  # fmt: skip
+PLAIN = (*ACTIVATIONS, "silu alpha=1.702", "gelu_tanh limit=0.1")
+EITHER = [*((form, True) for form in FORMS), *((form, False) for form in PLAIN)]
 ROUTINGS = {"even": (64, 2, 8), "few": (3, 2, 16), "one": (1, 1, 1), "crowded": (400, 1, 4), "odd": (77, 3, 5)}
 LAYOUTS = ("stacked", "two stacks", "separate", "transposed", "strided")
 
@@ -24,11 +30,11 @@ def routing(name: str) -> tuple[Tensor, int]:
     return (torch.zeros(T, K, dtype=torch.int64) if name == "crowded" else torch.rand(T, E).argsort(1)[:, :K]), E
 
 
-def leaves(name: str, gated: bool, dtype: torch.dtype) -> list[Tensor]:
-    """x, routing weights, up (the gate's rows first), down."""
+def leaves(name: str, gated: bool, dtype: torch.dtype, biased: bool = False) -> list[Tensor]:
+    """x, routing weights, up (the gate's rows first), down; and biases, if asked for."""
     T, K, E = ROUTINGS[name]
-    g = torch.Generator().manual_seed(1)
-    shapes = [(T, D), (T, K), (E, 2 * F if gated else F, D), (E, D, F)]
+    g, G = torch.Generator().manual_seed(1), 2 * F if gated else F
+    shapes = [(T, D), (T, K), (E, G, D), (E, D, F), *[(E, G), (E, D)] * biased]
     return [(0.3 * torch.randn(*s, generator=g)).to(dtype).requires_grad_() for s in shapes]
 
 
@@ -44,7 +50,7 @@ def run(
     values: Sequence[Tensor], ids: Tensor, layout: str, activation: str, gated: bool, weighted: bool
 ) -> list[Tensor]:
     """The output and all gradients, from the op."""
-    x, weights, up, down = values
+    x, weights, up, down, *biases = values
     gate: list[Tensor] = []
     parts = [up]
     if gated and layout in ("separate", "two stacks"):
@@ -52,27 +58,36 @@ def run(
         gate = laid_out(parts[0], layout)
     out, *_ = torch.ops.moe_ep.expert_mlp(
         x, ids, weights if weighted else None, gate, laid_out(parts[-1], layout), laid_out(down, layout),
-        up.shape[0], activation, gated,
+        up.shape[0], activation, gated, *biases,
     )  # fmt: skip
-    return with_gradients(out, [x, *([weights] if weighted else []), up, down])
+    return with_gradients(out, [x, *([weights] if weighted else []), up, down, *biases])
 
 
 def one_after_another(
     values: Sequence[Tensor], ids: Tensor, activation: str, gated: bool, weighted: bool
 ) -> list[Tensor]:
     """The same from a loop over tokens and their experts."""
-    x, weights, up, down = values
+    x, weights, up, down, *biases = values
     rows = []
     for t, k in itertools.product(range(ids.shape[0]), range(ids.shape[1])):
         e = int(ids[t, k])
         if not 0 <= e < up.shape[0]:
             rows.append(torch.zeros_like(x[t]))
             continue
-        h = up[e] @ x[t]
-        a = activate(activation, h[:F]) * h[F:] if gated else activate(activation, h)
-        rows.append(down[e] @ a * (weights[t, k] if weighted else 1))
+        h = up[e] @ x[t] + (biases[0][e] if biases else 0)
+        y = down[e] @ one_activated(activation, h, gated) + (biases[1][e] if biases else 0)
+        rows.append(y * (weights[t, k] if weighted else 1))
     out = torch.stack(rows).view(*ids.shape, D).sum(1)
-    return with_gradients(out, [x, *([weights] if weighted else []), up, down])
+    return with_gradients(out, [x, *([weights] if weighted else []), up, down, *biases])
+
+
+def one_activated(activation: str, h: Tensor, gated: bool) -> Tensor:
+    """Written again, in other words than the definition's."""
+    how, limit = described(activation), described(activation).limit or float("inf")
+    g, u = (h.view(F, 2).unbind(1) if how.pairs else h.split(F)) if gated else (h, None)
+    g = torch.minimum(g, g.new_tensor(limit)) if how.limit else g
+    a = g / (1 + torch.exp(-how.alpha * g)) if how.name == "silu" else activate(how.name, g)
+    return a if u is None else a * ((u.clamp(-limit, limit) if how.limit else u) + how.shift)
 
 
 def with_gradients(out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -88,14 +103,13 @@ def assert_near(ours: Sequence[Tensor], exact: Sequence[Tensor], roundings: floa
         assert (a.double() - b.double()).abs().max().item() <= bound + 1e-12
 
 
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "ones"])
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_definition(activation: str, gated: bool, weighted: bool) -> None:
+@pytest.mark.parametrize(("weighted", "biased"), [(True, False), (False, False), (True, True), (False, True)])
+@pytest.mark.parametrize(("activation", "gated"), EITHER)
+def test_the_definition(activation: str, gated: bool, weighted: bool, biased: bool) -> None:
     torch.manual_seed(0)
     ids, _ = routing("odd")
     ids[3, 1], ids[5] = 5, -1  # nobody's
-    values = leaves("odd", gated, torch.float64)
+    values = leaves("odd", gated, torch.float64, biased)
     exact = one_after_another(values, ids, activation, gated, weighted)
     assert_near(run(values, ids, "stacked", activation, gated, weighted), exact, 100)
 
@@ -110,15 +124,65 @@ def test_any_routing_and_layout(name: str, layout: str, gated: bool) -> None:
     assert_near(run(leaves(name, gated, torch.float32), ids, layout, "silu", gated, True), exact)
 
 
-@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "ones"])
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_kernels(activation: str, gated: bool, weighted: bool) -> None:
+@pytest.mark.parametrize(("weighted", "biased"), [(True, False), (False, False), (True, True), (False, True)])
+@pytest.mark.parametrize(("activation", "gated"), EITHER)
+def test_the_kernels(activation: str, gated: bool, weighted: bool, biased: bool) -> None:
     torch.manual_seed(0)
     ids, _ = routing("odd")
     ids[3, 1] = 5
-    exact = run(leaves("odd", gated, torch.float64), ids, "stacked", activation, gated, weighted)
-    assert_near(run(leaves("odd", gated, torch.float32), ids, "stacked", activation, gated, weighted), exact)
+    ids[ids == 2] = 3  # an expert without rows
+    exact = run(leaves("odd", gated, torch.float64, biased), ids, "stacked", activation, gated, weighted)
+    assert_near(run(leaves("odd", gated, torch.float32, biased), ids, "stacked", activation, gated, weighted), exact)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ROUTINGS)
+def test_biases_in_any_routing_and_layout(name: str, layout: str) -> None:
+    torch.manual_seed(0)
+    ids, _ = routing(name)
+    form = "silu alpha=1.702 limit=7.0 shift=1.0" + ("" if layout in ("separate", "two stacks") else " pairs")
+    exact = run(leaves(name, True, torch.float64, True), ids, layout, form, True, True)
+    for dtype, roundings in ((torch.float32, 16), (torch.bfloat16, 32)):
+        values = leaves(name, True, dtype, True)
+        values[4:] = [b.detach().t().contiguous().t().requires_grad_() for b in values[4:]]
+        assert_near(run(values, ids, layout, form, True, True), exact, roundings)
+
+
+@pytest.mark.parametrize(("activation", "gated"), EITHER)
+def test_the_gradient_between(activation: str, gated: bool) -> None:
+    """By hand against autograd, also at the limits, beyond them and from a NaN."""
+    limit = described(activation).limit or 1.0
+    h = torch.cat([0.3 * torch.randn(40, 2 * F).double(), *(torch.full((1, 2 * F), v) for v in (limit, -limit, 1e3))])
+    h[3, 5] = h[4, 6] = float("nan")
+    h.requires_grad_()
+    a = between(h, activation, gated)
+    da = torch.randn_like(a)
+    (dh,) = torch.autograd.grad(a, h, da)
+    torch.testing.assert_close(between_backward(da, h.detach(), activation, gated), dh, equal_nan=True)
+
+
+def test_what_describes_an_activation() -> None:
+    for text in (*FORMS, *PLAIN):
+        assert str(described(text)) == text and why_not(text, True) is None
+    for text in (
+        "elu",
+        "silu limit=-1",
+        "silu limit=inf",
+        "silu limit=1e-40",
+        "silu shift=nan",
+        "gelu alpha=2",
+        "silu beta=1",
+        "silu limit=1 limit=2",
+        "silu limit=x",
+    ):
+        assert why_not(text, True) is not None, text
+    assert why_not("silu pairs", False) is not None and why_not("silu shift=1", False) is not None
+    x, ids, up, down = torch.randn(3, D), torch.zeros(3, 1).long(), torch.randn(1, 2 * F, D), torch.randn(1, D, F)
+    for bias in ((torch.zeros(1, F), None), (None, torch.zeros(1, F)), (torch.zeros(2 * F), None)):
+        with pytest.raises(ValueError, match="a bias of shape"):
+            torch.ops.moe_ep.expert_mlp(x, ids, None, [], [up], [down], 1, "silu", True, *bias)
+    with pytest.raises(ValueError, match="activation elu"):
+        torch.ops.moe_ep.expert_mlp(x, ids, None, [], [up], [down], 1, "elu", True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -219,10 +283,10 @@ def test_an_activation_is_torchs(activation: str, dtype: torch.dtype) -> None:
         h = x[: x.numel() - tail].clone()[None].to(dtype)
         a, dh, again = torch.empty_like(h), torch.empty_like(h), torch.empty_like(h)
         how, n = ACTIVATIONS.index(activation), h.numel()
-        kernels.gate(how, h.data_ptr(), n, 0, a.data_ptr(), 1, n, 1)
+        kernels.gate(how, 1, 0, 0, h.data_ptr(), n, 0, 0, a.data_ptr(), 1, n, 1)
         ones = torch.ones_like(h)
         kernels.gate_backward(
-            how, h.data_ptr(), n, 0, ones.data_ptr(), None, dh.data_ptr(), again.data_ptr(), None, 1, n, 1
+            how, 1, 0, 0, h.data_ptr(), n, 0, 0, ones.data_ptr(), None, dh.data_ptr(), again.data_ptr(), None, 1, n, 1
         )
         exact = h.double().requires_grad_()
         value = activate(activation, exact)
@@ -233,7 +297,7 @@ def test_an_activation_is_torchs(activation: str, dtype: torch.dtype) -> None:
     for special in (float("nan"), *([float("inf")] if activation != "gelu" else [])):  # torch's gelu(inf) is NaN
         h = torch.full((1, 3), special, dtype=dtype)
         a = torch.empty_like(h)
-        kernels.gate(ACTIVATIONS.index(activation), h.data_ptr(), 3, 0, a.data_ptr(), 1, 3, 1)
+        kernels.gate(ACTIVATIONS.index(activation), 1, 0, 0, h.data_ptr(), 3, 0, 0, a.data_ptr(), 1, 3, 1)
         torch.testing.assert_close(a, activate(activation, h), equal_nan=True)
 
 
@@ -286,7 +350,8 @@ def test_only_what_needs_a_gradient_gets_one(frozen: str) -> None:
         assert torch.equal(got, everything[1 + i])
 
 
-def test_it_keeps_the_input_the_products_and_the_routing() -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_it_keeps_the_input_the_products_and_the_routing(biased: bool) -> None:
     """Bytes kept for the backward do not grow with K at fixed K*F."""
     T, E = 64, 8
     kept = {}
@@ -295,7 +360,8 @@ def test_it_keeps_the_input_the_products_and_the_routing() -> None:
         up, down = torch.randn(E, 2 * width, D, requires_grad=True), torch.randn(E, D, width, requires_grad=True)
         ids = torch.rand(T, E).argsort(1)[:, :K]
         sizes: list[int] = []
-        params = {up.untyped_storage().data_ptr(), down.untyped_storage().data_ptr()}
+        biases = torch.randn(E, 2 * width, requires_grad=True), torch.randn(E, D, requires_grad=True)
+        params = {v.untyped_storage().data_ptr() for v in (up, down, *biases)}
 
         def pack(v: Tensor, sizes=sizes, params=params) -> Tensor:
             if v.untyped_storage().data_ptr() not in params:
@@ -303,7 +369,8 @@ def test_it_keeps_the_input_the_products_and_the_routing() -> None:
             return v
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
-            torch.ops.moe_ep.expert_mlp(x, ids, weights, [], [up], [down], E, "silu", True)
+            how = FORMS[-4] if biased else "silu"
+            torch.ops.moe_ep.expert_mlp(x, ids, weights, [], [up], [down], E, how, True, *(biases if biased else ()))
         routing = 4 * (T * K + E) + 4 * T * K  # order, offsets, weights
         assert sum(sizes) == 4 * T * D + 4 * T * K * 2 * width + routing
         kept[K] = sum(sizes) - routing

@@ -225,3 +225,31 @@ def test_a_dense_model() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     assert explain(model, input_ids=tokens()).regions == []
     check(compiled(model, "aot_eager", fullgraph=True), model, tokens())
+
+
+def test_experts_with_biases_limits_and_pairs_are_one_op() -> None:
+    """gpt-oss's, unmodified, some of them empty: values, all gradients, and what ran."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(hidden_size=16, intermediate_size=12, num_local_experts=6)
+    config._experts_implementation = "eager"
+    experts = GptOssExperts(config)
+    for p in experts.parameters():
+        nn.init.normal_(p)
+    ids = torch.tensor([[0, 3], [3, 5], [5, 0], [3, 0], [0, 3]])  # experts 1, 2 and 4 have no rows
+    values = [torch.randn(5, 16), torch.rand(5, 2)]
+
+    def results(layer: Any) -> list[Tensor]:
+        x, weights = (v.clone().requires_grad_() for v in values)
+        out = layer(x, ids, weights)
+        loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+        return [out, *torch.autograd.grad(loss, [x, weights, *experts.parameters()])]
+
+    want = results(experts)
+    layer = compiled(experts, "aot_eager", fullgraph=True)
+    results(layer)
+    with torch.profiler.profile() as profile:
+        ours = results(layer)
+    assert [e.count for e in profile.key_averages() if e.key.startswith("moe_ep::expert_mlp")] == [1, 1]
+    assert all(close(mine, other, 1e-5) for mine, other in zip(ours, want, strict=True))

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_compile import cuda, expert_mlp, ops
-from moe_compile.kernels import grouped_gemm
+from moe_compile.activations import ACTIVATIONS
+from moe_compile.kernels import gated_gemm, grouped_gemm, settings, tiles
 
 from .conftest import DEVICE, DTYPES, random
 
@@ -67,10 +69,16 @@ IDS = {
     "no tokens": torch.empty(0, 2, dtype=torch.int64),
 }
 FORMS = {"one stack": True, "two stacks": True, "separate": True, "plain": False, "plain separate": False}
+GPT_OSS = "silu alpha=1.702 limit=1.0 shift=1.0 pairs"
 
 
 def mlp_arguments(
-    ids: str, form: str, dtype: torch.dtype, of_weights: torch.dtype | None, activation: str = "silu"
+    ids: str,
+    form: str,
+    dtype: torch.dtype,
+    of_weights: torch.dtype | None,
+    activation: str = "silu",
+    biased: bool = False,
 ) -> tuple[Any, ...]:
     """What `expert_mlp` takes; down is [E, 24, F], so that its result is not as wide as the tokens."""
     gated = FORMS[form]
@@ -86,7 +94,8 @@ def mlp_arguments(
         groups = [halves[:-1], halves[-1:], [down]]
     if form.endswith("separate"):
         groups = [[v.contiguous() for w in group for v in w] for group in groups]
-    return x, i, weights, *groups, E, activation, gated
+    biases = [random(*w.shape[:2], dtype=dtype, seed=6) for w in (up, down)] if biased else []
+    return x, i, weights, *groups, E, activation, gated, *biases
 
 
 def everything(forward: Any, backward: Any, args: tuple[Any, ...], wide: bool = False) -> list[Tensor]:
@@ -96,11 +105,11 @@ def everything(forward: Any, backward: Any, args: tuple[Any, ...], wide: bool = 
         return v.double() if wide and isinstance(v, Tensor) and v.is_floating_point() else v
 
     args = tuple([widened(v) for v in a] if isinstance(a, list) else widened(a) for a in args)
-    x, _, weights, gate, up, down, _, activation, gated = args
+    x, _, weights, gate, up, down, _, activation, gated, *biases = args
     out, h, offsets, order = forward(*args)
     dout = widened(random(*out.shape, dtype=out.dtype if not wide else torch.float32, seed=9))
     back = (dout, x, h, weights, offsets, order, gate, up, down, activation, gated)
-    return [out, h, *backward(*back, True, True)]
+    return [out, h, *backward(*back, True, True, *biases)]
 
 
 def assert_near(ours: list[Tensor], exact: list[Tensor]) -> None:
@@ -129,9 +138,35 @@ def test_mlp(ids: str, form: str, dtype: torch.dtype) -> None:
     assert [(v.dtype, v.stride()) for v in ours] == [(v.dtype, v.stride()) for v in theirs]
 
 
+@pytest.mark.parametrize(
+    ("ids", "form", "dtype"),
+    [
+        *(("mixed", "one stack", dtype) for dtype in DTYPES),
+        *(("mixed", form, torch.float32) for form in ("two stacks", "plain separate")),
+        *((ids, "one stack", torch.float32) for ids in [*IDS][1:]),
+    ],
+)
+def test_mlp_with_biases(ids: str, form: str, dtype: torch.dtype) -> None:
+    activation = {"one stack": GPT_OSS, "two stacks": "silu limit=1.0 shift=1.0"}.get(form, "gelu")
+    if dtype != torch.float32:  # a rounding may cross a limit
+        activation = activation.replace("limit=1.0", "limit=99.0")
+    args = mlp_arguments(ids, form, dtype, dtype if form == "one stack" else None, activation, biased=True)
+    ours = everything(*OURS, args)
+    exact = everything(*DEFINITION, args, wide=True)
+    assert_near(ours, exact)
+    assert [v.shape for v in ours] == [v.shape for v in exact] and len(ours) == 9
+
+
+def test_mlp_with_one_bias() -> None:
+    args = mlp_arguments("mixed", "one stack", torch.float32, torch.float32, GPT_OSS, biased=True)
+    for biases in ((args[-2], None), (None, args[-1])):
+        some = (*args[:-2], *biases)
+        assert_near(everything(*OURS, some), everything(*DEFINITION, some, wide=True))
+
+
 @pytest.mark.parametrize("of_weights", [torch.float32, None], ids=str)
 @pytest.mark.parametrize("form", ["one stack", "plain"])
-@pytest.mark.parametrize("activation", expert_mlp.ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mlp_activations(activation: str, form: str, of_weights: torch.dtype | None) -> None:
     args = mlp_arguments("mixed", form, torch.float32, of_weights, activation)
     assert_near(everything(*OURS, args), everything(*DEFINITION, args, wide=True))
@@ -148,9 +183,55 @@ def test_mlp_is_run_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     everything(*OURS, mlp_arguments("mixed", "one stack", torch.float32, torch.float32))
 
 
+@pytest.mark.parametrize("form", ["one stack", "separate"])
+def test_an_inference_writes_no_products_before_the_activation(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits without them."""
+    args = mlp_arguments("mixed", form, torch.float32, torch.float32)
+    kept: list[bool] = []
+    run = gated_gemm.launch
+    monkeypatch.setattr(gated_gemm, "launch", lambda *more: (kept.append(more[8]), run(*more))[1])
+    assert torch.equal(cuda.mlp_result(*args), cuda.mlp(*args)[0])
+    assert kept == [False, True]
+    assert torch.equal(torch.ops.moe_ep_triton.expert_mlp_result(*args), cuda.mlp(*args)[0])
+    with FakeTensorMode() as fakes:
+        fake = torch.utils._pytree.tree_map_only(Tensor, fakes.from_tensor, args)
+        assert torch.ops.moe_ep_triton.expert_mlp_result(*fake).shape == (7, 24)
+
+
+def test_row_tiles_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For both products of a forward, and for both of a backward; again where tiles have other sizes."""
+    made: list[int] = []
+    kernel = tiles._row_tiles_kernel
+
+    class Noted:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **kwargs: (made.append(args[-1]), kernel[grid](*args, **kwargs))[1]
+
+    monkeypatch.setattr(tiles, "_row_tiles_kernel", Noted())
+    args = mlp_arguments("mixed", "one stack", torch.float32, torch.float32)
+    wanted = everything(*OURS, args)
+    assert made == [16, 16]
+    made.clear()
+    with settings.pinned("grouped_gemm", "d packed", (32, 32, 16, 4, 2)):
+        again = everything(*OURS, args)
+    assert made == [16, 32, 16]  # in the backward the last weight is packed the other way
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(again, wanted, strict=True))
+    x, w, (offsets, order, K) = args[0], args[4][0], (*ops.dispatch_reference(args[0], args[1], E)[1:], 2)
+    table = tiles.make_row_tiles(offsets, order, 16)
+    for rows, count in ((16, 0), (64, 1)):  # of another size: not taken
+        made.clear()
+        how = "silu", True, False, None, table, rows
+        assert torch.equal(gated_gemm.gated_gemm(x, None, w, offsets, order, K, *how)[0], cuda_a(x, w, offsets, order))
+        assert len(made) == count + 1
+
+
+def cuda_a(x: Tensor, w: Tensor, offsets: Tensor, order: Tensor) -> Tensor:
+    return gated_gemm.gated_gemm(x, None, w, offsets, order, 2, "silu", True, False)[0]
+
+
 def test_mlp_only_what_is_asked() -> None:
     args = mlp_arguments("mixed", "two stacks", torch.float32, torch.float32)
-    x, _, weights, gate, up, down, _, activation, gated = args
+    x, _, weights, gate, up, down, _, activation, gated, *_ = args
     out, h, offsets, order = cuda.mlp(*args)
     back = (torch.ones_like(out), x, h, weights, offsets, order, gate, up, down, activation, gated)
     whole = cuda.mlp_backward(*back, True, True)
@@ -170,7 +251,7 @@ def test_mlp_in_f16_keeps_small_weights_and_large_gradients() -> None:
         if wanted.numel():
             mine, other = ((v.double() - wanted).norm() / wanted.norm() for v in (mine, other))
             assert mine <= 1.5 * other + 1e-6
-    _, _, _, gate, up, down, _, activation, gated = args
+    _, _, _, gate, up, down, _, activation, gated, *_ = args
     out, h, offsets, order = cuda.mlp(*args)
     back = args[0], h, args[2], offsets, order, gate, up, [down[0] * 0 + 1], activation, gated, True, True
     grads = cuda.mlp_backward(torch.full_like(out, 4e4), *back)
@@ -185,7 +266,7 @@ def test_mlp_goes_to_the_definition() -> None:
 
 def test_why_not_mlp() -> None:
     def reason(dtype: torch.dtype, of_weights: torch.dtype | None, form: str = "one stack", **changes: Any) -> str:
-        x, ids, weights, gate, up, down, E, activation, gated = mlp_arguments("mixed", form, dtype, of_weights)
+        x, ids, weights, gate, up, down, E, activation, gated, *_ = mlp_arguments("mixed", form, dtype, of_weights)
         given = {"gate": gate, "up": up, "down": down, "num_experts": E, "top_k": 2, "activation": activation}
         return str(cuda.why_not_mlp(x, weights, **given | changes, gated=gated))
 
@@ -199,6 +280,9 @@ def test_why_not_mlp() -> None:
     assert "weights of 3 experts, expected 4" in reason(single, single, num_experts=4)
     assert "65 experts a token" in reason(single, single, top_k=65)
     assert "weights torch.float16" in reason(single, single, down=[torch.zeros(E, 24, F, dtype=half)])
+    biases = torch.zeros(E, 24, dtype=half)
+    given = mlp_arguments("mixed", "one stack", single, None)
+    assert "a bias is of" in str(cuda.why_not_mlp(given[0], *given[2:7], 2, "silu", True, None, biases))
     assert "activation elu" in reason(single, single, activation="elu")
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_compile.expert_mlp import ACTIVATIONS
+from moe_compile.activations import ACTIVATIONS
 from moe_compile.kernels.dispatch import sort_by_expert
 from moe_compile.kernels.gated_gemm import gated_gemm, gated_gemm_reference, why_not
 
@@ -22,6 +22,9 @@ SHAPES = {
     "nobody's": (torch.tensor([[0, -1], [7, 1], [3, 3], [1, 0]]), 3, 40, 16),
     "only nobody's": (torch.full((37, 1), 9), 2, 16, 16),
 }
+GPT_OSS = "silu alpha=1.702 limit=0.9 shift=1.0 pairs"  # limits that some numbers are beyond
+GATED = (*ACTIVATIONS, GPT_OSS, "gelu limit=0.9", "relu pairs", "silu shift=-0.5")
+EITHER = [*((how, True) for how in GATED), *((how, False) for how in (*ACTIVATIONS, "silu alpha=1.702 limit=0.9"))]
 RTOL = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -36,6 +39,7 @@ def operands(shape: str, dtype: torch.dtype, gated: bool = True):
 
 def check(found: tuple[Tensor, Tensor], x: Tensor, gate: Tensor | None, up: Tensor, *rest) -> None:
     """f32: sums in another order.  Half: h is rounded once; a is one rounding of a function of the rounded h."""
+    rest = tuple(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in rest)
     wide = x.double(), None if gate is None else gate.double(), up.double()
     for mine, exact in zip(found, gated_gemm_reference(*wide, *rest), strict=True):
         rtol = RTOL[x.dtype]
@@ -54,12 +58,43 @@ def test_values(shape: str, gated: bool, dtype: torch.dtype) -> None:
     assert torch.equal(a, again) and none.numel() == 0
 
 
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "gated"), EITHER)
 def test_activations(activation: str, gated: bool) -> None:
     x, w, offsets, order, K = operands("odd sizes", torch.float32, gated)
     rest = offsets, order, K, activation, gated
-    check(gated_gemm(3 * x, None, w, *rest, True), 3 * x, None, w, *rest)
+    bias = random(*w.shape[:2], seed=5)
+    check(gated_gemm(3 * x, None, w, *rest, True, bias), 3 * x, None, w, *rest, bias)
+
+
+SOME = [("odd sizes", dtype) for dtype in DTYPES] + [
+    (shape, torch.float32) for shape in ("several tiles", "empty experts", "no rows", "nobody's", "only nobody's")
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SOME)
+def test_pairs_limits_and_biases(shape: str, dtype: torch.dtype) -> None:
+    x, w, *routing = operands(shape, dtype)
+    w = w.mT.contiguous().mT  # the numbers of a pair are neighbours
+    rest = *routing, GPT_OSS, True
+    bias = random(*w.shape[:2], dtype=dtype, seed=5)
+    a, h = gated_gemm(x, None, w, *rest, True, bias)
+    check((a, h), x, None, w, *rest, bias)
+    again, none = gated_gemm(x, None, w, *rest, False, bias.t().contiguous().t())
+    assert torch.equal(a, again) and none.numel() == 0
+    halves = torch.cat([w[:, ::2], w[:, 1::2]], 1), torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
+    same, _ = gated_gemm(x, None, halves[0], *routing, GPT_OSS.removesuffix(" pairs"), True, False, halves[1])
+    assert torch.equal(a, same)
+
+
+def test_a_bias_of_two_stacks_and_of_other_experts() -> None:
+    x, w, offsets, order, K = operands("nobody's", torch.float32)
+    rest, bias = (offsets, order, K, "silu", True), random(*w.shape[:2], seed=5)
+    bias[1] = float("nan")
+    one, two = (gated_gemm(x, *v, *rest, True, bias) for v in ((None, w), w.chunk(2, 1)))
+    r = torch.arange(order.shape[0], device=DEVICE)
+    for mine, other in zip(one, two, strict=True):
+        assert torch.equal(mine.isnan().any(1), (r >= offsets[0]) & (r < offsets[1]))
+        assert torch.equal(mine.nan_to_num(), other.nan_to_num()) and not mine[offsets[-1] :].any()
 
 
 @pytest.mark.parametrize("shape", ["odd sizes", "several tiles", "nobody's"])
@@ -157,5 +192,9 @@ def test_says_why_not() -> None:
     assert why_not(x, None, w[:, :5], *rest) == "up has 5 rows"
     assert why_not(x, w[:, :3], w, *rest) == "gate is (2, 3, 8), up is (2, 6, 8), expected the same, and `gated`"
     assert "activation elu" in str(why_not(x, None, w, offsets, order, 2, "elu", True))
+    assert why_not(x, w, w, offsets, order, 2, "silu pairs", True) == "activation silu pairs of two stacks"
+    bias = torch.zeros(2, 6)
+    assert why_not(x, None, w, *rest, bias) is None and "(2, 12)" in str(why_not(x, w, w, *rest, bias))
+    assert "bias is torch.float16 (2, 6)" in str(why_not(x, None, w, *rest, bias.half()))
     with pytest.raises(ValueError, match="order is"):
         gated_gemm(x, None, w, offsets, order.long(), 2, "silu", True, True)

@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_compile.expert_mlp import ACTIVATIONS, activate, activate_backward
+from moe_compile.activations import activate, activate_backward, between
 from moe_compile.kernels.dispatch import sort_by_expert
 from moe_compile.kernels.gated_gemm import gated_gemm
 from moe_compile.kernels.gated_gemm_backward import gated_gemm_backward, gated_gemm_backward_reference, why_not
 
 from .conftest import DEVICE, DTYPES, random
-from .test_gated_gemm import RTOL, SHAPES
+from .test_gated_gemm import EITHER, GPT_OSS, RTOL, SHAPES, SOME
 
 
 def operands(shape: str, dtype: torch.dtype, gated: bool = True, weighted: bool = True):
@@ -60,12 +60,28 @@ def test_values(shape: str, gated: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "ones"])
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "gated"), EITHER)
 def test_activations(activation: str, gated: bool, weighted: bool) -> None:
     args = operands("odd sizes", torch.float32, gated, weighted)
     found = gated_gemm_backward(*args, activation, gated, False, True, False)
     check(found, args, activation, gated, scaled=False)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SOME)
+def test_pairs_and_limits(shape: str, dtype: torch.dtype) -> None:
+    dout, down, h, *rest = operands(shape, dtype)
+    numbers = h.view(-1)
+    numbers[: min(4, h.numel())] = torch.tensor([0.9, -0.9, 0.9, 0.9])[: h.numel()]  # at the limits
+    h[int(rest[1][-1]) :] = 0
+    args = dout, down.mT.contiguous().mT, h, *rest
+    found = gated_gemm_backward(*args, GPT_OSS, True, False, True, True)
+    if dtype == torch.float32:
+        check(found, args, GPT_OSS, True, scaled=True)
+    halves = dout, down, torch.cat([h[:, ::2], h[:, 1::2]], 1), *rest
+    same = gated_gemm_backward(*halves, GPT_OSS.removesuffix(" pairs"), True, False, True, True)
+    F = down.shape[2]
+    assert torch.equal(found[0][0], torch.stack(same[0][0].split(F, 1), 2).flatten(1))
+    assert all(map(torch.equal, found[1:], same[1:]))
 
 
 @pytest.mark.parametrize("shape", ["odd sizes", "nobody's", "several tiles"])
@@ -76,15 +92,13 @@ def test_halves_apart(shape: str) -> None:
     assert torch.equal(torch.cat(list(apart[0]), 1), together[0][0]) and torch.equal(apart[2], together[2])
 
 
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "gated"), EITHER)
 def test_it_is_the_gradient(activation: str, gated: bool) -> None:
     """Of sum over r of weight[r] * dot(dout[r], down @ a(h[r])), by autograd in float64."""
     args = operands("odd sizes", torch.float32, gated)
     dout, down, h, weights, offsets, order, K = wide(args)
     h.requires_grad_(), weights.requires_grad_()
-    g, u = h.chunk(2, 1) if gated else (h, 1.0)
-    a = activate(activation, g) * u
+    a = between(h, activation, gated)
     expert = torch.bucketize(torch.arange(h.shape[0], device=DEVICE), offsets, right=True)
     y = torch.einsum("rf,rdf->rd", a, down[expert])
     loss = (weights.reshape(-1)[order] * (y * dout[order // K]).sum(1)).sum()
@@ -97,7 +111,7 @@ def test_it_is_the_gradient(activation: str, gated: bool) -> None:
 SPECIAL = [0.0, -0.0, 1e-30, -1e-30, 20.0, -20.0, 89.0, -89.0, 1e4, -1e4, 1e18, -1e18, float("nan")]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [how for how, gated in EITHER if not gated])
 def test_an_activation_is_torchs(activation: str) -> None:
     """Value and slope far from zero and on NaN; the value on infinities too."""
     g = torch.cat([torch.tensor(SPECIAL), torch.linspace(-12, 12, 193)]).to(DEVICE)[:, None]
@@ -166,5 +180,6 @@ def test_says_why_not() -> None:
     assert "rows of dout have 32 elements" in str(why_not(dout[:, 1:], down, h, weights, *rest))
     assert "order is torch.int64" in str(why_not(dout, down, h, weights, offsets, order.long(), K, "silu", True))
     assert "offsets for 2" in str(why_not(dout, down, h, weights, offsets[1:], order, K, "silu", True))
+    assert why_not(dout, down, h, weights, offsets, order, K, "silu pairs", True, True) == "activation silu pairs apart"
     with pytest.raises(ValueError, match="activation elu"):
         gated_gemm_backward(dout, down, h, weights, offsets, order, K, "elu", True, False, True, True)

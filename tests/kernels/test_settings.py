@@ -131,3 +131,14 @@ def test_tuning_keeps_the_fastest_right_one() -> None:
         tried = candidates(Job(problem, seed, []), 232448)
         assert len(tried) > 20 and seed not in tried
         assert all(settings.checked(kernel, s) == s for s in tried)
+
+
+def test_what_a_persistent_grid_may_be() -> None:
+    tile = (16, 32, 32, 4, 2)
+    for rest in ((), (0,), (1,), (0, 2), (1, 8)):
+        assert settings.checked("grouped_gemm", (*tile, *rest)) == (*tile, *rest)
+    for rest, why in (((2,), "TMA is"), ((0, 9), "PROGRAMS is 9"), ((0, -1), "PROGRAMS is -1"), ((0, 1, 1), "TMA is")):
+        with pytest.raises(MoeCompileError, match=why):
+            settings.checked("gated_gemm", (*tile, *rest))
+    with pytest.raises(MoeCompileError):
+        settings.checked("grouped_gemm_dw", (*tile, 0))

@@ -10,7 +10,7 @@ from moe_compile.kernels import gated_gemm as gated_gemm_file
 from moe_compile.kernels import grouped_gemm as grouped_gemm_file
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import sort_by_expert
-from moe_compile.kernels.weights import described, separate, stacked
+from moe_compile.kernels.weights import by_descriptor, separate, stacked
 
 from .conftest import DEVICE, ON_GPU, offsets, random
 
@@ -27,12 +27,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     found: list[bool] = []
 
     def note(*args: Any) -> Any:
-        descriptor = described(*args)
+        descriptor = by_descriptor(*args)
         found.append(descriptor is not None)
         return descriptor
 
     for file in (grouped_gemm_file, gated_gemm_file):
-        monkeypatch.setattr(file, "described", note)
+        monkeypatch.setattr(file, "by_descriptor", note)
     return found
 
 

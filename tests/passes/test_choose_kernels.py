@@ -178,9 +178,10 @@ arg4_1: bf16[64, 2]
 sort_by_expert_default: tuple = moe_ep_triton.sort_by_expert(arg1_1, 4)
 getitem_4: i32[128] = sort_by_expert_default[0]
 getitem_5: i32[4] = sort_by_expert_default[1]
-gated_gemm_default: tuple = moe_ep_triton.gated_gemm(arg0_1, None, arg2_1, getitem_5, getitem_4, 2, silu, True, False)
+row_tiles_default: i32[6, 3] = moe_ep_triton.row_tiles(getitem_5, getitem_4, 64)
+gated_gemm_default: tuple = moe_ep_triton.gated_gemm(arg0_1, None, arg2_1, getitem_5, getitem_4, 2, silu, True, False, None, row_tiles_default, 64)
 getitem_6: bf16[128, 48] = gated_gemm_default[0]
-grouped_gemm_default: bf16[128, 32] = moe_ep_triton.grouped_gemm(getitem_6, arg3_1, getitem_5)
+grouped_gemm_default: bf16[128, 32] = moe_ep_triton.grouped_gemm(getitem_6, arg3_1, getitem_5, None, row_tiles_default, 64)
 combine_default: bf16[64, 32] = moe_ep_triton.combine(grouped_gemm_default, arg4_1, getitem_4, getitem_5, 2)
 return combine_default""",
         )
@@ -196,9 +197,10 @@ return combine_default""",
 
             gm = trace(layer, rows, ((65536, 2), torch.int64), *shapes, dtype=torch.bfloat16)
             chosen, text = choose(gm).chosen[-1][1], graph_text(gm.graph)
-            if separate:  # it stays one call, which copies no weight
+            if separate:  # one call, which copies no weight and writes no products before the activation
                 self.assertEqual(chosen, "triton, in one call")
-                self.assertIn("moe_ep.expert_mlp(", text)
+                self.assertIn("moe_ep_triton.expert_mlp_result(", text)
+                self.assertNotIn("moe_ep.", text)
                 self.assertNotIn("aten.stack(", text)
                 continue
             self.assertEqual(chosen, "triton and aten._grouped_mm")
@@ -217,6 +219,31 @@ return combine_default""",
         chosen = choose(gm).chosen
         self.assertEqual(graph_text(gm.graph), before)
         self.assertEqual([c[1:] for c in chosen], [("triton, in one call", "")] * 2)
+
+    def test_a_training_step_of_separate_weights_keeps_its_products(self):
+        def step(x, ids, up, down):
+            return moe_ep.expert_mlp(x, ids, None, [], [*up], [*down], E, "silu", True)[:2]
+
+        gm = trace(step, (T, D), IDS, (E, 2 * F, D), (E, D, F), dtype=torch.bfloat16)
+        self.assertEqual([c[1:] for c in choose(gm).chosen], [("triton, in one call", "")])
+        self.assertIn("= moe_ep.expert_mlp(", graph_text(gm.graph))
+
+    def test_an_inference_with_biases(self):
+        def layer(x, ids, up, down, up_bias, down_bias):
+            how = "silu alpha=1.702 limit=7.0 shift=1.0 pairs", True, up_bias, down_bias
+            return moe_ep.expert_mlp(x, ids, None, [], [up], [down], E, *how)[0]
+
+        shapes = (T, D), IDS, (E, 2 * F, D), (E, D, F), (E, 2 * F), (E, D)
+        gm = trace(layer, *shapes, dtype=torch.bfloat16)
+        choose(gm)
+        self.assertExpectedInline(
+            "\n".join(line for line in graph_text(gm.graph).splitlines() if "_gemm" in line),
+            """\
+gated_gemm_default: tuple = moe_ep_triton.gated_gemm(x_1, None, up_1, getitem_5, getitem_4, 2, silu alpha=1.702 limit=7.0 shift=1.0 pairs, True, False, up_bias_1, row_tiles_default, 64)
+getitem_6: bf16[128, 48] = gated_gemm_default[0]
+grouped_gemm_default: bf16[128, 32] = moe_ep_triton.grouped_gemm(getitem_6, down_1, getitem_5, down_bias_1, row_tiles_default, 64)
+combine_default: bf16[64, 32] = moe_ep_triton.combine(grouped_gemm_default, None, getitem_4, getitem_5, 2)""",
+        )
 
     def test_says_what_the_fused_kernels_lack(self):
         gm = trace(mlp, (T, D), IDS, (E, 2 * F, D), (E, D, F), (T, K), dtype=torch.float64)

@@ -33,6 +33,8 @@ class Gated(nn.Module):
         self.up = nn.Parameter(torch.randn(E, 2 * F, D))
         self.down = nn.Parameter(torch.randn(E, D, F))
         self.other = nn.Parameter(torch.randn(E, F, D))
+        self.up_bias = nn.Parameter(torch.randn(E, 2 * F))
+        self.down_bias = nn.Parameter(torch.randn(E, D))
 
 
 def loop_of(body, weighted=True, index_add_dtype=None):
@@ -166,9 +168,22 @@ FuseExperts: 1 applied, 0 refused
             gate, up = linear(x, self.up[e]).chunk(2, -1)
             return linear(silu(gate).clamp(max=1.0) * up, self.down[e])
 
-        def bias(self, x, e):
-            gate, up = linear(x, self.up[e]).chunk(2, -1)
-            return linear(silu(gate) * up, self.down[e], self.down[e, :, 0])
+        def bias_of_one_product(self, x, e):
+            gate = linear(x, self.up[e, :F], self.up_bias[e, :F])
+            return linear(silu(gate) * linear(x, self.up[e, F:]), self.down[e])
+
+        def bias_twice(self, x, e):
+            return linear(torch.relu(linear(x, self.other[e], self.up_bias[e, :F]) + self.up_bias[e, F:]), self.down[e])
+
+        def one_bias_a_row(self, x, e):
+            return linear(torch.relu(linear(x, self.other[e]) + self.up_bias[e, :1]), self.down[e])
+
+        def bias_times_two(self, x, e):
+            h = torch.add(linear(x, self.other[e]), self.up_bias[e, :F], alpha=2)
+            return linear(torch.relu(h), self.down[e])
+
+        def bias_behind_the_activation(self, x, e):
+            return linear(torch.relu(linear(x, self.other[e])) + self.up_bias[e, :F], self.down[e])
 
         def of_the_product(self, x, e):
             gate, up = linear(x, self.up[e]).chunk(2, -1)
@@ -199,13 +214,111 @@ FuseExperts: 1 applied, 0 refused
         def cubed(self, x, e):
             return linear(torch.relu(linear(x, self.other[e])) ** 3, self.down[e])
 
-        bodies = (up_first, not_halves, one_half_twice, clamped, bias, of_the_product, residual, used_twice,
+        bodies = (up_first, not_halves, one_half_twice, clamped, bias_of_one_product,
+                  bias_twice, one_bias_a_row, bias_times_two, bias_behind_the_activation, of_the_product, residual, used_twice,
                   of_other_rows, one_number_a_row, one_gate_a_row, sigmoid_of_another, cubed)  # fmt: skip
         for body in bodies:
             with self.subTest(body.__name__):
                 gm, report = self.fused(Gated(), loop_of(body))
                 self.assertEqual(self.calls(gm), [], body.__name__)
                 self.assertEqual(str(report), "FuseExperts: 0 applied, 0 refused")
+
+    def test_biases(self):
+        def body(self, x, e):
+            gate, up = linear(x, self.up[e], self.up_bias[e]).chunk(2, -1)
+            return linear(silu(gate) * up, self.down[e], self.down_bias[e])
+
+        def only_the_last(self, x, e):
+            return swiglu(self, x, e) + self.down_bias[e]
+
+        def of_two_products(self, x, e):
+            gate, up = self.up[e, :F], self.up_bias[e]
+            return linear(silu(linear(x, gate, up[:F])) * linear(x, self.other[e], up[F:]), self.down[e])
+
+        calls = []
+        for one in (body, only_the_last, of_two_products):
+            gm, _ = self.fused(Gated(), loop_of(one))
+            calls += self.calls(gm)
+        self.assertExpectedInline(
+            "\n".join(calls),
+            """\
+x, ids, weights, [], [up], [down], 2, silu, True, up_bias, down_bias
+x, ids, weights, [], [up], [down], 2, silu, True, None, down_bias
+x, ids, weights, [slice_tensor], [other], [down], 2, silu, True, cat_default, None""",
+        )
+
+    def test_limits_and_pairs(self):
+        """As OpenAI's gpt-oss has them, and parts of it."""
+
+        def gpt_oss(self, x, e, alpha=1.702, limit=0.7):
+            h = x @ self.up[e].t() + self.up_bias[e]
+            gate, up = h[..., ::2].clamp(min=None, max=limit), h[..., 1::2].clamp(min=-limit, max=limit)
+            return (up + 1) * (gate * torch.sigmoid(gate * alpha)) @ self.down[e].t() + self.down_bias[e]
+
+        def limits(self, x, e):
+            gate, up = linear(x, self.up[e]).chunk(2, -1)
+            return linear(silu(torch.clamp_max(gate, 1)) * up.clamp(-1, 1), self.down[e])
+
+        def shift(self, x, e):
+            gate, up = linear(x, self.up[e]).chunk(2, -1)
+            return linear((up + -2.0) * nn.functional.gelu(gate), self.down[e])
+
+        def quick(self, x, e):
+            h = linear(x, self.other[e])
+            return linear(h * torch.sigmoid(1.5 * h), self.down[e])
+
+        def limited_relu(self, x, e):
+            return linear(torch.relu(linear(x, self.other[e]).clamp(max=0.5)) ** 2, self.down[e])
+
+        calls = []
+        for one in (gpt_oss, limits, shift, quick, limited_relu):
+            gm, _ = self.fused(Gated(), loop_of(one))
+            calls += self.calls(gm)
+        self.assertExpectedInline(
+            "\n".join(calls),
+            """\
+x, ids, weights, [], [up], [down], 2, silu alpha=1.702 limit=0.7 shift=1.0 pairs, True, up_bias, down_bias
+x, ids, weights, [], [up], [down], 2, silu limit=1.0, True
+x, ids, weights, [], [up], [down], 2, gelu shift=-2.0, True
+x, ids, weights, [], [other], [down], 2, silu alpha=1.5, False
+x, ids, weights, [], [other], [down], 2, relu_squared limit=0.5, False""",
+        )
+
+    def test_leaves_what_is_nearly_limited(self):
+        def body(gate_limits=(None, 0.7), up_limits=(-0.7, 0.7), pairs=(0, 1, 2, 2), sigmoid_of=1.702, factor=None):
+            def one(self, x, e):
+                h, (a, b, first, second) = linear(x, self.up[e]), pairs
+                gate, up = h[:, a::first], h[:, b::second]
+                gate = gate.clamp(*gate_limits) if gate_limits else gate
+                up = up.clamp(*up_limits) if up_limits else up
+                weight = torch.sigmoid(sigmoid_of(gate, h) if callable(sigmoid_of) else gate * sigmoid_of)
+                return linear((factor(up) if factor else up + 1) * (gate * weight), self.down[e])
+
+            return one
+
+        near = [
+            body(gate_limits=(-0.7, 0.7)),
+            body(gate_limits=(None, 0.8)),
+            body(gate_limits=(0.7, None)),
+            body(gate_limits=(None, -0.7), up_limits=None),
+            body(gate_limits=None),
+            body(up_limits=None),
+            body(up_limits=(-0.6, 0.7)),
+            body(up_limits=(None, 0.7)),
+            body(pairs=(1, 0, 2, 2)),
+            body(pairs=(0, 0, 2, 2)),
+            body(sigmoid_of=lambda gate, h: gate + 1.702),
+            body(sigmoid_of=lambda gate, h: h[:, ::2] * 1.702),
+            body(gate_limits=(None, 1e-40), up_limits=(-1e-40, 1e-40)),
+            body(sigmoid_of=1e35),
+            body(factor=lambda up: 2 * up),
+            body(factor=lambda up: torch.add(up, 1, alpha=1) * up),
+            body(factor=lambda up: (up + 1).clamp(-1, 1)),
+        ]
+        for number, one in enumerate(near):
+            with self.subTest(number):
+                gm, _ = self.fused(Gated(), loop_of(one))
+                self.assertEqual(self.calls(gm), [])
 
     def prepared_in(self, dtype, of_weights, body=swiglu):
         module, (x, ids, weights) = Gated().to(dtype), inputs()
