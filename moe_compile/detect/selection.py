@@ -410,9 +410,13 @@ def choose(value: Any) -> Selection | Hits | Unknown | None:
 
 
 def columns(call: Call) -> Value | None:
-    """unbind(1) of a nonzero table: its index vectors, in the order of the mask's dimensions."""
-    value = call.arg(0)
-    if not (isinstance(value, Index) and isinstance(value.dim, tuple) and call.number(1, "dim", 0) in (1, -1)):
+    """unbind(1) of a nonzero table: its index vectors, in the order of the mask's dimensions; a mask for each expert."""
+    value, dim = call.arg(0), call.number(1, "dim", 0)
+    if isinstance(value, Member) and value.dims[dim] == "e" and value.expert is None:
+        rest = tuple(d for i, d in enumerate(value.dims) if i != dim % len(value.dims))
+        experts = range(call.val(call.node.args[0]).shape[dim])
+        return RowTuple(tuple(_with(value, dims=rest, expert=e) for e in experts))
+    if not (isinstance(value, Index) and isinstance(value.dim, tuple) and dim in (1, -1)):
         return None
     return RowTuple(tuple(Index(value.selection, d) for d in value.dim))
 

@@ -1,10 +1,12 @@
 """Idioms that are rewritten: masks of ids that were sorted or transposed, masks that keep their dimensions."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.detect.loops import D, E, K, Listed, Stacked, idiom
+from tests.detect.loops import D, E, K, Listed, Mlp, Stacked, idiom
 
 # -- rows that were sorted, and a mask over the sorted ids for each expert ------------------
 
@@ -122,3 +124,47 @@ class MaskKeepsDimension(Listed):
 class TruthKeepsDimension(MaskKeepsDimension):
     def mine(self, ids: Tensor, e: int) -> Tensor:
         return (ids == e).any(1, keepdim=True)
+
+
+# -- masks and experts side by side ---------------------------------------------------------
+
+
+@idiom(any_ids=True)
+class MasksZipped(Listed):
+    """`masks` is what a mutant changes."""
+
+    def masks(self, ids: Tensor) -> Any:
+        return F.one_hot(ids, E).permute(2, 1, 0)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for mask, expert in zip(self.masks(ids), self.experts, strict=True):
+            k, t = torch.where(mask)
+            out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
+        return out
+
+
+@idiom(any_ids=True)
+class ListOfMasksZipped(MasksZipped):
+    def masks(self, ids: Tensor) -> Any:
+        return [(ids == e).t() for e in range(E)]
+
+
+class Inside(Mlp):
+    """An expert that weighs what is between its two products."""
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        return self.down(self.act(self.up(x)) * weights)
+
+
+@idiom(any_ids=True)
+class WeightsInside(Listed):
+    def __init__(self) -> None:
+        super().__init__(Inside)
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out[t] += expert(x[t], weights[t, k, None])
+        return out

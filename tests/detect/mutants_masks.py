@@ -1,9 +1,19 @@
 """Mutants of masks over ids that were sorted or transposed, and of masks that keep their dimensions."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tests.detect.idioms_masks import MaskKeepsDimension, MaskOfSorted, TruthKeepsDimension, TurnedIds
+from tests.detect.idioms_masks import (
+    MaskKeepsDimension,
+    MaskOfSorted,
+    MasksZipped,
+    TruthKeepsDimension,
+    TurnedIds,
+    WeightsInside,
+)
 from tests.detect.loops import E, K, Listed, mutant
 
 # -- rows that were sorted ------------------------------------------------------------------
@@ -147,3 +157,50 @@ class MaskOfAllTokens(MaskKeepsDimension):
 
     def mine(self, ids: Tensor, e: int) -> Tensor:
         return (ids[:, :1] == e).sum(0, keepdim=True)
+
+
+# -- masks and experts side by side ---------------------------------------------------------
+
+
+@mutant("the loop visits experts [0, 1, 3, 3], not each of 0..3 once")
+class MasksOfAnotherOrder(MasksZipped):
+    def masks(self, ids: Tensor) -> Any:
+        masks = F.one_hot(ids, E).permute(2, 1, 0)
+        return [masks[0], masks[1], masks[3], masks[3]]
+
+
+@mutant("rows are selected by getitem, which is not shown to say which ids are those of an expert")
+class FewerMasks(MasksZipped):
+    def masks(self, ids: Tensor) -> Any:
+        return F.one_hot(ids, E).permute(2, 1, 0)[:-1]
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for mask, expert in zip(self.masks(ids), self.experts, strict=False):
+            k, t = torch.where(mask)
+            out.index_add_(0, t, expert(x[t]) * weights[t, k, None])
+        return out
+
+
+@mutant("rows are selected by getitem, which is not shown to say which ids are those of an expert")
+class MasksOfTokensZipped(MasksZipped):
+    """As many tokens as experts, whose masks stand side by side with the experts."""
+
+    def masks(self, ids: Tensor) -> Any:
+        return F.one_hot(ids, E)[:E]
+
+
+@mutant("rows are selected by getitem, which is not shown to say which ids are those of an expert")
+class MasksFromTheEnd(MasksZipped):
+    def masks(self, ids: Tensor) -> Any:
+        return F.one_hot(ids, E).permute(2, 1, 0).flip(0)
+
+
+@mutant("aten.add.Tensor at file.py is not known to be row-wise (it reads index)")
+class WeightsInsideOfOthers(WeightsInside):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            t, k = torch.where(ids == e)
+            out[t] += expert(x[t], weights[(t + 1) % len(x), k, None])
+        return out
