@@ -410,7 +410,7 @@ def choose(value: Any) -> Selection | Hits | Unknown | None:
 
 
 def columns(call: Call) -> Value | None:
-    """unbind(1) of a nonzero table: its index vectors, in the order of the mask's dimensions; a mask for each expert."""
+    """unbind(1) of a nonzero table: its index vectors, in the order of the mask's dimensions; masks of all experts."""
     value, dim = call.arg(0), call.number(1, "dim", 0)
     if isinstance(value, Member) and value.dims[dim] == "e" and value.expert is None:
         rest = tuple(d for i, d in enumerate(value.dims) if i != dim % len(value.dims))
