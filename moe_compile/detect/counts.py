@@ -370,7 +370,10 @@ def join(call: Call) -> Value | None:
     ids = parts[0].selection.ids
     if ids is not _sizes_of(ids) and not ids.args[2]:
         return Unknown(f"{name_of(call.node)} joins rows that are not shown to be all")
-    return joined(call, parts)
+    pieces = joined(call, parts)
+    if isinstance(pieces, Pieces) and pieces.classes == ANY:  # without nobody's rows these would be too few
+        return replace(pieces, classes=pieces.number)
+    return pieces
 
 
 def joined(call: Call, parts: Sequence[Rows]) -> Value:
@@ -391,8 +394,7 @@ def joined(call: Call, parts: Sequence[Rows]) -> Value:
         return Unknown(f"{name_of(call.node)} joins rows that are not those of all pairs")
     everybody = everyone(first.ids, first.order)
     rows = ((e, Rows(everybody, p.expr)) for e, p in zip(experts, parts, strict=True))
-    classes = number if first.classes == ANY else first.classes  # rows of nobody leave less than is joined with them
-    return Pieces(tuple(rows), number, classes)  # type: ignore[arg-type]
+    return Pieces(tuple(rows), number, first.classes)  # type: ignore[arg-type]
 
 
 def fill(call: Call) -> Value | None:

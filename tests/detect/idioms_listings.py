@@ -58,7 +58,7 @@ class DispatchedSome(Dispatched):
 
     def gates(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         kept = (weights - 0.6).relu()
-        return torch.zeros_like(x[:, :E]).scatter(1, ids, kept / (kept.sum(-1, keepdim=True) + 1e-6))
+        return torch.zeros_like(x[:, :E]).scatter(1, ids, kept / (kept.sum(-1, keepdim=True) + 0.1))
 
 
 class InLogarithms(Dispatcher):
