@@ -129,7 +129,7 @@ class TruthKeepsDimension(MaskKeepsDimension):
 # -- masks and experts side by side ---------------------------------------------------------
 
 
-@idiom(any_ids=True)
+@idiom()
 class MasksZipped(Listed):
     """`masks` is what a mutant changes."""
 
