@@ -16,7 +16,6 @@ from moe_compile import worlds
 from moe_compile.arguments import NOTHING_KNOWN, Known
 from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
 from moe_compile.cost import computes
-from moe_compile.detect.counts import ANY
 from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
 from moe_compile.detect.selection import table_of
 from moe_compile.detect.values import Constant, Emptiness, Every, Hits, Index, ListRegion, Plain, Region, Slice
@@ -103,7 +102,7 @@ def _proven(
         if reason is not None:
             raise Refusal(reason)
         region = _only_region(detect)
-        if main.unbound is not None and not (region.num_classes or ANY) <= (main.open_counts or 0):
+        if main.unbound is not None:
             raise Refusal(main.unbound)
         _check_answers(main, detect.run, region)
         if asked is not None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.detect.loops import D, E, K, Listed, Stacked, idiom
+from tests.detect.loops import SCORES, D, E, K, Listed, Stacked, idiom
 
 
 class Split(Stacked):
@@ -143,7 +143,7 @@ class SplitAsJetMoe(Split):
     pass
 
 
-@idiom(distinct=False)
+@idiom(distinct=SCORES)
 class SplitByBincount(Split):
     def sizes(self, ids: Tensor) -> Any:
         return torch.bincount(ids.flatten(), minlength=E).tolist()
@@ -335,7 +335,7 @@ class SetByExpert(Set):
     pass
 
 
-@idiom(empty=False, distinct=False)
+@idiom(empty=False, distinct=SCORES)
 class SetByItem(Listed):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         order = torch.argsort(ids.flatten(), stable=True)
