@@ -94,7 +94,7 @@ class SplitByMarksThatWereSet(Split):
         return marks.scatter_(1, ids, 1).sum(0).tolist()
 
 
-@mutant("what the loop selects is used outside of it too (zero_)")
+@mutant("what the loop selects is used outside of it too (zero_)", distinct=SCORES)
 class SplitByCountsChangedAfterwards(Split):
     """Python has read them by then, the graph must not think that it read what they became."""
 
