@@ -34,6 +34,8 @@ from moe_compile.detect import (
     picked,
     rows,
     selection,
+    slot_places,
+    slot_results,
     slot_rows,
     slot_sums,
     slot_tables,
@@ -54,9 +56,9 @@ aten = torch.ops.aten
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
-        listings.RULES, slot_rows.RULES, counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES,
-        every.RULES, pairs.RULES, picked.RULES, sums.RULES, lists.RULES, slots.RULES, slot_tables.RULES,
-        slot_sums.RULES, rows.RULES,
+        listings.RULES, slot_places.RULES, slot_rows.RULES, slot_results.RULES, counts.RULES, tables.RULES,
+        selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES, picked.RULES, sums.RULES,
+        lists.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
     found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}
@@ -133,7 +135,7 @@ class DetectExperts(RewritePass[Found]):
             values = self.run.values if self.run else {}
             sites = set(self.run.regions) if self.run else set()
             local = {n for n, v in values.items() if goes_with_its_region(v)} | (self.run.inside if self.run else set())
-            own = (Picked, Every, slot_rows.OfPairs)
+            own = (Picked, Every, slot_results.OfPairs)
             local |= {n for n, v in values.items() if isinstance(v, own) and self.run and self.run.is_own(n)}
             drop_dead(gm.graph, lambda n: n in sites or n in local)
             _drop_idle_grad_modes(gm.graph)

@@ -91,7 +91,7 @@ class Averages:
             assert local.grad is not None
             if packed.requires_grad:
                 ranks = self.ep if self._copied_over_edp(packed) else self.ep * dist.get_world_size(self.edp)
-                add(packed, _like(packed, local.grad * (self.parts / ranks)))
+                add(packed, _like(packed, _scaled(local.grad, self.parts / ranks)))
             local.grad = None
             self._arrived(local)
 
@@ -202,8 +202,16 @@ def attach(module: nn.Module) -> None:
 
 
 def add(parameter: Tensor, gradient: Tensor) -> None:
-    """Accumulate a gradient."""
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    """Accumulate a gradient, in place where torch does: a copy of all experts' gradients is the peak of a step."""
+    if parameter.grad is None or torch.is_grad_enabled():
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    else:
+        parameter.grad += gradient
+
+
+def _scaled(gradient: Tensor, factor: float) -> Tensor:
+    """A multiple of a gradient that nobody else holds, in its memory unless it has a gradient itself."""
+    return gradient * factor if torch.is_grad_enabled() else gradient.mul_(factor)
 
 
 def _all_reduce(parameters: list[nn.Parameter], group: Any) -> None:
