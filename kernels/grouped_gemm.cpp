@@ -17,8 +17,10 @@
 constexpr int M = 6;
 constexpr int PANEL = 64;         // columns laid out at a time: a multiple of V * N
 constexpr int64_t LONGEST = 1024; // depth of a panel: it stays in the second cache
+constexpr int64_t SHORTEST = NARROW ? 256 : 128; // of what is read where it lies, or laid out as rows
 constexpr int LINE = 64;          // bytes
-constexpr int64_t STRIP = 1024;   // columns of narrow numbers laid out at a time
+constexpr int64_t STRIP = 512;    // columns of narrow numbers laid out at a time
+constexpr int FEW_ROWS = 4;       // lines fetched ahead a step where one tile is all that a panel is used for
 
 // -- words ----------------------------------------------------------------------------------
 
@@ -142,9 +144,10 @@ static void copy_words(int64_t rows, int64_t depth, const number* from, int64_t 
 
 // -- one expert -----------------------------------------------------------------------------
 
-// What is needed next, a line of it fetched with every step of the inner loop.
+// What is needed next, so many lines of it fetched with every step of the inner loop.
 struct Ahead {
   const char *at, *stop;
+  int64_t lines = 1;  // 1 or FEW_ROWS
 };
 
 // The word a[i, k] lies at p + i * row + k * column; row and column in bytes.
@@ -172,7 +175,7 @@ static void tile(int64_t k, Matrix a, const word* b, int64_t ldb, Result c, From
       for (int j = 0; j < C * V; j += LINE / int(sizeof(number))) __builtin_prefetch(c.p + i * c.ld + j, 1);
   const char* next = ahead.at;
   const int64_t line = ahead.at < ahead.stop ? LINE : 0;
-  ahead.at += line * k;
+  ahead.at += line * k * ahead.lines;
   vec sum[R][C] = {};
   if (from == SUMS)
     for (int i = 0; i < R; i++)
@@ -183,6 +186,8 @@ static void tile(int64_t k, Matrix a, const word* b, int64_t ldb, Result c, From
   for (int64_t at = 0; at < k; at++) {
     __builtin_prefetch(next, 0, 2);
     next += line;
+    if (ahead.lines > 1)
+      for (int i = 1; i < FEW_ROWS; i++, next += line) __builtin_prefetch(next, 0, 2);
     words y[C];
     for (int j = 0; j < C; j++) y[j] = read<words>(b + at * ldb + j * V);
     for (int i = 0; i < R; i++) {
@@ -305,7 +310,7 @@ static void product_transposed(int64_t m, int64_t n, int64_t k, Matrix a, const 
       lay_out(columns, depth, b + j * ldb + at, ldb, scratch.panel.data());
       product(m, columns, words_of(depth), {a.p + at / STEP * a.column, a.row, a.column}, scratch.panel.data(), PANEL,
               to, at ? SUMS : first, at + DEPTH < k ? KEEP : STORE,
-              {(const char*)next, (const char*)(next + PANEL * ldb)});
+              {(const char*)next, (const char*)(next + PANEL * ldb), m <= M ? FEW_ROWS : 1});
     }
   }
 }
@@ -360,7 +365,7 @@ extern "C" void grouped_gemm(const number* x, int64_t ldx, const number* const* 
     const number* b = w[t.expert];
     number* c = y + t.row * ldy + t.start;
     if (transposed)
-      product_plain(t.rows, t.stop - t.start, d, a, b + t.start, ldw, c, ldy, 128 * STEP, first, STORE, scratch);
+      product_plain(t.rows, t.stop - t.start, d, a, b + t.start, ldw, c, ldy, SHORTEST * STEP, first, STORE, scratch);
     else
       product_transposed(t.rows, t.stop - t.start, d, a, b + t.start * ldw, ldw, c, ldy, first, scratch);
   });
@@ -372,12 +377,15 @@ extern "C" void grouped_gemm(const number* x, int64_t ldx, const number* const* 
 // ldy and ldx are the strides of rows.
 extern "C" void grouped_gemm_dw(const number* dy, int64_t ldy, const number* x, int64_t ldx, const int32_t* offsets,
                                 int64_t experts, number* dw, int64_t f, int64_t d, int threads) {
-  constexpr int64_t BLOCK = 10 * M, DEPTH = 256, LARGE = 8 << 20, SIZE = sizeof(number);
+  constexpr int64_t DEPTH = NARROW ? 512 : 256, LARGE = 8 << 20, SIZE = sizeof(number);
+  // Narrow rows of x are laid out once a task: fewer, longer tasks, if there are enough of them.
+  int64_t block = (NARROW ? 40 : 10) * M;
+  while (block > 10 * M && experts * ((f + block - 1) / block) < 8 * threads) block -= 10 * M;
   const bool aligned = d * SIZE % LINE == 0 && reinterpret_cast<uintptr_t>(dw) % LINE == 0;
   const bool large = experts * f * d * SIZE >= LARGE;
   std::vector<Task> tasks;
   for (int64_t e = 0, row = 0; e < experts; row = offsets[e], e++)
-    for (int64_t i = 0; i < f; i += BLOCK) tasks.push_back({e, row, offsets[e] - row, i, least(f, i + BLOCK)});
+    for (int64_t i = 0; i < f; i += block) tasks.push_back({e, row, offsets[e] - row, i, least(f, i + block)});
   run(tasks, threads, [&](const Task& t, Scratch& scratch) {
     number* c = dw + (t.expert * f + t.start) * d;
     const number* left = dy + t.row * ldy + t.start;
