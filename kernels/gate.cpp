@@ -130,7 +130,7 @@ extern "C" void gate(int how, float alpha, float limit, float shift, const numbe
 }
 
 // Of sum over r of w[r] * dot(da[r], act(g[r]) * u[r]) with `da` as given: dh, and dw [rows]; also a = w * act(g) * u.
-// w may be null: ones, and then dw is null too.
+// w may be null: ones, and then dw is null too.  a may be da's memory.
 extern "C" void gate_backward(int how, float alpha, float limit, float shift, const number* h, int64_t ldh, int64_t up,
                               int pairs, const number* da, const float* w, number* dh, number* a, float* dw,
                               int64_t rows, int64_t f, int threads) {

@@ -176,9 +176,14 @@ def _form(activation: str, G: int, gated: bool) -> tuple[tuple[int, float, float
     return (ACTIVATIONS.index(how.name), how.alpha, how.limit, how.shift), lie
 
 
-def _start(x_RD: Tensor, bias_EG: Tensor | None, offsets_E: Tensor, width: int) -> Tensor:
-    """New rows, of each expert's bias if there is one: what a product is added to."""
-    y_RG = unset(x_RD, x_RD.shape[0], width)
+def _rows(like: Tensor, R: int, width: int, over: Tensor | None) -> Tensor:
+    """Rows, in the memory of others that are needed no more if they are as many: new memory is touched first."""
+    return over if over is not None and over.shape == (R, width) and over.is_contiguous() else unset(like, R, width)
+
+
+def _start(x_RD: Tensor, bias_EG: Tensor | None, offsets_E: Tensor, width: int, over: Tensor | None = None) -> Tensor:
+    """Rows, of each expert's bias if there is one: what a product is added to."""
+    y_RG = _rows(x_RD, x_RD.shape[0], width, over)
     if bias_EG is not None:
         bias_EG, offsets_E = bias_EG.contiguous(), offsets_E.contiguous()
         native.library(x_RD.dtype).spread(  # type: ignore[union-attr]
@@ -226,7 +231,7 @@ def mlp(
     native.library(x_TD.dtype).gate(  # type: ignore[union-attr]
         *form, h_RG.data_ptr(), G, *lie, a_RF.data_ptr(), R, F, torch.get_num_threads()
     )
-    y_RD = _start(x_RD, bias_ED, offsets_E, down[0].shape[-2])
+    y_RD = _start(x_RD, bias_ED, offsets_E, down[0].shape[-2], over=x_RD)
     _product(a_RF, down, offsets_E, y_RD, add=bias_ED is not None)
     return combine(y_RD, weights_TK, order_R, offsets_E, ids_TK.shape[1]), h_RG, offsets_E, order_R
 
@@ -257,7 +262,7 @@ def mlp_backward(
     F = G // 2 if gated else G
     token_R = order_R.div(max(K, 1), rounding_mode="floor")
     dout_RD = dout_TD.to(x_TD.dtype).index_select(0, token_R)
-    da_RF, a_RF, dh_RG = unset(h_RG, R, F), unset(h_RG, R, F), unset(h_RG, R, G)
+    da_RF, dh_RG = unset(h_RG, R, F), unset(h_RG, R, G)
     _product(dout_RD, expert_mlp.transposed(down), offsets_E, da_RF)
     dx_TD, dgate, dup, ddown, dbias_EG, dbias_ED = (x_TD.new_empty(0) for _ in range(6))
     weight_R = dweight_R = dout_TD.new_empty(0)
@@ -265,6 +270,7 @@ def mlp_backward(
         weight_R = weights_TK.reshape(-1).index_select(0, order_R).float()
         dweight_R = torch.empty_like(weight_R)
     form, lie = _form(activation, G, gated)
+    a_RF = da_RF  # each number is read before the other is written
     native.library(x_TD.dtype).gate_backward(  # type: ignore[union-attr]
         *form, h_RG.contiguous().data_ptr(), G, *lie, da_RF.data_ptr(), _address(weight_R), dh_RG.data_ptr(),
         a_RF.data_ptr(), _address(dweight_R), R, F, torch.get_num_threads(),
@@ -276,11 +282,6 @@ def mlp_backward(
             dout_RD.shape[1], torch.get_num_threads(),
         )  # fmt: skip
     parts = dh_RG.chunk(len(groups), 1)
-    if of_x:
-        dx_RD = unset(x_TD, R, x_TD.shape[1])
-        for i, (w, dh) in enumerate(zip(groups, parts, strict=True)):
-            _product(dh, expert_mlp.transposed(w), offsets_E, dx_RD, add=i > 0)
-        dx_TD = combine(dx_RD, None, order_R, offsets_E, K) if R else torch.zeros_like(x_TD)
     if of_params:
         x_RD = x_TD.index_select(0, token_R)
         *first, dup = (_weight_gradient(dh, x_RD, offsets_E) for dh in parts)
@@ -288,6 +289,11 @@ def mlp_backward(
         ddown = _weight_gradient(dout_RD, a_RF, offsets_E)
         dbias_EG = dbias_EG if bias_EG is None else _bias_gradient(dh_RG, weight_R[:0], offsets_E)
         dbias_ED = dbias_ED if bias_ED is None else _bias_gradient(dout_RD, weight_R, offsets_E)
+    if of_x:
+        dx_RD = _rows(x_TD, R, x_TD.shape[1], over=dout_RD)
+        for i, (w, dh) in enumerate(zip(groups, parts, strict=True)):
+            _product(dh, expert_mlp.transposed(w), offsets_E, dx_RD, add=i > 0)
+        dx_TD = combine(dx_RD, None, order_R, offsets_E, K) if R else torch.zeros_like(x_TD)
     dweights_TK = dweight_R
     if weights_TK is not None:
         dweights_TK = torch.empty_like(dweight_R).index_copy_(0, order_R.long(), dweight_R)
