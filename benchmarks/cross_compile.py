@@ -2,9 +2,10 @@
 
     python -m benchmarks.cross_compile [--arch sm_80 sm_90 sm_100 gfx942] [--kernel NAME] [--first]
 
-Prints registers, shared memory, spills and the matrix instruction of each.  Exits with 1 if one
-spills, asks for more shared memory than a block may have, is serialised by ptxas (a C75xx
-warning), or fails to compile.  The cases come from `compile_cases()` of each kernel module.
+Prints registers, shared memory, spills, the matrix instruction of each and how it loads its operands.  Exits with 1 if
+one spills, asks for more shared memory than a block may have, is serialised by ptxas (a C75xx warning), fails to
+compile, has no asynchronous load in a pipelined product (more than one stage), or multiplies 16-bit tiles of 64 rows or
+more on Hopper by anything but wgmma.  The cases come from `compile_cases()` of each kernel module.
 """
 
 import argparse
@@ -32,7 +33,7 @@ TARGETS = {
 }
 # What one block may have, in bytes (CUDA programming guide, compute capabilities; CDNA3 LDS).
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-TMA_LOAD = "cp.async.bulk.tensor"
+TMA_LOAD, COPY = "cp.async.bulk.tensor", "cp.async.cg"
 MATRIX = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma")
 
 
@@ -45,6 +46,15 @@ class Case(NamedTuple):
     constants: dict[str, object]
     num_warps: int
     num_stages: int
+
+    def pipelined(self) -> bool:
+        return self.num_stages > 1
+
+    def by_wgmma(self) -> bool:
+        """Whether a product is one for a warp group: of 16-bit tiles with 64 rows or more."""
+        rows = self.constants.get("BLOCK_M", 0)
+        narrow = any(str(kind).startswith(("*bf16", "*fp16", "tensordesc<bf16")) for kind in self.args.values())
+        return narrow and isinstance(rows, int) and rows >= 64 and self.num_warps >= 4
 
     def described(self) -> bool:
         """Whether an argument is a tensor descriptor, which Hopper and later can read."""
@@ -63,7 +73,9 @@ class Row:
     spill_stores: int = 0
     spill_loads: int = 0
     matrix: str = "-"
+    loads: str = "-"
     serialised: bool = False
+    meant: tuple[str, ...] = ()  # instructions that it should have
     error: str = ""
 
     def fault(self) -> str:
@@ -73,18 +85,19 @@ class Row:
             return "spills"
         if self.serialised:
             return "serialised"
-        if self.matrix.endswith("no TMA"):
-            return "no TMA load"
+        for instruction in self.meant:
+            if instruction not in (self.matrix, self.loads):
+                return f"no {instruction}"
         return "too much shared memory" if self.shared > SHARED_LIMIT[self.arch] else ""
 
     def __str__(self) -> str:
         return (
             f"{self.kernel:<26}{self.setting:<50}{self.arch:<8}{self.registers:>5}{self.shared:>8}"
-            f"{self.spill_stores:>7}/{self.spill_loads:<6}{self.matrix:<21}{self.fault()}"
+            f"{self.spill_stores:>7}/{self.spill_loads:<6}{self.matrix:<18}{self.loads:<10}{self.fault()}"
         )
 
 
-HEADER = f"{'kernel':<26}{'setting':<50}{'target':<8}{'regs':>5}{'shared':>8}{'spills st/ld':>14}{'matrix op':<21}fault"
+HEADER = f"{'kernel':<26}{'setting':<50}{'target':<8}{'regs':>5}{'shared':>8}{'spills st/ld':>14}{'matrix op':<18}{'loads':<10}fault"
 
 
 def compile_case(case: Case, arch: str) -> Row:
@@ -104,10 +117,12 @@ def compile_case(case: Case, arch: str) -> Row:
     found = measure(compiled, arch)
     text = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     matrix = next((m for m in MATRIX if m in text), "-")
-    if case.described():
-        matrix += " TMA" if TMA_LOAD in text else " no TMA"
+    loads = "TMA" if TMA_LOAD in text else "cp.async" if COPY in text else "-"
+    meant = ["wgmma.mma_async"] if arch == "sm_90" and matrix != "-" and case.by_wgmma() else []
+    if TARGETS[arch].backend == "cuda" and matrix != "-" and case.pipelined():
+        meant.append("TMA" if case.described() else "cp.async")
     shared = compiled.metadata.shared
-    return Row(name, case.setting, arch, shared=shared, matrix=matrix, **found)
+    return Row(name, case.setting, arch, shared=shared, matrix=matrix, loads=loads, meant=tuple(meant), **found)
 
 
 def _measure_nvidia(compiled, arch: str) -> dict:

@@ -46,7 +46,7 @@ def test_one_setting_of_each_kernel_on_hopper() -> None:
     assert all(" 0/0 " in row for row in rows), result.stdout
     multiplies = [row for row in rows if row.startswith(("grouped_gemm", "gated_gemm"))]
     assert multiplies
-    assert all("wgmma" in row for row in multiplies), result.stdout
+    assert all("wgmma" in row and "cp.async" in row for row in multiplies), result.stdout
 
 
 def test_refuses_interpreted_kernels() -> None:
@@ -60,7 +60,8 @@ def test_a_row_says_its_fault() -> None:
     program = (
         "from benchmarks.cross_compile import Row\n"
         "row = lambda **kw: print(Row('k', 's', 'sm_90', **kw).fault())\n"
-        "row(); row(spill_loads=8); row(serialised=True); row(shared=232449); row(error='no')"
+        "row(); row(spill_loads=8); row(serialised=True); row(shared=232449); row(error='no')\n"
+        "row(matrix='mma.sync', meant=('wgmma.mma_async',)); row(loads='TMA', meant=('TMA',))"
     )
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -70,4 +71,6 @@ def test_a_row_says_its_fault() -> None:
         "serialised",
         "too much shared memory",
         "no",
+        "no wgmma.mma_async",
+        "",
     ]
