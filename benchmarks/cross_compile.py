@@ -97,7 +97,10 @@ class Row:
         )
 
 
-HEADER = f"{'kernel':<26}{'setting':<50}{'target':<8}{'regs':>5}{'shared':>8}{'spills st/ld':>14}{'matrix op':<18}{'loads':<10}fault"
+HEADER = (
+    f"{'kernel':<26}{'setting':<50}{'target':<8}{'regs':>5}{'shared':>8}{'spills st/ld':>14}"
+    f"{'matrix op':<18}{'loads':<10}fault"
+)
 
 
 def compile_case(case: Case, arch: str) -> Row:

@@ -1,12 +1,15 @@
 """Time the CPU kernels beside the matrix products alone: one torch.mm an expert, and torch.bmm where rows are equal.
 
-    python -m benchmarks.kernels_cpu [--quick] [--shapes T,D,F,E,K ...] [--threads 0] [--out benchmarks/results]
+    python -m benchmarks.kernels_cpu [--quick] [--shapes T,D,F,E,K ...] [--routing random ...] [--threads 0]
+                                     [--out benchmarks/results]
 
-T tokens, D model width, F expert width, E experts, K experts a token.  The peers get sorted rows.  "torch.mm" and
-"torch.bmm" write into outputs that exist; ours gives new ones, as a step of training needs them, and so does "mm, new":
-products into the parts of one new stack.  A whole block is `expert_mlp` (gated, SiLU) forward and backward, from
-unsorted tokens to all gradients; beside it stand its six products alone.  Ways take turns in one process, times are
-medians, ratios are peer / ours.  A kernel whose error against float64 is red is not timed, and the exit status is 1.
+Routing is random; even, where all experts can have as many rows; or skewed, where expert e is chosen in proportion to
+1 / (e + 1) and the last one by nobody: how well threads share experts of all sizes. T tokens, D model width, F expert
+width, E experts, K experts a token. The peers get sorted rows. "torch.mm" and "torch.bmm" write into outputs that
+exist; ours gives new ones, as a step of training needs them, and so does "mm, new": products into the parts of one
+new stack. A whole block is `expert_mlp` (gated, SiLU) forward and backward, from unsorted tokens to all gradients;
+beside it stand its six products alone. Ways take turns in one process, times are medians, ratios are peer / ours. A
+kernel whose error against float64 is red is not timed, and the exit status is 1.
 """
 
 import json
@@ -35,6 +38,7 @@ SHAPES = [
 ]  # fmt: skip
 QUICK = ["16,256,128,64,4", "512,256,256,64,4", "1024,256,256,8,2"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROUTINGS = ("random", "even", "skewed")
 PEERS = ("torch.mm", "mm, new", "torch.bmm")
 Call = Callable[[], Any]
 
@@ -79,10 +83,16 @@ class Problem:
 
 
 def problem(shape: str, routing: str, dtype: torch.dtype) -> Problem:
-    """Random operands; `even` gives all experts the same number of rows, if that can be."""
+    """Random operands, with `routing` as above."""
     T, D, F, E, K = map(int, shape.split(","))
     g = torch.Generator().manual_seed(0)
-    ids = torch.arange(T * K).remainder(E).view(T, K) if routing == "even" else torch.rand(T, E, generator=g).topk(K)[1]
+    if routing == "even":
+        ids = torch.arange(T * K).remainder(E).view(T, K)
+    else:
+        odds = torch.ones(E) if routing == "random" else 1 / torch.arange(1.0, E + 1)
+        if routing == "skewed":
+            odds[-1] = 0
+        ids = odds.expand(T, E).multinomial(K, generator=g)
 
     def random(*sizes: int) -> Tensor:
         return (torch.randn(*sizes, generator=g) / sizes[-1] ** 0.5).to(dtype)
@@ -254,6 +264,7 @@ def show(console: Console, rows: list[Row]) -> None:
 def main(
     shapes: Annotated[list[str] | None, typer.Option(help="T,D,F,E,K; may be given several times.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or several with commas")] = "float32,bfloat16",
+    routing: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(ROUTINGS)}; all, if left out")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each way.")] = 15,
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: as torch chooses.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Three small shapes, few rounds.")] = False,
@@ -262,13 +273,15 @@ def main(
     """Measure products and whole blocks side by side."""
     if threads:
         torch.set_num_threads(threads)
+    if unknown := set(routing or ()) - set(ROUTINGS):
+        raise typer.BadParameter(f"routing {sorted(unknown)} is not among {', '.join(ROUTINGS)}")
     console = Console(width=max(120, Console().width))
     rows = [
         row
         for shape in shapes or (QUICK if quick else SHAPES)
-        for routing in ("random", "even")
+        for how in routing or ROUTINGS
         for name in dtype.split(",")
-        for row in measure(shape, routing, name, min(rounds, 5) if quick else rounds)
+        for row in measure(shape, how, name, min(rounds, 5) if quick else rounds)
     ]
     show(console, rows)
     content = {
