@@ -37,6 +37,7 @@ from tests.detect import (  # noqa: F401
     mutants_outside,
     mutants_pairs,
     mutants_picked,
+    mutants_picked_columns,
     mutants_places,
     mutants_rows,
     mutants_slot_rows,

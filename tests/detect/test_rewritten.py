@@ -26,6 +26,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_masks,
     idioms_pairs,
     idioms_picked,
+    idioms_picked_columns,
     idioms_places,
     idioms_slot_rows,
     idioms_slots,
@@ -165,7 +166,9 @@ def test_ids_out_of_range_add_nothing(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["PickedWeights", "PickedWithBias", "PickedTransposed"])
+@pytest.mark.parametrize(
+    "name", ["PickedWeights", "PickedWithBias", "PickedTransposed", "PickedByColumn", "PickedByVector", "PickedMatmulRows"]
+)
 def test_ids_from_the_end(name: str) -> None:
     """w[ids] counts negative ids from the end, and raises for others."""
     case = IDIOMS[name]
