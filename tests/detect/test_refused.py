@@ -19,6 +19,7 @@ from tests.detect import (  # noqa: F401
     mutants_choice,
     mutants_columns,
     mutants_conditions,
+    mutants_counted,
     mutants_counts,
     mutants_decisions,
     mutants_dense,

@@ -167,7 +167,8 @@ def test_ids_out_of_range_add_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["PickedWeights", "PickedWithBias", "PickedTransposed", "PickedByColumn", "PickedByVector", "PickedMatmulRows"]
+    "name",
+    ["PickedWeights", "PickedWithBias", "PickedTransposed", "PickedByColumn", "PickedByVector", "PickedMatmulRows"],
 )
 def test_ids_from_the_end(name: str) -> None:
     """w[ids] counts negative ids from the end, and raises for others."""
