@@ -36,6 +36,7 @@ from moe_compile.detect import (
     picked_products,
     rows,
     selection,
+    slot_flat,
     slot_places,
     slot_results,
     slot_rows,
@@ -58,8 +59,8 @@ aten = torch.ops.aten
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
-        listings.RULES, slot_places.RULES, slot_rows.RULES, slot_results.RULES, counts.RULES, tables.RULES,
-        selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
+        listings.RULES, slot_flat.RULES, slot_places.RULES, slot_rows.RULES, slot_results.RULES,
+        counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
         picked_columns.RULES, picked_products.RULES, picked.RULES, sums.RULES,
         lists.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
     )  # fmt: skip

@@ -41,6 +41,7 @@ from tests.detect import (  # noqa: F401
     mutants_picked_columns,
     mutants_places,
     mutants_rows,
+    mutants_slot_flat,
     mutants_slot_rows,
     mutants_slots,
     mutants_sorted,

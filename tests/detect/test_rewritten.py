@@ -28,6 +28,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_picked,
     idioms_picked_columns,
     idioms_places,
+    idioms_slot_flat,
     idioms_slot_rows,
     idioms_slots,
     idioms_sorted,
