@@ -27,7 +27,11 @@ aten = torch.ops.aten
 
 
 def column_of(run: Interpreter, node: Node) -> tuple[Node, int, int] | None:
-    """(table, k, K) of a value that is column k of a table [T, K, ...]: table[:, k], or of unbind(1)."""
+    """(table, k, K) of a value that is column k of a table [T, K, ...]: table[:, k], or of unbind(1).
+
+    Taken under no_grad a column of weights has no gradient, and is a value of its own.
+    """
+    taken = {node}
     if op_of(node) == "select" and node.args[1] in (1, 1 - _rank(node.args[0])):
         table, k = node.args[0], node.args[2]
     elif op_of(node) == "getitem" and isinstance(node.args[0], Node) and op_of(node.args[0]) == "unbind":
@@ -35,12 +39,15 @@ def column_of(run: Interpreter, node: Node) -> tuple[Node, int, int] | None:
         table, dim = unbound.args[0], unbound.args[1] if len(unbound.args) > 1 else 0  # type: ignore[union-attr]
         if dim not in (1, 1 - _rank(table)):
             return None
+        taken.add(unbound)  # type: ignore[arg-type]
     else:
         return None
     val = table.meta.get("val") if isinstance(table, Node) else None
     if not isinstance(val, Tensor) or type(k) is not int or type(val.shape[1]) is not int:
         return None
     assert isinstance(table, Node)
+    if taken & run.ungraded and table not in run.ungraded and val.is_floating_point():
+        return None
     return run.canonical.get(table, table), k % val.shape[1], val.shape[1]
 
 
@@ -149,7 +156,7 @@ def _with_leaves(run: Interpreter, root: Expr, of: Callable[[Interpreter, Leaf],
 
 def _leaf(run: Interpreter, leaf: Leaf, k: int, width: int) -> Expr:
     node: Any = leaf.node
-    if leaf.role != "token":
+    if leaf.role != "token" or (node in run.ungraded and not run.ungraded.issuperset(node.all_input_nodes)):
         return leaf
     if column := column_of(run, node):
         own = column[1:] == (k, width)

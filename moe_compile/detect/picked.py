@@ -149,7 +149,10 @@ def own_vector(call: Call, like: Picked, node: Node) -> Expr | None:
 def unshaped(call: Call, node: Node) -> Node:
     """The value of which this one is a view, with the same numbers in the same order."""
     while node.op == "call_function" and op_of(node) in SHAPED and node not in call.run.ungraded:
-        node = node.args[0]  # type: ignore[assignment]
+        before: Any = node.args[0]
+        if call.val(before).dtype != call.val(node).dtype:
+            break
+        node = before
     return node
 
 
@@ -181,7 +184,7 @@ def of_features(call: Call) -> Value | None:
 def shaped(call: Call) -> Value | None:
     """unsqueeze, squeeze and views of what each pair has."""
     value, val = call.arg(0), call.val()
-    if not isinstance(value, Picked) or elsewhere(call):
+    if not isinstance(value, Picked) or elsewhere(call) or val.dtype != value.expr.val.dtype:
         return None
     n, sizes = num_dims(call, value), list(val.shape)
     if not of_pairs(call, value, val) or not all(isinstance(s, int) for s in sizes[n:]):

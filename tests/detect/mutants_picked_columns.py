@@ -121,6 +121,24 @@ class GatheredColumnsNoGrad(PickedByColumn):
             return super().weigh(y, weights, k)
 
 
+@mutant("something else is added for column 1 of the expert ids than for column 0", distinct=False)
+class GatheredColumnsNoGradWeights(PickedByColumn):
+    """A column that is taken under no_grad has no gradient."""
+
+    def weigh(self, y: Tensor, weights: Tensor, k: int) -> Tensor:
+        with torch.no_grad():
+            column = weights[:, k]
+        return y * column.unsqueeze(-1)
+
+
+@mutant("something else is added for column 1 of the expert ids than for column 0", distinct=False)
+class GatheredColumnsNoGradUnbound(PickedByColumn):
+    def weigh(self, y: Tensor, weights: Tensor, k: int) -> Tensor:
+        with torch.no_grad():
+            columns = weights.unbind(1)
+        return y * columns[k].unsqueeze(-1)
+
+
 @mutant("nothing is summed over experts", distinct=False)
 class GatheredColumnsNoGradView(PickedByColumnBmm):
     """A view of the tokens has no gradient there."""
