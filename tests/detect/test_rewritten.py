@@ -181,7 +181,7 @@ def test_ids_from_the_end(name: str) -> None:
         args = (x, wrong, weights)
         assert not differences(outcome(run, module, args), outcome(module, module, args), 1e-5)
     for bad in (E, -E - 1):
-        wrong = torch.where(ids == 1, bad, ids)
+        wrong = torch.where(ids == 2, bad, ids)
         for call in (module, run):
             with pytest.raises((RuntimeError, IndexError)):
                 call(x, wrong, weights)
