@@ -228,7 +228,8 @@ def weighed(call: Call) -> Value | None:
         return None
     inputs, _, result = equation.replace(" ", "").partition("->")
     for i in (0, 1):
-        grid, weights, other = operands[i], operands[1 - i], nodes[1 - i]  # type: ignore[index]
+        grid, weights = operands[i], operands[1 - i]
+        other: Any = nodes[1 - i]  # type: ignore[index]
         if not isinstance(grid, Picked) or not isinstance(weights, Value) or not weights.plain or elsewhere(call):
             continue
         n, row = num_dims(call, grid), grid.expr.val
@@ -238,7 +239,7 @@ def weighed(call: Call) -> Value | None:
         whole = len(a) == len(set(a)) == row.dim() + n - 1 == n + 1
         if not whole or b != a[:n] or result != a[0] + a[n] or val.dtype != call.val().dtype:
             continue
-        source = call.run.canonical.get(other, other)  # type: ignore[call-overload]
+        source = call.run.canonical.get(other, other)
         if needs_picked(call, source):
             continue
         if n == 1 and not same_size(val.shape[0], call.val(grid.ids).shape[0]):

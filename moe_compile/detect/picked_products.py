@@ -47,7 +47,7 @@ def einsum(call: Call) -> Value | None:
         if not _matrices(stack):
             continue
         n = num_dims(call, stack)
-        pair, (outer, inner) = b[:n], b[n : n + 2] if len(b) == n + 2 else ("", "")
+        pair, outer, inner = b[:n], b[n : n + 1], b[n + 1 :]
         if (
             len(set(b)) != n + 2
             or result[:n] != pair
