@@ -4,8 +4,9 @@ A candidate is a function called on a module that owns expert weights, and that 
 stacked weights (at least three dimensions) that it names, several children that are such weights, or a list of like
 children that it loops over while it selects rows; the module may be that list, and weights may be a child's or flat if
 it views them and loops.  Or it repeats tokens for a child that owns stacked weights, and sums, or lays them out for it
-or chooses among what it made by einsum; by einsum also for a child that holds a list of experts.  A function that only
-calls others is not one: the call inside is.
+or chooses among what it made by einsum; by einsum also for a child that holds a list of experts.  Or its weights are
+named by a method between two parts of a layout in slots: places are counted before, rows are given back after.  A
+function that only calls others is not one else: the call inside is.
 """
 
 import dis
@@ -27,6 +28,8 @@ SELECTS = frozenset(
 """.split()
 )
 
+PLACES = frozenset(("one_hot", "cumsum"))  # that count the places of rows in slots
+GIVES_BACK = frozenset("index_add index_add_ index_put index_put_ scatter_add scatter_add_ einsum sum".split())
 REPEATS = frozenset(("repeat", "expand"))
 VIEWS = frozenset(("view", "reshape", "unflatten"))
 
@@ -47,7 +50,15 @@ def _decide(fn: types.FunctionType, module: nn.Module) -> bool:
     if _holds(names, opcodes, module):
         return True
     helpers = _of_methods(_in_loops(fn.__code__), type(module)) | _of_classes(fn)
-    return bool(helpers) and _holds(names | helpers, opcodes, module)
+    return (bool(helpers) and _holds(names | helpers, opcodes, module)) or _around_experts(names, opcodes, module)
+
+
+def _around_experts(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) -> bool:
+    """Whether a function or methods that it calls lay rows out in slots, and a method of its own runs experts there."""
+    methods = {n: _of_methods({n}, type(module)) for n in names}
+    experts = {n for n, mine in methods.items() if _stacked(module) & mine}
+    around = names.union(*(mine for n, mine in methods.items() if n not in experts))
+    return bool(experts) and around >= PLACES and (bool(around & GIVES_BACK) or "STORE_SUBSCR" in opcodes)
 
 
 def _of_methods(names: set[str], cls: type) -> set[str]:
@@ -85,8 +96,7 @@ def _in_loops(code: types.CodeType) -> set[str]:
 
 
 def _holds(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) -> bool:
-    stacked = {n for n, p in module._parameters.items() if p is not None and p.dim() >= 3 and p.shape[0] > 1}
-    if stacked & names:
+    if _stacked(module) & names:
         return True
     if names & SELECTS and len({n for n, child in module._modules.items() if n in names and _is_stack(child)}) > 1:
         return True
@@ -103,6 +113,11 @@ def _holds(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) ->
     if not names & {n for n, child in module._modules.items() if child is not None and _is_list(child)}:
         return False
     return bool(names & SELECTS) or "STORE_SUBSCR" in opcodes or ("COMPARE_OP" in opcodes and "sum" in names)
+
+
+def _stacked(module: nn.Module) -> set[str]:
+    """The names of a module's own weights that may be those of all experts."""
+    return {n for n, p in module._parameters.items() if p is not None and p.dim() >= 3 and p.shape[0] > 1}
 
 
 def _is_stack(child: nn.Module | None) -> bool:

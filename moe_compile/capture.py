@@ -44,7 +44,7 @@ from moe_compile.numbers import EQUAL, has_loops, long_enough, numbers_in, progr
 from moe_compile.parallel import gather
 from moe_compile.parts import parts
 from moe_compile.python_state import Functions, reachable, watch
-from moe_compile.ranges import READS, Bounded, Numbers, Unsized, number_of_classes, until_the_end
+from moe_compile.ranges import READS, Bounded, Numbers, Unsized, number_of_classes, until_the_end, walked
 from moe_compile.region import EXAMPLE_ROWS
 from moe_compile.series import State, add_inputs
 from moe_compile.stand_ins import Lists, twins, watched
@@ -300,7 +300,7 @@ class Answers(TorchFunctionMode):
             return (Bounded if self.bounded else Numbers)(itertools.islice(entries, length))
         with torch._C.DisableTorchFunction():
             parts = vector.unbind(0)[:length]
-        return until_the_end(iter(parts)) if self.bounded else iter(parts)
+        return (until_the_end if self.bounded else walked)(iter(parts))
 
     def _indices(self, index: Any) -> Any:
         parts: list[Any] = []

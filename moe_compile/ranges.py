@@ -4,14 +4,22 @@
     torch.unique(ids)             # who was chosen: as a mask over E classes, and then as `mask.nonzero()`
     torch.bincount(ids)           # as many numbers as the largest id says: counted for all E, and nobody sees how many
 
-How many numbers there are is a question about the data like any other (worlds.py).  Python may walk over them and take
-those that stand at a place; what would see their number is a refusal.
+How many numbers there are is a question about the data like any other (worlds.py).  Python may take those that stand at
+a place, and walk over them in a `for` statement, which `check_loops` sees to: neither tells the rest of the program how
+many there were.  Sums up to each place (`numpy.cumsum`) are as many, and one is the same however many entries follow.
+What would see their number, as a list made of them, is a refusal.
 """
 
+import dis
+import functools
+import inspect
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
+from types import CodeType, FrameType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -152,11 +160,17 @@ def _hidden(*_: Any, **__: Any) -> NoReturn:
 class Numbers(list):  # type: ignore[type-arg]
     """The entries of such a vector, as a list or an array of which nobody sees how long it is."""
 
+    def __iter__(self) -> Iterator[Any]:
+        return walked(list.__iter__(self))
+
     def __getitem__(self, place: Any) -> Any:
         return list.__getitem__(self, place) if type(place) is int and place >= 0 else _hidden()
 
-    def cumsum(self, axis: Any = None) -> "Numbers":
-        return Numbers(itertools.accumulate(self)) if axis in (None, 0, -1) else _hidden()
+    def cumsum(self, axis: Any = None, dtype: Any = None, out: Any = None) -> "Numbers":
+        """Of an array; numpy.cumsum of a list or an array calls it too.  There are as many sums as entries."""
+        if axis not in (None, 0, -1) or dtype is not None or out is not None:
+            _hidden()
+        return type(self)(itertools.accumulate(n + np.int64(0) for n in list.__iter__(self)))
 
     def tolist(self) -> "Numbers":
         return self
@@ -168,8 +182,27 @@ class Bounded(Numbers):
     def __iter__(self) -> Iterator[Any]:
         return until_the_end(list.__iter__(self))
 
-    def cumsum(self, axis: Any = None) -> "Bounded":
-        return Bounded(itertools.accumulate(list.__iter__(self))) if axis in (None, 0, -1) else _hidden()
+
+def walked(entries: Iterator[Any]) -> Iterator[Any]:
+    """The entries; a refusal where something else than a `for` statement sees their end."""
+    yield from entries
+    if not _in_for_statement(sys._getframe(1)):
+        _hidden()
+
+
+def _in_for_statement(frame: FrameType) -> bool:
+    """Whether a frame is at the head of a `for` statement.  A generator's end is seen by whoever runs it."""
+    many = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+    return not frame.f_code.co_flags & many and frame.f_lasti in _heads(frame.f_code)
+
+
+@functools.cache
+def _heads(code: CodeType) -> frozenset[int]:
+    """Where the `for` statements of a function get their next value: FOR_ITER stands behind GET_ITER there, and
+    behind something else in a comprehension.
+    """
+    steps = [s for s in dis.get_instructions(code) if s.opname != "EXTENDED_ARG"]
+    return frozenset(b.offset for a, b in itertools.pairwise(steps) if (a.opname, b.opname) == ("GET_ITER", "FOR_ITER"))
 
 
 def until_the_end(entries: Iterator[Any]) -> Iterator[Any]:

@@ -32,8 +32,11 @@ from moe_compile.detect import (
     lists,
     pairs,
     picked,
+    picked_columns,
+    picked_products,
     rows,
     selection,
+    slot_flat,
     slot_places,
     slot_results,
     slot_rows,
@@ -56,8 +59,9 @@ aten = torch.ops.aten
 def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
-        listings.RULES, slot_places.RULES, slot_rows.RULES, slot_results.RULES, counts.RULES, tables.RULES,
-        selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES, picked.RULES, sums.RULES,
+        listings.RULES, slot_flat.RULES, slot_places.RULES, slot_rows.RULES, slot_results.RULES,
+        counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
+        picked_columns.RULES, picked_products.RULES, picked.RULES, sums.RULES,
         lists.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
@@ -89,6 +93,8 @@ class DetectExperts(RewritePass[Found]):
     def find(self, graph: Graph) -> Iterator[tuple[Node, Found]]:
         self.run = Interpreter(graph, rules(), self.facts)
         self.run.run(sums.finish)
+        if not self.run.regions and not self.run.refused:
+            picked_columns.ended(self.run)
         if not self.run.regions and not self.run.refused:
             lists.joined(self.run)
             self.run.refuse_lost_changes()

@@ -279,7 +279,7 @@ def _rank(value: Every | Expr) -> int:
 RULES: dict[str, tuple[Rule, ...]] = {
     **{op: (from_infinity,) for op in ("softmax", "_softmax")},
     **{op: (repeat,) for op in ("repeat", "expand")},
-    **{op: (flatten_table, reshape) for op in ("view", "reshape", "_unsafe_view")},
+    **{op: (flatten_table, reshape) for op in ("view", "reshape", "_unsafe_view", "flatten")},
     **{op: (product,) for op in ("bmm", "matmul")},
     **{op: (pointwise,) for op in POINTWISE},
     **{op: (from_infinity, pointwise) for op in ("sigmoid", "exp", "to", "_to_copy", "float", "type_as")},

@@ -18,7 +18,7 @@ from torch.fx import Node
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.selection import everyone, same_size, unflattened
 from moe_compile.detect.slots import Count, Early, Places, at_most
-from moe_compile.detect.values import FlatIds, Plain, Positions, Repeated, Rows, RowTuple, Selection, Value
+from moe_compile.detect.values import Dense, FlatIds, Plain, Positions, Repeated, Rows, RowTuple, Selection, Value
 from moe_compile.region import Expr, Leaf, ids_where
 
 aten = torch.ops.aten
@@ -26,7 +26,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class OfKept(Value):
-    """An index vector of the rows that are not late: their "row" (a "table" of one column), "token", "expert", "place".
+    """An index vector of the rows that are not late: their "row" (a "table" of one column), "token", "expert", "place";
+    with `width` slots an expert the "first" slot of their expert, and their own "slot" (slot_flat.py).
 
     ids: of all rows, [T] or [T, K], those of late ones being -1.  classes: of a place, which ids are no error.
     """
@@ -36,6 +37,15 @@ class OfKept(Value):
     bound: Any
     what: str
     classes: Any = None
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class FlatPlaces(Dense):
+    """The slot of each row, of `width` an expert: its expert's first, and its place behind that."""
+
+    places: Places
+    width: int
 
 
 # -- places and who is late -----------------------------------------------------------------
@@ -157,10 +167,11 @@ def of_kept(call: Call) -> Value | None:
         return None
     if source is of.count.ids and isinstance(value, Plain | FlatIds):
         return replace(of, what="expert")
-    if isinstance(value, Places):
-        own = value.dims == (0,) and value.masked and value.count == of.count and value.valid is of.count.ids
-        own = own and (value.below is None or at_most(of.bound, value.below))
-        return replace(of, what="place", classes=value.classes) if own else None
+    if isinstance(value, Places | FlatPlaces):
+        at, width = (value.places, value.width) if isinstance(value, FlatPlaces) else (value, 0)
+        own = at.dims == (0,) and own_places(call.run, at) and at.count == of.count
+        own = own and (at.below is None or at_most(of.bound, at.below)) and (not width or at_most(of.bound, width))
+        return replace(of, what="slot" if width else "place", classes=at.classes, width=width) if own else None
     if isinstance(value, Positions):
         pairs = value.shape == "pairs" and value.top_k == top_k_of(of.ids)
         return replace(of, what="token") if pairs or (value.shape == "all" and top_k_of(of.ids) == 1) else None
@@ -170,6 +181,11 @@ def of_kept(call: Call) -> Value | None:
         return None
     role = "token" if mine.dim() > 1 and call.val(of.ids).dim() == 1 else "flat_pair"
     return Rows(chosen, leaf(role, source, call.val()))
+
+
+def own_places(run: Interpreter, at: Places) -> bool:
+    """Whether places are those of each row at its own expert, among all rows."""
+    return at.masked and _of_rows(run, at.count) and at.valid is at.count.ids
 
 
 def own_slots(indices: list[Any]) -> bool:
@@ -182,9 +198,9 @@ def own_slots(indices: list[Any]) -> bool:
 def all_slots(call: Call, indices: list[Any], nodes: Any, slots: Any) -> Places | None:
     """The places of an index of all rows at their experts, if all are less than that."""
     at, e = indices[1], nodes[0]
-    if not isinstance(at, Places) or at.dims != (0,) or not at.masked or at.below is None:
+    if not isinstance(at, Places) or at.dims != (0,) or at.below is None:
         return None
-    own = _of_rows(call.run, at.count) and at.valid is at.count.ids and call.run.canonical.get(e, e) is at.count.ids
+    own = own_places(call.run, at) and call.run.canonical.get(e, e) is at.count.ids
     return at if own and at_most(at.below, slots) else None
 
 

@@ -20,15 +20,14 @@ from torch.fx import Node
 from moe_compile.detect.dense import ancestors
 from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.selection import everyone, same_size, unflattened
+from moe_compile.detect.slot_flat import Address, address, is_of
 from moe_compile.detect.slot_lists import bodies
 from moe_compile.detect.slot_places import (
     OfKept,
-    all_slots,
     column_of,
     elsewhere,
     kept_ids,
     least,
-    own_slots,
     rows_kept,
     same,
     sized,
@@ -77,35 +76,39 @@ class OfPairs(Dense):
 
 
 def read(call: Call) -> Value | None:
-    """made[ids[kept], at[kept]], made[ids, at]"""
-    made, indices = call.arg(0), call.arg(1)
-    if not isinstance(indices, list) or len(indices) != 2 or elsewhere(call):
+    """made[ids[kept], at[kept]], made[ids, at], made.view(E * C, D)[slot]"""
+    made, indices, val = call.arg(0), call.arg(1), call.val(call.node.args[0])
+    if not isinstance(indices, list) or not isinstance(val, Tensor) or elsewhere(call):
         return None
-    if isinstance(made, Plain) and own_slots(indices):
-        return _from_list(call, indices[0])
-    if not isinstance(made, Every) or not isinstance(made.slots, Put) or made.flat or made.expr.level != "row":
+    found = address(call, indices, call.node.args[1], val)
+    if found is None:
+        return None
+    of = found.rows
+    if isinstance(made, Plain):
+        return _from_list(call, of, found) if isinstance(of, OfKept) else None
+    if not isinstance(made, Every) or not isinstance(made.slots, Put) or made.expr.level != "row":
         return None
     laid = made.slots
-    if own_slots(indices):
-        if (indices[0].ids, indices[0].count) != (laid.ids, laid.count) or not at_most(indices[0].bound, laid.upto):
+    if made.flat != (len(indices) == 1) or not is_of(found, made.num, made.expr.val.shape[0]):
+        return None
+    if isinstance(of, OfKept):
+        if (of.ids, of.count) != (laid.ids, laid.count) or not at_most(of.bound, laid.upto):
             return None
         return Rows(rows_kept(laid.ids), sized(made.expr, call.val()))
-    nodes: Any = call.node.args[1]
-    at = all_slots(call, indices, nodes, made.expr.val.shape[0])
-    if at is None or at.count != laid.count or laid.ids is not unflattened(call.run, laid.count.ids):
+    if of.count != laid.count or laid.ids is not unflattened(call.run, laid.count.ids):
         return None
-    upto = least(laid.upto, at.below)
+    upto = least(laid.upto, of.below)
     return None if upto is None else Fetched(sized(made.expr, call.val()), laid.ids, laid.count, upto)
 
 
-def _from_list(call: Call, of: OfKept) -> Value | None:
+def _from_list(call: Call, of: OfKept, named: Address) -> Value | None:
     """The same of slots on which each expert ran on its own."""
     made: Any = call.node.args[0]
-    val = call.val(made)
+    rank = call.val().dim()
     slots = [v for n in ancestors(made) if isinstance(v := call.run.values.get(n), Every) and isinstance(v.slots, Put)]
-    if not slots or val.dim() < 3 or type(val.shape[0]) is not int:
+    if not slots or type(named.num) is not int:
         return None
-    found = bodies(call.run, call.node, made, val.shape[0], val.shape[1], val.dim() - 1)
+    found = bodies(call.run, call.node, made, named.num, named.slots, rank)
     if found is None or isinstance(found, Unknown):
         return found
     exprs, laid = found

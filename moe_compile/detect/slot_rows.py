@@ -6,7 +6,7 @@ or, for all rows, with a slot more for all who are late:
 
     buffer = zeros(E, C + 1, D);  buffer[ids, at.clamp(max=C)] = x
 
-What is put elsewhere has no rule.
+Slots may be numbered through, [E * C, ...] (slot_flat.py).  What is put elsewhere has no rule.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,8 @@ from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.selection import same_size, unflattened
-from moe_compile.detect.slot_places import all_slots, elsewhere, least, own_slots, rows_kept, same, sized, top_k_of
+from moe_compile.detect.slot_flat import address
+from moe_compile.detect.slot_places import OfKept, elsewhere, least, rows_kept, same, sized, top_k_of
 from moe_compile.detect.slots import Count, Places, at_most
 from moe_compile.detect.values import Buffer, Every, Plain, Repeated, Rows, Value
 from moe_compile.region import Expr
@@ -32,32 +33,33 @@ class Put:
 
 
 def put(call: Call) -> Value | None:
-    """buffer[ids[kept], at[kept]] = rows, buffer[ids, at] = x: into zeros."""
+    """buffer[ids[kept], at[kept]] = rows, buffer[ids, at] = x: into zeros; or by numbers of slots."""
     buffer, indices, rows = call.arg(0), call.arg(1), call.arg(2)
-    if not isinstance(buffer, Buffer) or buffer.kind != "zero" or len(indices) != 2 or elsewhere(call):
+    if not isinstance(buffer, Buffer) or buffer.kind != "zero" or not isinstance(indices, list) or elsewhere(call):
         return None
     val, nodes = call.val(), call.node.args
-    if val.dim() < 3 or type(val.shape[0]) is not int or val.shape[0] < 2 or not call.run.is_fresh(buffer.node):
+    found = address(call, indices, nodes[1], val)
+    if found is None or type(found.num) is not int or found.num < 2 or not call.run.is_fresh(buffer.node):
         return None
-    if own_slots(indices):
-        of = indices[0]
+    of = found.rows
+    if isinstance(of, OfKept):
         if not isinstance(rows, Rows) or rows.selection != rows_kept(of.ids) or rows.dim or rows.expr.level != "row":
             return None
         laid, expr = Put(of.ids, of.count, of.bound), rows.expr
-        if not at_most(of.bound, val.shape[1]):
+        if not at_most(of.bound, found.slots):
             return None
-        classes = indices[1].classes
     else:
-        at = all_slots(call, indices, nodes[1], val.shape[1])
-        if at is None or call.number(3, "accumulate", False) or (found := _all_rows(call, at, rows, nodes[2])) is None:
+        if call.number(3, "accumulate", False) or (mine := _all_rows(call, of, rows, nodes[2])) is None:
             return None
-        laid, expr = Put(unflattened(call.run, at.count.ids), at.count, at.below - 1), found
-        classes = at.classes
-    if classes is None or not at_most(classes, val.shape[0]):
+        laid, expr = Put(unflattened(call.run, of.count.ids), of.count, of.below - 1), mine
+    if of.classes is None or not at_most(of.classes, found.num):
         return None  # an id of none of these experts is an error
-    if expr.val.dtype != val.dtype or expr.val.dim() != val.dim() - 1 or not same(expr.val.shape[1:], val.shape[2:]):
+    flat = len(indices) == 1
+    rank, behind = val.dim() - (not flat), val.shape[1 if flat else 2 :]
+    if expr.val.dtype != val.dtype or expr.val.dim() != rank or not same(expr.val.shape[1:], behind):
         return None
-    return Every(sized(expr, val.select(0, 0)), val.shape[0], False, None, laid)
+    slots = expr.val.new_empty((found.slots, *behind))
+    return Every(sized(expr, slots), found.num, flat, None, laid)
 
 
 def _all_rows(call: Call, at: Places, rows: Any, node: Any) -> Expr | None:

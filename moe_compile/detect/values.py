@@ -418,7 +418,10 @@ class Every(Dense):
 
 @dataclass(frozen=True)
 class Picked(Dense):
-    """One value for each pair, [T, K, ...], of which some belong to the experts `ids` [T, K]; `expr`: of a row."""
+    """One value for each pair, [T, K, ...], of which some belong to the experts `ids` [T, K]; `expr`: of a row.
+
+    With `ids` [T] it is one for each token, [T, ...].
+    """
 
     of_experts = True
     expr: Expr

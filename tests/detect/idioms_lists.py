@@ -1,6 +1,7 @@
 """Idioms that are rewritten: loops over the ids that occur, counts as long as the largest of them, and index vectors
 in the other ways in which people write them."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,6 +107,35 @@ class Counted(Listed):
 class CountedAsList(Counted):
     def ends(self, flat: Tensor):  # type: ignore[no-untyped-def]
         return torch.bincount(flat).cumsum(0).tolist()
+
+
+@idiom(distinct=SCORES)
+class CountedThenSummed(Counted):
+    """By numpy's function, of an array."""
+
+    def ends(self, flat: Tensor):  # type: ignore[no-untyped-def]
+        return np.cumsum(torch.bincount(flat).cpu().numpy())
+
+
+@idiom(distinct=SCORES)
+class CountedBesideSums(Counted):
+    """A list of counts, and of sums: where an expert's rows begin is where they end less their number."""
+
+    def bounds(self, counts, ends, e: int):  # type: ignore[no-untyped-def]
+        assert isinstance(ends[e], np.integer) and isinstance(counts[e], int)
+        return ends[e] - counts[e], ends[e]
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        flat = ids.view(-1)
+        out, order, counts = torch.zeros_like(x), flat.argsort(), torch.bincount(flat).tolist()
+        ends = np.cumsum(counts, axis=0)
+        for e, n in enumerate(counts):
+            if n == 0:
+                continue
+            start, end = self.bounds(counts, ends, e)
+            mine = order[start:end]
+            out.index_add_(0, mine // K, self.run(e, x[mine // K]) * weights.view(-1, 1)[mine])
+        return self.after(out, ends)
 
 
 # -- index vectors --------------------------------------------------------------------------

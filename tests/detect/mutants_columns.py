@@ -33,6 +33,16 @@ class WeighedByThree(ColumnsFirst):
         return weights.repeat(1, 2)[mask, k + 2].unsqueeze(1)
 
 
+@mutant("expert 0 adds something else for column 1 of its ids than for column 0")
+class WeighedWithoutGradient(ColumnsFirst):
+    """A column that is taken under no_grad has no gradient."""
+
+    def weigh(self, weights: Tensor, mask: Tensor, k: int, e: int) -> Tensor:
+        with torch.no_grad():
+            column = weights[:, k]
+        return column[mask].unsqueeze(1)
+
+
 @mutant("the loop visits columns [0] of expert 1, of 2")
 class SecondLeftOut(ColumnsFirst):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 from tests.detect.idioms_groups import CAPACITY, GroupsMerged, GroupsOfSlots, GroupsOfTwo, PairsInOrder, PairsOfSlots
 from tests.detect.idioms_gshard import GShardOfDeepSpeed
 from tests.detect.idioms_lists import UniqueOfOneColumn
-from tests.detect.idioms_picked import PickedWeights
 from tests.detect.loops import SCORES, D, E, mutant, weight
 
 BATCH = "aten.bmm at file.py multiplies the rows of all experts at once already"
@@ -367,20 +366,6 @@ class PiecesWithoutGradient(Pieces):
     def laid(self, rows: Tensor) -> Tensor:
         with torch.no_grad():
             return super().laid(rows)
-
-
-# -- a weight a token -----------------------------------------------------------------------
-
-
-@mutant("weights are gathered by one expert of each token: only a sum over ids [T, K] is read")
-class PickedByColumn(PickedWeights):
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for k in range(ids.shape[1]):
-            w1, w3, w2 = self.weights_of(ids[:, k])
-            h = F.silu(torch.einsum("td,tfd->tf", x, w1)) * torch.einsum("td,tfd->tf", x, w3)
-            out = out + torch.einsum("tf,tdf->td", h, w2) * weights[:, k, None]
-        return out
 
 
 # -- lists of the ids -----------------------------------------------------------------------

@@ -1,10 +1,15 @@
-"""Mutants of loops over the ids that occur, of counts up to the largest id, and of index vectors."""
+"""Mutants of loops over the ids that occur, and of index vectors."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.detect.idioms_lists import Counted, CountedAsList, OneByMask, RepeatedThenMasked, Unique, WeightsByPair
+from tests.detect.idioms_lists import (
+    OneByMask,
+    RepeatedThenMasked,
+    Unique,
+    WeightsByPair,
+)
 from tests.detect.loops import SCORES, D, E, K, Listed, mutant
 
 # -- the ids that occur ---------------------------------------------------------------------
@@ -78,78 +83,6 @@ class UniqueByPosition(Unique):
 class SetOfIds(Unique):
     def chosen(self, ids: Tensor):  # type: ignore[no-untyped-def]
         return sorted(set(ids.flatten().tolist()))
-
-
-# -- counted up to the largest id -----------------------------------------------------------
-
-
-@mutant("bincount without minlength: how many numbers Python reads depends on the ids")
-class CountedOfAnyIds(Counted):
-    """Distinct, but nobody knows how many there could be."""
-
-
-@mutant("bincount without minlength: how many numbers Python reads depends on the ids", distinct=SCORES)
-class CountedLength(CountedAsList):
-    def after(self, out: Tensor, ends) -> Tensor:  # type: ignore[no-untyped-def]
-        return out / len(ends)
-
-
-@mutant("what surrounds the sum differs when some experts have no rows", distinct=SCORES)
-class CountedByHand(CountedAsList):
-    def after(self, out: Tensor, ends) -> Tensor:  # type: ignore[no-untyped-def]
-        return out / sum(1 for _ in ends)
-
-
-@mutant("bincount without minlength: how many numbers Python reads depends on the ids", distinct=SCORES)
-class CountedShape(Counted):
-    def ends(self, flat: Tensor):  # type: ignore[no-untyped-def]
-        counts = flat.bincount()
-        return counts.cumsum(0).tolist() if counts.shape[0] == E else counts.cumsum(0).cpu().numpy()
-
-
-@mutant("bincount without minlength: how many numbers Python reads depends on the ids", distinct=SCORES)
-class CountedFromTheEnd(Counted):
-    def first(self, ends, e: int):  # type: ignore[no-untyped-def]
-        return 0 if e == 0 else ends[e - E - 1]
-
-
-@mutant("what the loop selects is used outside of it too (output)", distinct=SCORES)
-class CountedReturned(Counted):
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor):  # type: ignore[no-untyped-def, override]
-        return super().forward(x, ids, weights), ids.view(-1).bincount()
-
-
-@mutant("bincount without minlength: how many numbers Python reads depends on the ids", distinct=SCORES)
-class CountedWithWeights(Counted):
-    def ends(self, flat: Tensor):  # type: ignore[no-untyped-def]
-        return torch.bincount(flat, weights=flat).long().cumsum(0).tolist()
-
-
-@mutant("bincount without minlength: how many numbers Python reads depends on the ids", distinct=SCORES)
-class CountedOnePastTheEnd(Counted):
-    """Every expert but the last that occurs."""
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        flat = ids.view(-1)
-        out, order, ends = torch.zeros_like(x), flat.argsort(), [*self.ends(flat)]
-        for e, end in enumerate(ends[:-1]):
-            start = self.first(ends, e)
-            t = (order // K)[start:end]
-            out.index_add_(0, t, self.run(e, x[t]) * weights.view(-1, 1)[order[start:end]])
-        return out
-
-
-@mutant("expert 0 adds nothing when some experts have no rows", distinct=SCORES)
-class CountedWithoutSkipping(Counted):
-    """Right, but pieces are joined of which it is not shown how many there are."""
-
-    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        flat = ids.view(-1)
-        order = flat.argsort()
-        out, pieces = torch.zeros_like(x), x[order // K].split(torch.bincount(flat).tolist())
-        results = [self.run(e, piece) for e, piece in enumerate(pieces)]
-        y = torch.cat(results) * weights.view(-1)[order, None]
-        return out.index_add(0, order // K, y)
 
 
 # -- index vectors --------------------------------------------------------------------------

@@ -227,10 +227,62 @@ class OpenSpecial(OpenJoined):
 
 
 class OpenSums(OpenFewer):
-    """Sizes are summed by numpy, which sees how many there are."""
+    """Sizes are summed by numpy: more of them make more sums, behind those of the experts."""
 
     def ends(self, ids: Tensor) -> Any:
         return np.cumsum(torch.bincount(ids.view(-1), minlength=E).tolist())
+
+
+class OpenSumsOfArray(OpenFewer):
+    def ends(self, ids: Tensor) -> Any:
+        return np.cumsum(torch.bincount(ids.view(-1), minlength=E).cpu().numpy())
+
+
+class OpenSumsLength(OpenSums):
+    """How many sums there are is a part of the result."""
+
+    def finish(self, out: Tensor, ends: Any) -> Tensor:
+        return out * len(ends)
+
+
+class OpenSumsShape(OpenSumsOfArray):
+    def finish(self, out: Tensor, ends: Any) -> Tensor:
+        return out * 2.0 if np.shape(ends) != (E,) else out
+
+
+class OpenSumsRolled(OpenSums):
+    """The number of the last id comes first."""
+
+    def ends(self, ids: Tensor) -> Any:
+        return np.cumsum(np.roll(torch.bincount(ids.view(-1), minlength=E).tolist(), 1))
+
+
+class OpenSumsReversed(OpenSums):
+    """How many rows come behind, those of greater ids too."""
+
+    def ends(self, ids: Tensor) -> Any:
+        return np.cumsum(torch.bincount(ids.view(-1), minlength=E).tolist()[::-1])[::-1]
+
+
+class OpenSumsFromTheEnd(OpenSums):
+    """The rows of the last expert end at the last sum."""
+
+    def numbers(self, ends: Any) -> Any:
+        return ((e, ends[e] if e < E - 1 else ends[-1]) for e in range(E))
+
+
+class OpenSumsWalked(OpenSums):
+    """All sums are read."""
+
+    def numbers(self, ends: Any) -> Any:
+        return ((e, end) for e, end in enumerate(ends) if e < E)
+
+
+class OpenSumsNarrow(OpenSums):
+    """They may wrap around."""
+
+    def ends(self, ids: Tensor) -> Any:
+        return np.cumsum(torch.bincount(ids.view(-1), minlength=E).tolist(), dtype=np.int8)
 
 
 class OpenLength(OpenFewer):
@@ -276,7 +328,7 @@ class OpenBreak(Open):
         return ((min(e, E - 1), end) for e, end in enumerate(ends))
 
 
-@pytest.mark.parametrize("make", [Open, OpenFewer, OpenListed, OpenJoined])
+@pytest.mark.parametrize("make", [Open, OpenFewer, OpenListed, OpenJoined, OpenSums, OpenSumsOfArray])
 def test_greater_ids_do_what_they_did(make: type[Open]) -> None:
     module = make().double()
     x, ids, weights = arguments(IDIOMS["EndsByNumpy"], dtype=torch.float64)
@@ -293,12 +345,16 @@ def test_greater_ids_do_what_they_did(make: type[Open]) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [OpenMuchLonger, OpenLate, OpenLength, OpenLast, OpenSecond, OpenBreak, OpenSums, OpenSpecial]
-)
+    "make",
+    [
+        OpenMuchLonger, OpenLate, OpenLength, OpenLast, OpenSecond, OpenBreak, OpenSpecial,
+        OpenSumsLength, OpenSumsShape, OpenSumsRolled, OpenSumsReversed, OpenSumsFromTheEnd, OpenSumsWalked, OpenSumsNarrow,
+    ],
+)  # fmt: skip
 def test_more_numbers_that_are_used_are_refused(make: type[Open]) -> None:
     module = make().double()
     args = arguments(IDIOMS["EndsByNumpy"], dtype=torch.float64)
-    with pytest.raises(Refusal, match=r"gives more numbers where an id is greater|slices"):
+    with pytest.raises(Refusal, match=r"gives more numbers where an id is greater|slices|computes with"):
         Proof(module, args, False)
 
 

@@ -26,7 +26,9 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_masks,
     idioms_pairs,
     idioms_picked,
+    idioms_picked_columns,
     idioms_places,
+    idioms_slot_flat,
     idioms_slot_rows,
     idioms_slots,
     idioms_sorted,
@@ -165,7 +167,10 @@ def test_ids_out_of_range_add_nothing(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["PickedWeights", "PickedWithBias", "PickedTransposed"])
+@pytest.mark.parametrize(
+    "name",
+    ["PickedWeights", "PickedWithBias", "PickedTransposed", "PickedByColumn", "PickedByVector", "PickedMatmulRows"],
+)
 def test_ids_from_the_end(name: str) -> None:
     """w[ids] counts negative ids from the end, and raises for others."""
     case = IDIOMS[name]
@@ -176,7 +181,7 @@ def test_ids_from_the_end(name: str) -> None:
         args = (x, wrong, weights)
         assert not differences(outcome(run, module, args), outcome(module, module, args), 1e-5)
     for bad in (E, -E - 1):
-        wrong = torch.where(ids == 1, bad, ids)
+        wrong = torch.where(ids == 2, bad, ids)
         for call in (module, run):
             with pytest.raises((RuntimeError, IndexError)):
                 call(x, wrong, weights)
