@@ -292,18 +292,21 @@ def autocast(ranks: Ranks) -> None:
 
 
 def autocast_with_gradients(ranks: Ranks) -> None:
+    under_autocast(ranks, stacked(), tokens(ranks, [20, 13]))
+
+
+def under_autocast(ranks: Ranks, model: nn.Module, batches: Batches) -> None:
     """Loss and gradients are those of one process under autocast, to the rounding of bfloat16; weights stay float32."""
-    model, batches = stacked(), tokens(ranks, [20, 13])
     reference, single = copy.deepcopy(model), copy.deepcopy(model)
     moe_compile.parallelize(model, moe_compile.build_mesh())
     call = compiled(model, "aot_eager", fullgraph=True, strategy="alltoall")
     with torch.autocast("cpu", torch.bfloat16):
         got = square(call, *batches[ranks.rank])
-        want = sum(square(reference, *b) for b in batches) / ranks.size  # type: ignore[misc]
+        want = sum(square(reference, *b).float() for b in batches) / ranks.size  # type: ignore[misc]
     exact = sum(square(single, *b) for b in batches) / ranks.size  # type: ignore[misc]
     for loss in (got, want, exact):
         loss.backward()
-    total = got.detach().clone()
+    total = got.detach().float()
     dist.all_reduce(total)
     assert close(total / ranks.size, want, 4e-3), (total / ranks.size, want)
     grads = own_names(model, lambda p: p.grad)

@@ -12,10 +12,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 import moe_compile
 from moe_compile.parallel.checkpoint import model_state, optimizer_state
-from tests.parallel import checks
+from tests.parallel import checks, checks_tp
 from tests.parallel.checks import agree, own_names, parity, refusal, same, tokens
 from tests.parallel.checks_files import contents
-from tests.parallel.checks_fsdp import ADAM, equal, shared_directory
+from tests.parallel.checks_fsdp import ADAM, equal, in_bfloat16, shared_directory
 from tests.parallel.ranks import Ranks
 from tests.tiny import FF, Block, D, Net, close, compiled, regions
 
@@ -73,6 +73,28 @@ def flat(ranks: Ranks) -> None:
     parity(ranks, net(number=2 * ranks.size), tokens(ranks, [6, 0]), steps=1)
     parity(ranks, net(), tokens(ranks), expect="gather_weights", steps=1)
     parity(ranks, net(), tokens(ranks, [6, 0]), expect="", run=lambda model: model, steps=1)
+
+
+def flat_once(ranks: Ranks) -> None:
+    """On one rank, and on many with one or two experts each."""
+    parity(ranks, net(), tokens(ranks, [6, 9, 0, 3]), inner="aot_eager")
+
+
+def beside_tp(ranks: Ranks) -> None:
+    """Two groups of ranks that share their tokens."""
+    model = checks_tp.model(1, lambda: Block(Flat(checks.E), num_experts=checks.E))
+    checks_tp.split(ranks, model, tokens(ranks, [5, 8]), inner="aot_eager")
+
+
+def in_chunks(ranks: Ranks) -> None:
+    parity(ranks, net(), tokens(ranks, [7, 5]), chunks=2, numerics="fast", inner="aot_eager")
+
+
+def mixed_precision_of_flat(ranks: Ranks) -> None:
+    """Cast for each forward: as they are, then gathered from the ranks that hold parts of the same experts."""
+    in_bfloat16(ranks, net, "aot_eager")
+    torch._dynamo.reset()
+    in_bfloat16(ranks, net, "aot_eager", ep=1, experts="sharded")
 
 
 def dbrx(ranks: Ranks) -> None:
@@ -263,4 +285,9 @@ def near_misses(ranks: Ranks) -> None:
         assert {r.reason or r.strategy for r in found} == {text}, [str(r) for r in found]
 
 
-CHECKS = {2: [flat, dbrx, saved, near_misses], 4: [saved]}
+CHECKS = {
+    1: [flat_once],
+    2: [flat, dbrx, in_chunks, mixed_precision_of_flat, saved, near_misses],
+    4: [saved, beside_tp],
+    8: [flat_once],
+}

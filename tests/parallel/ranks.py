@@ -23,7 +23,11 @@ LIMIT_S = 120  # for each check, on a machine with other work
 COLLECTIVE_S = 180
 # What the first compilation of a process imports: the ranks of every test have it from one process
 PRELOAD = [
-    "tests.parallel.checks", "tests.parallel.strategies", "torch._inductor.select_algorithm", "torch._export.db",
+    *(f"tests.parallel.{name}" for name in (
+        "checks", "checks_chunks", "checks_edp", "checks_files", "checks_flat", "checks_fsdp", "checks_together", "checks_tp",
+        "strategies",
+    )),
+    "torch._inductor.select_algorithm", "torch._export.db",
     "torch._dynamo.testing", "torch.export._trace", "torch.utils.cpp_extension", "torch.distributed.fsdp",
     "transformers.models.mixtral.modeling_mixtral",
 ]  # fmt: skip
@@ -85,7 +89,7 @@ def _work(rank: int, size: int, port: int, names: list[str], module: str, result
     import torch
     import torch.distributed as dist
 
-    from tests.parallel import checks, checks_flat, strategies
+    from tests.parallel import checks, checks_flat, checks_together, strategies
 
     checks.E = max(3, 2 * size - 1)  # the last rank holds fewer
     torch.set_num_threads(1)
@@ -94,10 +98,10 @@ def _work(rank: int, size: int, port: int, names: list[str], module: str, result
     for name in names:
         torch._dynamo.reset()
         torch.manual_seed(0)
-        places = (importlib.import_module(module), strategies, checks_flat)
-        check: Callable[[Ranks], None] = next(getattr(m, name) for m in places if hasattr(m, name))
         start = time.monotonic(), time.process_time()
         try:
+            places = (importlib.import_module(module), strategies, checks_flat, checks_together)
+            check: Callable[[Ranks], None] = next(getattr(m, name) for m in places if hasattr(m, name))
             check(Ranks(rank, size))
             dist.barrier()
             _note(rank, size, name, *start)

@@ -1,11 +1,13 @@
-"""Every check of checks.py, strategies.py and checks_flat.py, on the world sizes that it is listed for."""
+"""Every check of checks.py, strategies.py, checks_flat.py and checks_together.py, on the world sizes that it is listed
+for."""
 
 import pytest
 
-from tests.parallel import checks, checks_flat, ranks, strategies
+from tests.parallel import checks, checks_flat, checks_together, ranks, strategies
 
+MODULES = (checks, strategies, checks_flat, checks_together)
 CHECKS = {
-    size: [check.__name__ for module in (checks, strategies, checks_flat) for check in module.CHECKS.get(size, [])]
+    size: [check.__name__ for module in MODULES for check in module.CHECKS.get(size, [])]
     for size in sorted(checks.CHECKS | strategies.CHECKS)
 }
 
