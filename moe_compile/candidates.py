@@ -85,8 +85,8 @@ def _in_loops(code: types.CodeType) -> set[str]:
 
 
 def _holds(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) -> bool:
-    stacked = {n for n, p in module._parameters.items() if p is not None and p.dim() >= 3 and p.shape[0] > 1}
-    if stacked & names:
+    owned = [*module._parameters.items(), *((n, b) for n, b in module._buffers.items() if _is_weight(b))]
+    if names & {n for n, p in owned if p is not None and p.dim() >= 3 and p.shape[0] > 1}:
         return True
     if names & SELECTS and len({n for n, child in module._modules.items() if n in names and _is_stack(child)}) > 1:
         return True
@@ -103,6 +103,11 @@ def _holds(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) ->
     if not names & {n for n, child in module._modules.items() if child is not None and _is_list(child)}:
         return False
     return bool(names & SELECTS) or "STORE_SUBSCR" in opcodes or ("COMPARE_OP" in opcodes and "sum" in names)
+
+
+def _is_weight(buffer: Tensor | None) -> bool:
+    """Whether a buffer can only be weights: float8 has no optimizer, so it is often no parameter."""
+    return buffer is not None and buffer.is_floating_point() and buffer.element_size() == 1
 
 
 def _is_stack(child: nn.Module | None) -> bool:
@@ -161,5 +166,5 @@ def _looks(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
 
 def _like(children: nn.Module) -> bool:
     """Whether there are several children with parameters, all of one class."""
-    found = [c for c in children.children() if any(True for _ in c.parameters())]
+    found = [c for c in children.children() if any(True for _ in c.parameters()) or any(map(_is_weight, c.buffers()))]
     return len(found) > 1 and len({type(c) for c in found}) == 1

@@ -122,8 +122,8 @@ def pointwise(call: Call) -> Value | None:
             args.append(weights)
         else:
             return None
-    if all(not isinstance(a, Expr) or a.level != "row" for a in args):
-        return None
+    if all(not isinstance(a, Expr) or a.level != "row" for a in args):  # of an expert's weights alone, as a cast is
+        return replace(first, expr=call.run.table.call(target, tuple(args), call.kwargs, val.new_empty(val.shape[2:])))
     if target is not call.node.target and {a.val.dtype for a in args if isinstance(a, Expr)} != {val.dtype}:
         return None
     return _made(call, first, target, args, call.kwargs)
