@@ -91,8 +91,8 @@ def jobs(shape: str) -> Iterator[Job]:
     from moe_compile.kernels import gated_gemm as a
     from moe_compile.kernels import gated_gemm_backward as b
     from moe_compile.kernels import grouped_gemm as g
-    from moe_compile.kernels import grouped_gemm_scaled as q
     from moe_compile.kernels import grouped_gemm_dw as w
+    from moe_compile.kernels import grouped_gemm_scaled as q
     from moe_compile.kernels.tiles import fills
     from moe_compile.ops import dispatch
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import moe_compile
 from tests.detect.loops import Proof, differences, outcome
 from tests.float8_models import BY_FEATURE, LAYERS, D, E, Experts, F, frozen, routed
 from tests.tiny import compiled, original, regions
@@ -192,3 +193,14 @@ def test_the_models_are_what_they_say() -> None:
     assert frozen(torch.ones(1)).requires_grad is False
     wide = module.up.float() * module.up_ef1
     assert not torch.equal(wide, wide.bfloat16().float())
+
+
+def test_an_exported_graph() -> None:
+    """Its parameters are attributes, which say whether they are trained."""
+    module, args = LAYERS["picked"](), routed(torch.float32)
+    module.down_e11.requires_grad_()
+    exported = torch.export.export(module, args).module()
+    report = moe_compile.rewrite(exported)  # type: ignore[arg-type]
+    assert report.regions[0].matched, str(report)
+    assert scaled_products(exported.graph) == 1  # type: ignore[arg-type]
+    torch.testing.assert_close(exported(*args), module(*args))

@@ -50,15 +50,21 @@ class TestChooseKernels(TestCase):
         stack, one = ((E, F, D), e4m3), ((F, D), e4m3)
         gm = trace(lambda x, w, s, o: moe_ep.grouped_gemm_scaled(x, [w], s, o), x, stack, (E, F), OFFSETS)
         self.assertEqual(choose(gm).chosen, [("grouped_gemm_scaled", "triton", "")])
-        self.assertExpectedInline("\n".join(graph_text(gm.graph).splitlines()[-2:]), """\
+        self.assertExpectedInline(
+            "\n".join(graph_text(gm.graph).splitlines()[-2:]),
+            """\
 grouped_gemm_scaled_default: bf16[64, 48] = moe_ep_triton.grouped_gemm_scaled(x_1, w_1, s_1, o_1)
-return grouped_gemm_scaled_default""")
+return grouped_gemm_scaled_default""",
+        )
         gm = trace(lambda x, a, b, o: moe_ep.grouped_gemm_scaled(x, [a, b], None, o), x, one, one, ((2,), torch.int32))
         self.assertEqual(choose(gm).chosen, [("grouped_gemm_scaled", "triton", "")])
-        self.assertExpectedInline("\n".join(graph_text(gm.graph).splitlines()[-3:]), """\
+        self.assertExpectedInline(
+            "\n".join(graph_text(gm.graph).splitlines()[-3:]),
+            """\
 stack_default: torch.float8_e4m3fn[2, 48, 32] = aten.stack([a_1, b_1])
 grouped_gemm_scaled_default: bf16[64, 48] = moe_ep_triton.grouped_gemm_scaled(x_1, stack_default, None, o_1)
-return grouped_gemm_scaled_default""")
+return grouped_gemm_scaled_default""",
+        )
         wide = ((T, D), torch.float64)
         gm = trace(lambda x, w, o: moe_ep.grouped_gemm_scaled(x, [w], None, o), wide, stack, OFFSETS)
         reason = "triton: x is torch.float64, expected one of bf16, f16, f32"
