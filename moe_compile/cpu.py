@@ -22,6 +22,7 @@ from torch import Tensor
 from moe_compile import expert_mlp, native, ops
 from moe_compile import grouped_gemm_scaled as scaled
 from moe_compile.activations import ACTIVATIONS, described
+from moe_compile.float8 import widened
 
 HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 
@@ -81,7 +82,7 @@ def grouped_gemm_scaled(x_RD: Tensor, weights: Sequence[Tensor], scales: Tensor 
     for e, rows in ops.groups(offsets_E):
         stop = rows.stop
         end = torch.tensor([stop - rows.start], dtype=torch.int32)
-        y = grouped_gemm(x_RD[rows].float(), [wide_FD.copy_(w_FD[e])], end)
+        y = grouped_gemm(x_RD[rows].float(), [widened(w_FD[e], wide_FD)], end)
         y_RF[rows] = y if scales is None else y.mul_(scales[e].float())
     y_RF[stop:].zero_()
     return y_RF

@@ -14,7 +14,7 @@ Numerics   x @ (s * w).T = s * (x @ w.T): s * w is not rounded, the scale is app
 Why        no stack of wider weights in each call, and none kept for the backward: a weight costs one byte of traffic,
            where cast, scale and product move nine in bf16, or five if cast and scale are one kernel.
 Refuses    weights or scales that may need a gradient; a scale that varies along the inner width; a stack that something
-           else reads too; types or a device without a kernel.
+           else reads too, or of which a part changes in place before the product; types or a device without a kernel.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,6 +33,7 @@ from moe_compile.trained import may_need_gradient
 aten, moe_ep = torch.ops.aten, torch.ops.moe_ep
 GROUPED = moe_ep.grouped_gemm.default
 TRANSPOSES = (aten.transpose.int, aten.t.default)
+COPIES_OR_NOT = (aten.reshape, aten.contiguous, aten.to, aten.flatten)  # some say nothing of aliases
 WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # hold each number of float8
 
 
@@ -88,12 +89,12 @@ class FoldWeightScales(RewritePass[Product]):
         chain = {n for w in found.weights for n in w.chain}
         if others := {u.name for n in chain for u in n.users if u not in chain and u.target is not GROUPED}:
             return f"the wider weights are used elsewhere too ({', '.join(sorted(others))})"
-        for name, nodes in (
-            ("weights", [w.source for w in found.weights]),
-            ("scales", [w.scale for w in found.weights]),
-        ):
+        read = [w.source for w in found.weights], [w.scale for w in found.weights]
+        for name, nodes in zip(("weights", "scales"), read, strict=True):
             if trained := [n.name for n in nodes if n is not None and may_need_gradient(n)]:
                 return f"{name} ({trained[0]}) may need a gradient"
+        if changed := _changed(found.product, chain, {_root(n) for nodes in read for n in nodes if n is not None}):
+            return f"{changed.name} changes in place before the product"
         if rows.device.type == "cuda":
             offsets = value(found.product.args[2])  # type: ignore[arg-type]
             stack, scale = source.new_empty((offsets.shape[0], F, D)), None
@@ -150,6 +151,36 @@ def _widened(node: Any) -> Widened | None:
                 shape = (1,) * (rank - value(scale).dim()) + tuple(value(scale).shape)
                 return replace(found, scale=scale, shape=shape, chain=(node, *found.chain))
     return None
+
+
+def _changed(product: Node, chain: set[Node], roots: set[Node]) -> Node | None:
+    """One of the roots that an op writes to after some of the chain was computed, and before the product."""
+    begun = False
+    for node in product.graph.nodes:
+        begun = begun or node in chain
+        if node is product:
+            return None
+        if not begun or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for given, argument in zip(node.args, node.target._schema.arguments, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for n in given if isinstance(given, (list, tuple)) else [given]:
+                    if isinstance(n, Node) and _root(n) in roots:
+                        return _root(n)
+    raise AssertionError("the product is in its graph")
+
+
+def _root(node: Node) -> Node:
+    """Whose memory a value may be."""
+    while isinstance(node.target, torch._ops.OpOverload) and node.args:
+        aliases = any(r.alias_info is not None for r in node.target._schema.returns)
+        if not aliases and node.target.overloadpacket not in COPIES_OR_NOT:
+            break
+        source: Any = node.args[0]
+        if not isinstance(source, Node):
+            break
+        node = source
+    return node
 
 
 def _is_cast(node: Node) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_compile import cpu, ops
+from moe_compile.float8 import widened
 from moe_compile.grouped_gemm_scaled import FLOAT8, grouped_gemm_scaled, reference
 from tests.parallel.test_tiled import Peak
 
@@ -56,6 +57,17 @@ def test_values_and_the_gradient_of_x(form: str, kind: torch.dtype, dtype: torch
         assert torch.equal(first, torch.autograd.grad(y, mine, dy)[0])
         # a scale by feature is rounded into dy, all of whose F products add up
         close(first, torch.autograd.grad(want, exact, dy.double())[0], roundings=2 if form == "by feature" else 1)
+
+
+@pytest.mark.parametrize("kind", FLOAT8, ids=str)
+def test_every_number_is_widened_exactly(kind: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(kind).view(16, 16)
+    numbers = torch.where(every.float().isfinite(), every.float(), 0).to(kind)
+    for w in (every, numbers, numbers.t(), numbers[::2, 1::3], numbers[:0]):
+        out = torch.empty_like(w, dtype=torch.float32).fill_(-1)
+        assert widened(w, out) is out
+        torch.testing.assert_close(out, w.float(), rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(out.signbit(), w.float().signbit()) or w is every
 
 
 def test_small_gradients_in_f16() -> None:

@@ -201,6 +201,34 @@ FoldWeightScales: 0 applied, 1 refused
   - grouped_gemm: the wider weights are used elsewhere too (mean)""",
         )
 
+    def test_declines_what_changes_before_the_product(self):
+        def scales(x, w, s, o):
+            wide = w.to(F32) * s
+            s.view(-1).mul_(2)
+            return grouped_gemm(x, [wide], o)
+
+        def weights(x, w, s, o):
+            wide = w.to(F32) * s
+            w[0].zero_()
+            return grouped_gemm(x, [wide], o)
+
+        self.assertExpectedInline(self.declined(scales, values((E, F, 1))), """\
+FoldWeightScales: 0 applied, 1 refused
+  - grouped_gemm: s_1 changes in place before the product""")
+        self.assertExpectedInline(self.declined(weights, values((E, F, 1))), """\
+FoldWeightScales: 0 applied, 1 refused
+  - grouped_gemm: w_1 changes in place before the product""")
+
+    def test_takes_what_changes_before_it_is_read_or_is_something_else(self):
+        def product(x, w, s, o):
+            s.mul_(2)
+            wide = w.to(F32) * s
+            return grouped_gemm(x.clone().mul_(2), [wide], o)
+
+        gm = trace(product, values((E, F, 1)))
+        self.assertEqual(len(FoldWeightScales()(gm).applied), 1)
+        torch.testing.assert_close(gm(*values((E, F, 1))), product(*values((E, F, 1))))
+
     def test_declines_what_is_trained(self):
         def product(x, w, s, o):
             return grouped_gemm(x, [w.to(F32) * s.exp()], o)
