@@ -89,11 +89,11 @@ class FoldWeightScales(RewritePass[Product]):
         chain = {n for w in found.weights for n in w.chain}
         if others := {u.name for n in chain for u in n.users if u not in chain and u.target is not GROUPED}:
             return f"the wider weights are used elsewhere too ({', '.join(sorted(others))})"
-        read = [w.source for w in found.weights], [w.scale for w in found.weights]
-        for name, nodes in zip(("weights", "scales"), read, strict=True):
-            if trained := [n.name for n in nodes if n is not None and may_need_gradient(n)]:
+        sources, scales = [w.source for w in found.weights], [w.scale for w in found.weights if w.scale is not None]
+        for name, nodes in (("weights", sources), ("scales", scales)):
+            if trained := [n.name for n in nodes if may_need_gradient(n)]:
                 return f"{name} ({trained[0]}) may need a gradient"
-        if changed := _changed(found.product, chain, {_root(n) for nodes in read for n in nodes if n is not None}):
+        if changed := _changed(found.product, chain, {*map(_root, sources), *map(_root, scales)}):
             return f"{changed.name} changes in place before the product"
         if rows.device.type == "cuda":
             offsets = value(found.product.args[2])  # type: ignore[arg-type]

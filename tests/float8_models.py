@@ -1,5 +1,6 @@
 """Experts whose weights are float8 with scales, in the forms that programs write."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -200,7 +201,7 @@ class Adapted(Experts):
 
 BY_FEATURE = FOLDED["by feature"]
 LAYERS: dict[str, Callable[[], nn.Module]] = {
-    **{name: (lambda run=run: Experts(run)) for name, run in FOLDED.items()},
+    **{name: functools.partial(Experts, run) for name, run in FOLDED.items()},
     "e5m2": lambda: Experts(BY_FEATURE, torch.float8_e5m2),
     "bf16 scales": lambda: Experts(BY_FEATURE, scales=torch.bfloat16),
     "widened before": lambda: Whole(BY_FEATURE),

@@ -212,12 +212,18 @@ FoldWeightScales: 0 applied, 1 refused
             w[0].zero_()
             return grouped_gemm(x, [wide], o)
 
-        self.assertExpectedInline(self.declined(scales, values((E, F, 1))), """\
+        self.assertExpectedInline(
+            self.declined(scales, values((E, F, 1))),
+            """\
 FoldWeightScales: 0 applied, 1 refused
-  - grouped_gemm: s_1 changes in place before the product""")
-        self.assertExpectedInline(self.declined(weights, values((E, F, 1))), """\
+  - grouped_gemm: s_1 changes in place before the product""",
+        )
+        self.assertExpectedInline(
+            self.declined(weights, values((E, F, 1))),
+            """\
 FoldWeightScales: 0 applied, 1 refused
-  - grouped_gemm: w_1 changes in place before the product""")
+  - grouped_gemm: w_1 changes in place before the product""",
+        )
 
     def test_takes_what_changes_before_it_is_read_or_is_something_else(self):
         def product(x, w, s, o):
