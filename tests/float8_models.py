@@ -153,10 +153,21 @@ class Layer(nn.Module):
         return nn.functional.linear(x, (self.weight.float() * self.scale).to(x.dtype))
 
 
+class Buffered(Layer):
+    """The same as buffers, as modules of quantization libraries have them."""
+
+    def __init__(self, F: int, D: int) -> None:
+        super().__init__(F, D)
+        weight, scale = self.weight.data, self.scale.data
+        del self.weight, self.scale
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+
 class Listed(nn.Module):
     """Experts in a list, each with weights of its own."""
 
-    def __init__(self, num_experts: int = E) -> None:
+    def __init__(self, num_experts: int = E, Layer: Callable[[int, int], nn.Module] = Layer) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.experts = nn.ModuleList(nn.Sequential(Layer(F, D), nn.ReLU(), Layer(D, F)) for _ in range(num_experts))
@@ -209,6 +220,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "picked": lambda: Picked(BY_FEATURE),
     "sorted": lambda: Sorted(BY_FEATURE),
     "listed": Listed,
+    "nine in a list": functools.partial(Listed, 9),
+    "listed buffers": functools.partial(Listed, E, Buffered),
     "one scale": OneScale,
     "adapted": Adapted,
 }

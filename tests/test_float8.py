@@ -115,7 +115,14 @@ def twice(m: Any, x: Tensor, e: int) -> Tensor:
     return nn.functional.linear(torch.relu(nn.functional.linear(x, w)), m.down[e].to(x.dtype) * m.down_e[e]) + w.mean()
 
 
-@pytest.mark.parametrize(("form", "number"), [(along_inputs, 0), (with_an_offset, 0), (twice, 1)])
+def in_blocks(m: Any, x: Tensor, e: int) -> Tensor:
+    """Scales of blocks, as DeepSeek-V3 has them."""
+    up_scale = m.up_ef[e].view(3, 2).repeat_interleave(2, 0).repeat_interleave(4, 1)
+    down = (m.down[e].to(x.dtype).view(4, 2, 3, 2) * m.down_ef[e, :, None].view(4, 2)[:, :1, None, None]).view(D, F)
+    return nn.functional.linear(torch.relu(nn.functional.linear(x, m.up[e].to(x.dtype) * up_scale)), down)
+
+
+@pytest.mark.parametrize(("form", "number"), [(along_inputs, 0), (with_an_offset, 0), (twice, 1), (in_blocks, 0)])
 def test_other_forms_are_not_taken(form: Any, number: int) -> None:
     module, args = Experts(form), routed(torch.float32)
     run = Proof(module, args, True)
@@ -150,7 +157,7 @@ def compiled_agrees(module: nn.Module, args: tuple[Tensor, Tensor, Tensor], inne
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize("name", ["chosen", "listed", "adapted"])
+@pytest.mark.parametrize("name", ["chosen", "listed buffers", "adapted"])
 def test_one_graph_with_its_backward(name: str) -> None:
     said = compiled_agrees(LAYERS[name](), routed(torch.float32), "aot_eager")
     assert "FoldWeightScales: 2 applied, 0 refused" in said
