@@ -56,6 +56,12 @@ class Case(NamedTuple):
         narrow = any(str(kind).startswith(("*bf16", "*fp16", "tensordesc<bf16")) for kind in self.args.values())
         return narrow and isinstance(rows, int) and rows >= 64 and self.num_warps >= 4
 
+    def why_not(self, arch: str) -> str | None:
+        """Why a target cannot run it: only Hopper and later read descriptors, and sm_80 widens no e4m3."""
+        if self.described() and arch not in ("sm_90", "sm_100"):
+            return "a tensor descriptor"
+        return "e4m3" if arch == "sm_80" and "*fp8e4nv" in self.args.values() else None
+
     def described(self) -> bool:
         """Whether an argument is a tensor descriptor, which Hopper and later can read."""
         return any(str(kind).startswith("tensordesc") for kind in self.args.values())
@@ -190,7 +196,7 @@ def main() -> int:
         for case in cases(TARGETS[arch].backend == "hip", options.kernel, options.first):
             if not isinstance(case.kernel, JITFunction):
                 parser.error("unset TRITON_INTERPRET")
-            if case.described() and arch not in ("sm_90", "sm_100"):
+            if case.why_not(arch):
                 continue
             rows.append(compile_case(case, arch))
             print(rows[-1], flush=True)

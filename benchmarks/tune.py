@@ -92,6 +92,7 @@ def jobs(shape: str) -> Iterator[Job]:
     from moe_compile.kernels import gated_gemm_backward as b
     from moe_compile.kernels import grouped_gemm as g
     from moe_compile.kernels import grouped_gemm_dw as w
+    from moe_compile.kernels import grouped_gemm_scaled as q
     from moe_compile.kernels.tiles import fills
     from moe_compile.ops import dispatch
 
@@ -116,6 +117,12 @@ def jobs(shape: str) -> Iterator[Job]:
               lambda ends, order: g.grouped_gemm(act, down, ends))  # fmt: skip
     yield job("grouped_gemm", "f packed", 2 * W, H, g._seed(rows, DTYPE, hip, fills(R, E, H, 64)),
               lambda ends, order: g.grouped_gemm(h, up.mT, ends))  # fmt: skip
+    kind = torch.float8_e5m2 if q.why_not_widened(torch.float8_e4m3fn, device) else torch.float8_e4m3fn
+    down8, up8, scales = (16 * down).to(kind), (16 * up).to(kind), torch.rand(E, H, device=device)
+    yield job("grouped_gemm_scaled", "d packed", W, H, g._seed(rows, DTYPE, hip, fills(R, E, H, 64)),
+              lambda ends, order: q.grouped_gemm_scaled(act, down8, scales, ends))  # fmt: skip
+    yield job("grouped_gemm_scaled", "f packed", 2 * W, H, g._seed(rows, DTYPE, hip, fills(R, E, H, 64)),
+              lambda ends, order: q.grouped_gemm_scaled(h, up8.mT, None, ends))  # fmt: skip
     yield job("gated_gemm_backward", "gated", H, W, b._seed(rows, DTYPE, hip),
               lambda ends, order: b.gated_gemm_backward(dout, down, h, weights, ends, order, K, "silu", True, False,
                                                         True, True)[0])  # fmt: skip

@@ -35,6 +35,7 @@ TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 ASKED = ("TMA", "PROGRAMS")
 NAMES = {
     "grouped_gemm": (*TILE, *ASKED),
+    "grouped_gemm_scaled": TILE,
     "grouped_gemm_dw": TILE,
     "gated_gemm": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "num_warps", "num_stages", *ASKED),
     "gated_gemm_backward": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "PARTS", "num_warps", "num_stages"),

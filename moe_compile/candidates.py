@@ -117,7 +117,13 @@ def _holds(names: frozenset[str], opcodes: frozenset[str], module: nn.Module) ->
 
 def _stacked(module: nn.Module) -> set[str]:
     """The names of a module's own weights that may be those of all experts."""
-    return {n for n, p in module._parameters.items() if p is not None and p.dim() >= 3 and p.shape[0] > 1}
+    owned = [*module._parameters.items(), *((n, b) for n, b in module._buffers.items() if _is_weight(b))]
+    return {n for n, p in owned if p is not None and p.dim() >= 3 and p.shape[0] > 1}
+
+
+def _is_weight(buffer: Tensor | None) -> bool:
+    """Whether a buffer can only be weights: float8 has no optimizer, so it is often no parameter."""
+    return buffer is not None and buffer.is_floating_point() and buffer.element_size() == 1
 
 
 def _is_stack(child: nn.Module | None) -> bool:
@@ -176,5 +182,5 @@ def _looks(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
 
 def _like(children: nn.Module) -> bool:
     """Whether there are several children with parameters, all of one class."""
-    found = [c for c in children.children() if any(True for _ in c.parameters())]
+    found = [c for c in children.children() if any(True for _ in c.parameters()) or any(map(_is_weight, c.buffers()))]
     return len(found) > 1 and len({type(c) for c in found}) == 1

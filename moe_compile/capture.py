@@ -48,6 +48,7 @@ from moe_compile.ranges import READS, Bounded, Numbers, Unsized, number_of_class
 from moe_compile.region import EXAMPLE_ROWS
 from moe_compile.series import State, add_inputs
 from moe_compile.stand_ins import Lists, twins, watched
+from moe_compile.trained import TRAINED
 from moe_compile.visit_checks import check_guards
 from moe_compile.visits import MOST, OFFSET, OneByOne, Visit, Visits
 
@@ -617,6 +618,8 @@ def capture(
     gm.graph.set_codegen(torch.fx.graph.CodeGen())
     as_tables(gm, len(inputs))
     places_of_state = gm.graph.find_nodes(op="placeholder")[: len(tensors) + len(present)]
+    for node, fake in zip(places_of_state, [*inputs, *state_fakes], strict=True):
+        node.meta[TRAINED] = fake.requires_grad and torch.is_grad_enabled()
     in_series = add_inputs(gm.graph, lists.columns, state, places_of_state) if lists is not None else []
     named = [*_argument_names(fn, args, kwargs, tensors), *present]
     named += [f"{names[0]}_series" for names in in_series]

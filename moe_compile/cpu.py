@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from moe_compile import expert_mlp, native, ops
+from moe_compile import grouped_gemm_scaled as scaled
 from moe_compile.activations import ACTIVATIONS, described
+from moe_compile.float8 import widened
 
 HUGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 
@@ -66,6 +68,24 @@ def _product(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor, y_RF: T
         x_RD.data_ptr(), x_RD.stride(0), addresses, ld, transposed, offsets_E.data_ptr(), E,
         y_RF.data_ptr(), y_RF.stride(0), R, F, D, add, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def grouped_gemm_scaled(x_RD: Tensor, weights: Sequence[Tensor], scales: Tensor | None, offsets_E: Tensor) -> Tensor:
+    """One expert after the other, in f32: each that has rows widens its weight in the place of the last one's."""
+    scaled.check(x_RD, weights, scales, offsets_E)
+    if x_RD.dtype not in FLOATS:
+        return scaled.reference(x_RD, weights, scales, offsets_E)
+    w_FD = ops.per_expert(weights)
+    wide_FD = torch.empty_like(w_FD[0], dtype=torch.float32)
+    y_RF = unset(x_RD, x_RD.shape[0], wide_FD.shape[0])
+    stop = 0
+    for e, rows in ops.groups(offsets_E):
+        stop = rows.stop
+        end = torch.tensor([stop - rows.start], dtype=torch.int32)
+        y = grouped_gemm(x_RD[rows].float(), [widened(w_FD[e], wide_FD)], end)
+        y_RF[rows] = y if scales is None else y.mul_(scales[e].float())
+    y_RF[stop:].zero_()
+    return y_RF
 
 
 def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
@@ -313,6 +333,7 @@ def _address(values: Tensor) -> int | None:
 def register() -> None:
     """Make these the CPU kernels of the ops."""
     ops.grouped_gemm.register_kernel("cpu")(grouped_gemm)
+    scaled.grouped_gemm_scaled.register_kernel("cpu")(grouped_gemm_scaled)
     ops.grouped_gemm_dw.register_kernel("cpu")(grouped_gemm_dw)
     ops.combine.register_kernel("cpu")(combine)
     ops.combine_backward.register_kernel("cpu")(combine_backward)

@@ -18,6 +18,7 @@ from torch._library.triton import set_wrap_triton_enabled
 from torch.library import custom_op
 
 from moe_compile import expert_mlp, ops
+from moe_compile import grouped_gemm_scaled as scaled
 
 
 def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,6 +34,24 @@ def grouped_gemm(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor) -> 
         return ops.grouped_gemm_reference(x_RD, weights, offsets_E)
     with set_wrap_triton_enabled(False):
         return kernel.launch(x_RD, _weights(weights)[0], offsets_E)
+
+
+def grouped_gemm_scaled(x_RD: Tensor, weights: Sequence[Tensor], scales: Tensor | None, offsets_E: Tensor) -> Tensor:
+    w_EFD = weights[0] if weights[0].dim() == 3 else torch.stack(list(weights))  # a copy, of one byte a number
+    return _run("grouped_gemm_scaled", _scaled_reference, x_RD, w_EFD, scales, offsets_E)  # type: ignore[no-any-return]
+
+
+def _scaled_reference(x_RD: Tensor, w_EFD: Tensor, scales: Tensor | None, offsets_E: Tensor) -> Tensor:
+    return scaled.reference(x_RD, [w_EFD], scales, offsets_E)
+
+
+def why_not_scaled(x_RD: Tensor, w_EFD: Tensor, scales: Tensor | None, offsets_E: Tensor) -> str | None:
+    """Return why the kernel cannot take this product with float8 weights, or None.  The tensors may be fakes."""
+    try:
+        from moe_compile.kernels import grouped_gemm_scaled as kernel
+    except ImportError:
+        return "triton is not installed"
+    return kernel.why_not(x_RD, w_EFD, scales, offsets_E)
 
 
 def grouped_gemm_dw(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
@@ -267,5 +286,6 @@ def register() -> None:
     """Make these the CUDA kernels of the ops."""
     for name in ("dispatch", "grouped_gemm", "grouped_gemm_dw", "combine", "combine_backward"):
         getattr(ops, name).register_kernel("cuda")(globals()[name])
+    scaled.grouped_gemm_scaled.register_kernel("cuda")(grouped_gemm_scaled)
     expert_mlp.expert_mlp.register_kernel("cuda")(mlp)
     expert_mlp.expert_mlp_backward.register_kernel("cuda")(mlp_backward)

@@ -31,7 +31,7 @@ JOINT = {name_of(cls): cls for cls in pipeline.JOINT}
 HERE = Path(__file__).parent
 SOURCES = (
     HERE / "autotune.py", HERE / "lower.py", HERE / "cost.py", HERE / "cuda.py", HERE / "ops.py",
-    HERE / "expert_mlp.py", HERE / "activations.py", HERE / "rewrite.py",
+    HERE / "grouped_gemm_scaled.py", HERE / "expert_mlp.py", HERE / "activations.py", HERE / "rewrite.py",
     HERE / "passes" / "choose_kernels.py", HERE / "passes" / "save_collectives.py",
     HERE / "passes" / "regather_weights.py", HERE / "passes" / "overlap_collectives.py", HERE / "parallel" / "costs.py",
     *sorted((HERE / "kernels").glob("*.py")),

@@ -17,6 +17,7 @@ from moe_compile.passes.chunk_tokens import ChunkTokens
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
+from moe_compile.passes.fold_weight_scales import FoldWeightScales
 from moe_compile.passes.fuse_experts import FuseExperts
 from moe_compile.passes.overlap_collectives import OverlapCollectives
 from moe_compile.passes.place_experts import PlaceExperts
@@ -34,6 +35,7 @@ PLACE: tuple[type[RewritePass], ...] = (
 CANONICALISE: tuple[type[RewritePass], ...] = (
     DispatchExperts,  # first: the others work on the ops that it writes
     FoldRoutingWeights,  # after it: looks at what feeds `combine`
+    FoldWeightScales,  # before the next, which would take the widened weights
     FuseExperts,  # last: needs the weights in `combine`
 )
 

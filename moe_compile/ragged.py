@@ -300,6 +300,24 @@ def reshape(b: Batcher, node: Node) -> Batched:
     return Batched("param", b.emit(aten.reshape.default, stack, [value(stack).shape[0], *value(node).shape]))
 
 
+def expanded(b: Batcher, node: Node) -> Batched:
+    source, sizes = node.args[:2]
+    stack, missing = b.stack(source), len(sizes) - value(source).dim()  # type: ignore[arg-type]
+    if missing:
+        shape = value(stack).shape
+        stack = b.emit(aten.reshape.default, stack, [shape[0], *[1] * missing, *shape[1:]])
+    return Batched("param", b.emit(aten.expand.default, stack, [value(stack).shape[0], *sizes]))  # type: ignore[misc]
+
+
+def repeated(b: Batcher, node: Node) -> Batched:
+    """w.repeat_interleave(n, dim), as scales of blocks are brought to the size of a weight."""
+    source, times, dim = [*node.args, None, None][:3]
+    if not isinstance(times, int) or not isinstance(dim, int) or any(v is not None for v in node.kwargs.values()):
+        raise Refusal(f"no rule for repeat_interleave by {times} along {dim} on expert weights")
+    dim = dim % value(node).dim() + 1
+    return Batched("param", b.emit(aten.repeat_interleave.self_int, b.stack(source), times, dim))
+
+
 def getitem(b: Batcher, node: Node) -> Batched:
     source = b.env[node.args[0]]
     assert isinstance(source.node, Node)
@@ -322,6 +340,8 @@ RULES: dict[str, Callable[[Batcher, Node], Batched]] = {
     "permute": permute,
     **dict.fromkeys(("view", "reshape", "flatten", "squeeze"), reshape),
     "getitem": getitem,
+    "expand": expanded,
+    "repeat_interleave": repeated,
     **dict.fromkeys(("select", "slice", "unsqueeze", "softmax", "cat", "unbind"), shifted(1)),
     **dict.fromkeys(("sum", "mean"), reduced),
     **dict.fromkeys(("chunk", "split", "split_with_sizes"), shifted(2)),

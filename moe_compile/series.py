@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from moe_compile.trained import TRAINED
+
 State = list[str | tuple[str, ...]]  # names of parameters and buffers; for a series the names of all
 
 
@@ -59,6 +61,7 @@ def add_inputs(
             with graph.inserting_after([*traced, *made.values()][-1]):
                 made[column] = graph.placeholder("series")
             made[column].meta["val"] = Series(first.meta["val"], tuple(names[id(t)] for t in columns[column]))
+            made[column].meta[TRAINED] = first.meta[TRAINED]
         node.args = (made[column], *node.args[1:])
     return [node.meta["val"].names for node in made.values()]
 
@@ -77,7 +80,7 @@ def expand(graph: Graph, state: State) -> list[str]:
             if name not in nodes:
                 with graph.inserting_before(series):
                     nodes[name] = graph.placeholder(name.replace(".", "_"))
-                nodes[name].meta["val"] = series.meta["val"].example
+                nodes[name].meta["val"], nodes[name].meta[TRAINED] = series.meta["val"].example, series.meta[TRAINED]
         _replace(series, [nodes[name] for name in names])
         graph.erase_node(series)
     return list(nodes)

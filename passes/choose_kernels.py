@@ -22,6 +22,7 @@ Refuses    nothing: an op that no kernel takes keeps its own form, and the repor
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from moe_compile.rewrite import RewritePass, emit, value
 
 aten, moe_ep = torch.ops.aten, torch.ops.moe_ep
 
-OPS = ("dispatch", "grouped_gemm", "grouped_gemm_dw", "combine", "combine_backward")
+OPS = ("dispatch", "grouped_gemm", "grouped_gemm_scaled", "grouped_gemm_dw", "combine", "combine_backward")
 FUSED = ("expert_mlp", "expert_mlp_backward")
 
 
@@ -75,7 +76,7 @@ class ChooseKernels(RewritePass[Site]):
             self.chosen.append((node.name, "triton, by addresses", ""))
             return
         with graph.inserting_before(node):
-            if op == "grouped_gemm":
+            if op in ("grouped_gemm", "grouped_gemm_scaled"):
                 weights: Any = args[1]
                 stack = weights[0] if len(weights) == 1 else emit(graph, aten.stack.default, list(weights), like=node)
                 args[1] = stack
@@ -175,11 +176,10 @@ def _rows_of_tiles(x: Any, gate: Node | None, up: Node, order: Node, gated: Any)
 
 def _why_not_triton(op: str, vals: tuple[Any, ...]) -> str | None:
     try:
-        from moe_compile.kernels import combine, combine_backward, dispatch, grouped_gemm, grouped_gemm_dw
+        module = import_module(f"moe_compile.kernels.{op}")
     except ImportError:
         return "triton is not installed"
-    modules = (dispatch, grouped_gemm, grouped_gemm_dw, combine, combine_backward)
-    return dict(zip(OPS, modules, strict=True))[op].why_not(*vals)
+    return module.why_not(*vals)  # type: ignore[no-any-return]
 
 
 def _takes_grouped_mm(x_RD: Tensor, w_EFD: Tensor) -> bool:

@@ -43,6 +43,7 @@ from moe_compile.parallel.writer import Writer, all_gather, sources, wait, write
 from moe_compile.passes.chunk_tokens import CHUNKS
 from moe_compile.region import experts
 from moe_compile.rewrite import RewritePass, emit, value
+from moe_compile.trained import TRAINED
 
 aten = torch.ops.aten
 gather_shards = torch.ops._c10d_functional.all_gather_into_tensor.default
@@ -243,6 +244,7 @@ class PlaceExperts(RewritePass[Chunks]):
                 own = part(shape[dim], here.edp, here.edp_rank)
                 held[dim] = own.stop - own.start
             made.meta["val"] = example.new_empty(held).requires_grad_(example.requires_grad)
+            made.meta[TRAINED] = self.state[family.members[0]].meta.get(TRAINED, True)
             self.local[family.name] = made
         shard = self.local[family.name]
         if here.edp > 1:

@@ -22,6 +22,7 @@ KERNELS = {
     "gather",
     "grouped_gemm",
     "grouped_gemm_dw",
+    "grouped_gemm_scaled",
     "invert",
     "order",
     "row_tiles",

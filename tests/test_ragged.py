@@ -72,6 +72,8 @@ CASES: dict[str, Body] = {
     "rms_norm": lambda x, w, v, s: F.rms_norm(x, (D,), v, 1e-5),
     "t": lambda x, w, v, s: F.linear(F.linear(x, w), w.t()),
     "transpose": lambda x, w, v, s: x @ w.transpose(0, -1) @ w,
+    "expand": lambda x, w, v, s: F.linear(x, v.expand(3, D)).sum(1, True) * s.expand(D) + x @ w[:1].expand(D, -1),
+    "repeat_interleave": lambda x, w, v, s: x * v[:3].repeat_interleave(2, 0) @ w[:3].repeat_interleave(2, dim=-2),
     "numpy_T": lambda x, w, v, s: x @ w.T @ w,
     "mT": lambda x, w, v, s: x @ w.mT @ w,
     "squeeze": lambda x, w, v, s: x * v.unsqueeze(0).squeeze(0) + v.unsqueeze(1).squeeze(-1),
@@ -97,6 +99,10 @@ CASES: dict[str, Body] = {
 REFUSED: dict[str, tuple[Body, str]] = {
     "a product of weights": (lambda x, w, v, s: x @ (w.t() @ w), "a product of two expert weights"),
     "an op without a rule": (lambda x, w, v, s: x * v.cumsum(0), "no rule for aten.cumsum on expert weights"),
+    "repeated as a whole": (
+        lambda x, w, v, s: x * v[:3].repeat_interleave(2),
+        "no rule for repeat_interleave by 2 along None on expert weights",
+    ),
 }
 
 

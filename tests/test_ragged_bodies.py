@@ -35,6 +35,13 @@ class Experts(nn.Module):
 
 
 f = nn.functional
+
+
+def blocks(scales: Tensor) -> Tensor:
+    """[2, 2] as [D, D]"""
+    return scales.repeat_interleave(2, 0).repeat_interleave(2, dim=-1)
+
+
 BODIES: dict[str, Callable[..., Tensor]] = {
     "linear": lambda x, w, wide, v, s, m: m(x),
     "linear, stacked bias": lambda x, w, wide, v, s, m: f.linear(x, w, v),
@@ -70,6 +77,9 @@ BODIES: dict[str, Callable[..., Tensor]] = {
     "layer_norm": lambda x, w, wide, v, s, m: f.layer_norm(x, (D,), v, w[0], 1e-3),
     "rms_norm": lambda x, w, wide, v, s, m: f.rms_norm(x, (D,), v, 1e-3),
     "clamped gate": lambda x, w, wide, v, s, m: f.linear(x, wide)[:, ::2].clamp(max=1) * f.linear(x, wide)[:, 1::2],
+    "expand": lambda x, w, wide, v, s, m: f.linear(x, w[:1].expand(D, -1)) + x @ v.expand(2, D, D)[1],
+    "repeat_interleave": lambda x, w, wide, v, s, m: x @ (w * blocks(w[:2, ::2])),
+    "blocks by expand": lambda x, w, wide, v, s, m: x @ (w.view(2, 2, 2, 2) * w[:2, None, :2, None]).view(D, D),
     "where": lambda x, w, wide, v, s, m: torch.where(x > v, x, x * s),
     "detach": lambda x, w, wide, v, s, m: x * v.detach() + x,
 }

@@ -80,8 +80,6 @@ def pointwise(call: Call) -> Value | None:
             return None
         args.append(arg)
     exprs = [a for a in args if isinstance(a, Expr)]
-    if all(e.level != "row" for e in exprs) and len(exprs) > 1:
-        return None
     if target is not call.node.target and {e.val.dtype for e in exprs} != {val.dtype}:
         return None
     if (flat := _unviewed(call, args)) is not None:  # [R, F, 1] as [R, F], as experts are written elsewhere

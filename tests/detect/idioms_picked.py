@@ -87,3 +87,19 @@ class PickedAndSeen(PickedWeights):
 
     def total(self, y: Tensor, weights: Tensor) -> Any:
         return super().total(y, weights), y
+
+
+@idiom(distinct=False)
+class PickedScaled(PickedWeights):
+    """Weights are cast and scaled behind the gather, by what belongs to their expert, to all, or is a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.s1, self.s2, self.row = weight(E, FF, 1), weight(E, 1, 1), weight(FF, 1)
+
+    def weights_of(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        w1 = (self.w1[ids].double() * self.scale(ids).double()).float()
+        return w1, self.w3[ids] * self.row * 2.0, self.w2[ids] - self.s2[ids].sigmoid()
+
+    def scale(self, ids: Tensor) -> Tensor:
+        return self.s1[ids]

@@ -177,14 +177,15 @@ class Proof:
         distinct: bool | Known,
         edit: Callable[[GraphModule], None] | None = None,
         fixed: bool = False,
+        skip: frozenset[str] = frozenset(),
     ) -> None:
-        """`fixed`: for this number of tokens, not for any."""
+        """`fixed`: for this number of tokens, not for any.  `skip`: passes that are left out."""
         self.module = module
         found = analyse(forward_of(module), module, list(args) if fixed else any_length(args), {}, known(distinct))
         if edit is not None:
             edit(found.gm)
         self.detected = found.gm.graph.find_nodes(op="call_function", target=region.experts)
-        self.reports = canonicalise(found.gm)
+        self.reports = canonicalise(found.gm, skip)
         assert not found.gm.graph.find_nodes(op="call_function", target=region.experts), str(self.reports[0])
         self.gm, self.state = found.gm, found.capture.state
         self.single = found.capture.out_spec.is_leaf()

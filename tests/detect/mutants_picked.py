@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.detect.idioms_picked import PickedTransposed, PickedWeights, PickedWithBias
+from tests.detect.idioms_picked import PickedScaled, PickedTransposed, PickedWeights, PickedWithBias
 from tests.detect.loops import E, mutant
 
 
@@ -155,3 +155,40 @@ class PickedLookedUp(PickedWeights):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
         return (self.w1[:, 0][ids] * weights[..., None]).sum(1) + x
+
+
+@mutant("nothing is summed over experts", distinct=False)
+class PickedScaleOfOthers(PickedScaled):
+    """The scale is that of the experts of the token before."""
+
+    def scale(self, ids: Tensor) -> Tensor:
+        return self.s1[ids.roll(1, 0)]
+
+
+@mutant("nothing is summed over experts", distinct=False)
+class PickedScaleTurned(PickedScaled):
+    def scale(self, ids: Tensor) -> Tensor:
+        return self.s1[ids.flip(1)]
+
+
+@mutant("nothing is summed over experts", distinct=False)
+class PickedScaleOfSlots(PickedScaled):
+    """A scale for each k, whoever the expert is."""
+
+    def scale(self, ids: Tensor) -> Tensor:
+        return self.s1[None, : ids.shape[1]]
+
+
+@mutant("nothing is summed over experts", distinct=False)
+class PickedScaleOfTokens(PickedScaled):
+    def scale(self, ids: Tensor) -> Tensor:
+        return self.s1[ids].mean(1, keepdim=True)
+
+
+@mutant("nothing is summed over experts", distinct=False)
+class PickedScaleByNorm(PickedScaled):
+    """Scaled by what the gathered weights of a token have in common."""
+
+    def scale(self, ids: Tensor) -> Tensor:
+        s = self.s1[ids]
+        return s / s.amax(1, keepdim=True)

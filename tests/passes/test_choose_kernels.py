@@ -45,6 +45,33 @@ OFFSETS, ORDER, IDS = ((E,), torch.int32), ((T * K,), torch.int32), ((T, K), tor
 
 
 class TestChooseKernels(TestCase):
+    def test_float8_weights(self):
+        e4m3, x = torch.float8_e4m3fn, ((T, D), torch.bfloat16)
+        stack, one = ((E, F, D), e4m3), ((F, D), e4m3)
+        gm = trace(lambda x, w, s, o: moe_ep.grouped_gemm_scaled(x, [w], s, o), x, stack, (E, F), OFFSETS)
+        self.assertEqual(choose(gm).chosen, [("grouped_gemm_scaled", "triton", "")])
+        self.assertExpectedInline(
+            "\n".join(graph_text(gm.graph).splitlines()[-2:]),
+            """\
+grouped_gemm_scaled_default: bf16[64, 48] = moe_ep_triton.grouped_gemm_scaled(x_1, w_1, s_1, o_1)
+return grouped_gemm_scaled_default""",
+        )
+        gm = trace(lambda x, a, b, o: moe_ep.grouped_gemm_scaled(x, [a, b], None, o), x, one, one, ((2,), torch.int32))
+        self.assertEqual(choose(gm).chosen, [("grouped_gemm_scaled", "triton", "")])
+        self.assertExpectedInline(
+            "\n".join(graph_text(gm.graph).splitlines()[-3:]),
+            """\
+stack_default: torch.float8_e4m3fn[2, 48, 32] = aten.stack([a_1, b_1])
+grouped_gemm_scaled_default: bf16[64, 48] = moe_ep_triton.grouped_gemm_scaled(x_1, stack_default, None, o_1)
+return grouped_gemm_scaled_default""",
+        )
+        wide = ((T, D), torch.float64)
+        gm = trace(lambda x, w, o: moe_ep.grouped_gemm_scaled(x, [w], None, o), wide, stack, OFFSETS)
+        reason = "triton: x is torch.float64, expected one of bf16, f16, f32"
+        self.assertEqual(choose(gm).chosen, [("grouped_gemm_scaled", "moe_ep", reason)])
+        gm = trace(lambda x, w, o: moe_ep.grouped_gemm_scaled(x, [w], None, o), x, stack, OFFSETS, device="cpu")
+        self.assertEqual(choose(gm).chosen, [("grouped_gemm_scaled", "moe_ep", "")])
+
     def test_takes_triton_on_cuda(self):
         def layer(x, ids, w, weights):
             rows, offsets, order = moe_ep.dispatch(x, ids, E)
