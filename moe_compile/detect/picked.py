@@ -73,6 +73,8 @@ def pointwise(call: Call) -> Value | None:
         target = getattr(getattr(aten, call.op[:-1]), target._overloadname)  # type: ignore[union-attr]
     if any(isinstance(v, Value) for v in call.kwargs.values()) or not of_pairs(call, first, val):
         return None
+    if not all(isinstance(s, int) for s in val.shape[num_dims(call, first) :]):
+        return None  # a row meets all tokens
     args: list[Any] = []
     for value, node in zip(call.args, call.node.args, strict=True):
         arg = _operand(call, first, value, node) if isinstance(value, Value) else value
@@ -93,9 +95,11 @@ def pointwise(call: Call) -> Value | None:
 def _unviewed(call: Call, args: list[Any]) -> list[Any] | None:
     """The operands before they became views of one shape, if each was a vector."""
     exprs = [a for a in args if isinstance(a, Expr)]
-    shapes = {tuple(e.val.shape[e.level == "row" :]) for e in exprs}
     vectors = [e.target is aten.reshape.default and e.args[0].val.dim() == 1 + (e.level == "row") for e in exprs]
-    if len(shapes) != 1 or not all(vectors) or all(e.level != "row" for e in exprs):
+    if not all(vectors) or all(e.level != "row" for e in exprs):
+        return None
+    first, *others = [list(e.args[1][e.level == "row" :]) for e in exprs]
+    if any(sizes != first for sizes in others):
         return None
     return [a.args[0] if isinstance(a, Expr) else a for a in args]
 

@@ -191,3 +191,13 @@ class PickedByTwoTables(PickedByColumn):
 
     def column(self, ids: Tensor, k: int) -> Tensor:
         return ids[:, 0] if k == 0 else (ids + 1).remainder(E)[:, 1]
+
+
+@idiom(flat=True, distinct=False)
+class PickedByVectorKeepsOne(PickedByVectorAlone):
+    """A dimension that stays: what all tokens have is added to each, behind the region."""
+
+    def expert(self, x: Tensor, *own: Tensor) -> Tensor:
+        b13, w13, b2, w2 = own
+        gate, up = torch.baddbmm(b13.unsqueeze(1), x.unsqueeze(1), w13).chunk(2, dim=-1)
+        return torch.bmm(gate.sigmoid() * up, w2) + b2
