@@ -221,12 +221,13 @@ def mlp(
     h_RG = _start(x_RD, bias_EG, offsets_E, G)
     for w, h in zip(groups, h_RG.chunk(len(groups), 1), strict=True):
         _product(x_RD, w, offsets_E, h, add=bias_EG is not None)
+    del x_RD
     F = G // 2 if gated else G
-    a_RF, (form, lie) = unset(x_RD, R, F), _form(activation, G, gated)
+    a_RF, (form, lie) = unset(h_RG, R, F), _form(activation, G, gated)
     native.library(x_TD.dtype).gate(  # type: ignore[union-attr]
         *form, h_RG.data_ptr(), G, *lie, a_RF.data_ptr(), R, F, torch.get_num_threads()
     )
-    y_RD = _start(x_RD, bias_ED, offsets_E, down[0].shape[-2])
+    y_RD = _start(a_RF, bias_ED, offsets_E, down[0].shape[-2])
     _product(a_RF, down, offsets_E, y_RD, add=bias_ED is not None)
     return combine(y_RD, weights_TK, order_R, offsets_E, ids_TK.shape[1]), h_RG, offsets_E, order_R
 
@@ -275,19 +276,23 @@ def mlp_backward(
             dout_RD.data_ptr(), bias_ED.data_ptr(), offsets_E.data_ptr(), offsets_E.shape[0], dweight_R.data_ptr(),
             dout_RD.shape[1], torch.get_num_threads(),
         )  # fmt: skip
+    del da_RF  # rows are the peak of a step: each tensor of them goes when its last reader is done
+    if of_params:
+        ddown = _weight_gradient(dout_RD, a_RF, offsets_E)
+        dbias_ED = dbias_ED if bias_ED is None else _bias_gradient(dout_RD, weight_R, offsets_E)
+    del dout_RD, a_RF
     parts = dh_RG.chunk(len(groups), 1)
     if of_x:
         dx_RD = unset(x_TD, R, x_TD.shape[1])
         for i, (w, dh) in enumerate(zip(groups, parts, strict=True)):
             _product(dh, expert_mlp.transposed(w), offsets_E, dx_RD, add=i > 0)
         dx_TD = combine(dx_RD, None, order_R, offsets_E, K) if R else torch.zeros_like(x_TD)
+        del dx_RD
     if of_params:
         x_RD = x_TD.index_select(0, token_R)
         *first, dup = (_weight_gradient(dh, x_RD, offsets_E) for dh in parts)
         dgate = first[0] if first else dgate
-        ddown = _weight_gradient(dout_RD, a_RF, offsets_E)
         dbias_EG = dbias_EG if bias_EG is None else _bias_gradient(dh_RG, weight_R[:0], offsets_E)
-        dbias_ED = dbias_ED if bias_ED is None else _bias_gradient(dout_RD, weight_R, offsets_E)
     dweights_TK = dweight_R
     if weights_TK is not None:
         dweights_TK = torch.empty_like(dweight_R).index_copy_(0, order_R.long(), dweight_R)

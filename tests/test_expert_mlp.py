@@ -377,6 +377,29 @@ def test_it_keeps_the_input_the_products_and_the_routing(biased: bool) -> None:
     assert len(set(kept.values())) == 1
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_backward_holds_no_row_longer_than_it_is_read(biased: bool) -> None:
+    """Beside its results: the gradients of the products, and once the rows of the input; K rows a token."""
+    T, K, E, G = 1500, 2, 4, 2 * F
+    x, weights, ids = torch.randn(T, D), torch.rand(T, K), torch.rand(T, E).argsort(1)[:, :K]
+    up, down = torch.randn(E, G, D), torch.randn(E, D, F)
+    biases = (torch.randn(E, G), torch.randn(E, D)) if biased else ()
+    out, *kept = torch.ops.moe_ep.expert_mlp(x, ids, weights, [], [up], [down], E, "silu", True, *biases)
+    h, offsets, order = kept
+    with torch.profiler.profile(profile_memory=True) as seen:
+        found = cpu.mlp_backward(
+            torch.ones_like(out), x, h, weights, offsets, order, [], [up], [down], "silu", True, True, True, *biases
+        )
+    now = peak = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
+        now += event.nbytes() if event.name() == "[memory]" else 0
+        peak = max(peak, now)
+    results, routed = sum(v.nbytes for v in found), 8 * 8 * T * K  # indices, in 64 bits where torch wants them
+    first = 4 * T * K * (D + 2 * F + G)  # those of the results, both sides of the activation: before it is known
+    assert peak < max(first, results + 4 * T * K * (G + D)) + routed, (peak, first, results, routed)
+    assert peak >= first
+
+
 def test_without_a_compiler_the_numbers_are_the_same(monkeypatch) -> None:
     torch.manual_seed(0)
     ids, _ = routing("odd")
