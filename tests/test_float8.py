@@ -211,3 +211,23 @@ def test_an_exported_graph() -> None:
     assert report.regions[0].matched, str(report)
     assert scaled_products(exported.graph) == 1  # type: ignore[arg-type]
     torch.testing.assert_close(exported(*args), module(*args))
+
+
+def test_what_is_kept_for_the_backward() -> None:
+    """No wider stack, which would be four times as large as the float8 weights here; without the pass two are kept."""
+    module, (x, ids, weights) = LAYERS["by feature"](), routed(torch.float32)
+    x.requires_grad_()
+    kept = []
+    for skip in (frozenset({"fold_weight_scales"}), frozenset[str]()):
+        run = Proof(module, (x, ids, weights), True, skip=skip)
+        saved: list[Tensor] = []
+
+        def keep(t: Tensor, saved: list[Tensor] = saved) -> Tensor:
+            saved.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            out = run(x, ids, weights)
+        kept.append({tuple(t.shape) for t in saved if t.dtype == torch.float32 and t.numel() >= E * F * D})
+        out.sum().backward()
+    assert kept == [{(E, F, D), (E, D, F)}, set()]
