@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.detect.idioms_sorted import Batched
 from tests.detect.loops import FF, D, E, idiom, weight
 
 
@@ -201,3 +202,11 @@ class PickedByVectorKeepsOne(PickedByVectorAlone):
         b13, w13, b2, w2 = own
         gate, up = torch.baddbmm(b13.unsqueeze(1), x.unsqueeze(1), w13).chunk(2, dim=-1)
         return torch.bmm(gate.sigmoid() * up, w2) + b2
+
+
+@idiom(distinct=False)
+class PickedByRemainder(Batched):
+    """Pairs in a row, by a vector that is no table of ids: each pair is a token with one expert."""
+
+    def flat(self, ids: Tensor) -> Tensor:
+        return ids.reshape(-1) % (E - 1)

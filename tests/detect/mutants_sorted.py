@@ -157,7 +157,7 @@ class SortedBiasOfUnsortedIds(Sorted):
         return self.total(self.unsort(y, order))
 
 
-@mutant("bmm of rows with a value that has none")
+@mutant("the unsorting index is used on other rows than it sorted")
 class SortedIdsChanged(Sorted):
     def first(self, x: Tensor, w: Tensor, mine: Tensor) -> Tensor:
         return bmm(w, mine.add_(1).remainder_(E), x)
@@ -517,12 +517,6 @@ class BatchedClampedTwice(Batched):
 class BatchedClampedPastTheExperts(Batched):
     def flat(self, ids: Tensor) -> Tensor:
         return ids.reshape(-1).clamp(0, E)
-
-
-@mutant("bmm of rows with a value that has none")
-class BatchedRemainder(Batched):
-    def flat(self, ids: Tensor) -> Tensor:
-        return ids.reshape(-1) % (E - 1)
 
 
 @mutant("bmm of rows with a value that has none")
