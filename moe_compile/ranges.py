@@ -191,9 +191,13 @@ def walked(entries: Iterator[Any]) -> Iterator[Any]:
 
 
 def _in_for_statement(frame: FrameType) -> bool:
-    """Whether a frame is at the head of a `for` statement.  A generator's end is seen by whoever runs it."""
+    """Whether a frame is at the head of a `for` statement.  A generator's end is seen by whoever runs it, and an
+    iterator beside the entries, as of `zip(counter, entries)`, says how many it went on for.
+    """
     many = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-    return not frame.f_code.co_flags & many and frame.f_lasti in _heads(frame.f_code)
+    if frame.f_code.co_flags & many or any(isinstance(v, Iterator) for v in frame.f_locals.values()):
+        return False
+    return frame.f_lasti in _heads(frame.f_code)
 
 
 @functools.cache

@@ -1,5 +1,7 @@
 """Mutants of counts up to the largest id that occurs: whoever sees how many they are."""
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -24,6 +26,17 @@ class CountedLength(CountedAsList):
 class CountedByHand(CountedAsList):
     def after(self, out: Tensor, ends) -> Tensor:  # type: ignore[no-untyped-def]
         return out / sum(1 for _ in ends)
+
+
+@mutant("bincount without minlength: how many numbers Python reads depends on the ids", distinct=SCORES)
+class CountedBesideACounter(CountedAsList):
+    """An iterator that has gone on for as many."""
+
+    def after(self, out: Tensor, ends) -> Tensor:  # type: ignore[no-untyped-def]
+        numbers = itertools.count()
+        for _, _ in zip(numbers, ends, strict=False):
+            pass
+        return out / next(numbers)
 
 
 @mutant("bincount without minlength: how many numbers Python reads depends on the ids", distinct=SCORES)

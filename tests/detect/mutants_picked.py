@@ -121,7 +121,7 @@ class PickedChanged(PickedWeights):
         return h + torch.einsum("ti, taoi -> tao", x, self.w3[ids])
 
 
-@mutant("clone is changed in place while the experts run", distinct=False)
+@mutant("clone is changed in place while the experts run", distinct=False, forward_only=True)
 class PickedIdsChanged(PickedWeights):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
         ids = ids.clone()
