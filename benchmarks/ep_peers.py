@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks import pages
 from moe_compile.demo.data import load_corpus
 from moe_compile.demo.machine import machine_facts
 from moe_compile.demo.models import QUICK, SPECS, TINY, ModelSpec, build_model
@@ -47,7 +48,6 @@ from moe_compile.demo.summary import number
 PARITY_STEPS = 3
 BOUND = 1e-4  # relative difference of losses
 LIMIT_S = 600
-MARKS = ("<!-- ep_peers: this table is written by the command -->", "<!-- end of ep_peers -->")
 SPECS_OF = {"full": SPECS, "quick": QUICK, "tiny": TINY}
 
 
@@ -353,20 +353,6 @@ def rows(found: list[tuple[Way, Measured]]) -> Iterator[list[str]]:
         yield [way.label, *times, str(m.graphs), str(m.host_reads), *sizes, loss]
 
 
-def markdown(title: str, found: list[tuple[Way, Measured]]) -> str:
-    """The table for a page."""
-    lines = [list(NAMES), ["---"] + ["--:"] * (len(NAMES) - 1), *rows(found)]
-    return "\n".join([f"{title}\n", *("| " + " | ".join(line) + " |" for line in lines)])
-
-
-def write_into(page: Path, text: str) -> None:
-    """Put a table between the marks of a page."""
-    before, _, rest = page.read_text().partition(MARKS[0])
-    _, found, after = rest.partition(MARKS[1])
-    assert found, f"{page} has no place for the table: {' '.join(MARKS)}"
-    page.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
-
-
 def main(
     ranks: Annotated[int, typer.Option(min=2, help="Processes.")] = 2,
     model: Annotated[str, typer.Option(help="mixtral or qwen3_moe")] = "mixtral",
@@ -397,7 +383,7 @@ def main(
     console.print(f"written: {target}")
     if page is not None:
         facts = f"{time.strftime('%d %B %Y')}, `{content['command']}`, {target.name}"
-        write_into(page, markdown(f"{title}. {facts}.", found))
+        pages.write_into(page, "ep_peers", f"{title}. {facts}.\n\n{pages.table(NAMES, list(rows(found)))}")
     if any(m.error for way, m in found if way.ours):
         raise typer.Exit(1)
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks import pages
 from moe_compile import cpu, ops
 from moe_compile.demo.machine import machine_facts
 from moe_compile.demo.summary import number
@@ -40,6 +41,7 @@ QUICK = ["16,256,128,64,4", "512,256,256,64,4", "1024,256,256,8,2"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUTINGS = ("random", "even", "skewed")
 PEERS = ("torch.mm", "mm, new", "torch.bmm")
+BOUND, BOUNDS = 0.9, {"block": 0.8}  # of the time of the products alone
 Call = Callable[[], Any]
 
 
@@ -261,6 +263,34 @@ def show(console: Console, rows: list[Row]) -> None:
     console.print(table)
 
 
+def summary(rows: list[Row], command: str) -> str:
+    """Medians and ranges over shapes and routings, and what is below the bounds, for a page."""
+    head = ["peer / ours: median (lowest to highest)"]
+    lines: dict[str, list[str]] = {what: [what] for what in dict.fromkeys(row.what for row in rows)}
+    low = []
+    for name in dict.fromkeys(row.dtype for row in rows):
+        for peer in ("mm, new", "torch.mm"):
+            head.append(f"{name}, {'new memory' if peer == 'mm, new' else 'memory that exists'}")
+            for what, line in lines.items():
+                here = [r for r in rows if (r.dtype, r.what, r.red) == (name, what, None)]
+                ratios = [r.ratio(peer) for r in here]
+                line.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+                low += [
+                    f"{what} of {r.shape} in {name}, {r.routing}: {r.ratio(peer):.2f}"
+                    for r in here
+                    if peer == "mm, new" and r.ratio(peer) < BOUNDS.get(what, BOUND)
+                ]
+    shapes, routings = (list(dict.fromkeys(getattr(row, field) for row in rows)) for field in ("shape", "routing"))
+    facts = f"(T,D,F,E,K) {'; '.join(shapes)}; routing {', '.join(routings)}; {machine()}; `{command}`, {time.strftime('%d %B %Y')}."
+    below = f"Below {BOUND} of the products alone (a block: {BOUNDS['block']}), into new memory: "
+    return f"{facts}\n\n{pages.table(head, list(lines.values()))}\n\n{below}{'; '.join(low) or 'none'}."
+
+
+def machine() -> str:
+    facts = machine_facts("cpu")
+    return f"{facts['cores']} cores of an {facts['processor']}, torch {facts['torch']}"
+
+
 def main(
     shapes: Annotated[list[str] | None, typer.Option(help="T,D,F,E,K; may be given several times.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or several with commas")] = "float32,bfloat16",
@@ -269,6 +299,7 @@ def main(
     threads: Annotated[int, typer.Option(min=0, help="Threads; 0: as torch chooses.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Three small shapes, few rounds.")] = False,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("benchmarks/results"),
+    page: Annotated[Path | None, typer.Option(help="A page with a place for a summary.")] = None,
 ) -> None:
     """Measure products and whole blocks side by side."""
     if threads:
@@ -284,9 +315,10 @@ def main(
         for row in measure(shape, how, name, min(rounds, 5) if quick else rounds)
     ]
     show(console, rows)
+    command = " ".join(["python -m benchmarks.kernels_cpu", *sys.argv[1:]])
     content = {
         "machine": machine_facts("cpu"),
-        "command": " ".join(["python -m benchmarks.kernels_cpu", *sys.argv[1:]]),
+        "command": command,
         "threads": torch.get_num_threads(),
         "rows": [asdict(row) for row in rows],
     }
@@ -294,6 +326,8 @@ def main(
     target = out / f"kernels_cpu_{time.strftime('%Y%m%d_%H%M%S')}.json"
     target.write_text(json.dumps(content, indent=1) + "\n")
     console.print(f"written: {target}")
+    if page is not None:
+        pages.write_into(page, "kernels_cpu", summary(rows, command))
     if any(row.red for row in rows):
         raise typer.Exit(1)
 
