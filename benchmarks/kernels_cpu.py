@@ -281,7 +281,8 @@ def summary(rows: list[Row], command: str) -> str:
                     if peer == "mm, new" and r.ratio(peer) < BOUNDS.get(what, BOUND)
                 ]
     shapes, routings = (list(dict.fromkeys(getattr(row, field) for row in rows)) for field in ("shape", "routing"))
-    facts = f"(T,D,F,E,K) {'; '.join(shapes)}; routing {', '.join(routings)}; {machine()}; `{command}`, {time.strftime('%d %B %Y')}."
+    measured = f"(T,D,F,E,K) {'; '.join(shapes)}; routing {', '.join(routings)}"
+    facts = f"{measured}; {machine()}; `{command}`, {time.strftime('%d %B %Y')}."
     below = f"Below {BOUND} of the products alone (a block: {BOUNDS['block']}), into new memory: "
     return f"{facts}\n\n{pages.table(head, list(lines.values()))}\n\n{below}{'; '.join(low) or 'none'}."
 
