@@ -76,14 +76,17 @@ def _of_methods(names: set[str], cls: type) -> set[str]:
 
 
 def _of_classes(fn: types.FunctionType) -> set[str]:
-    """What the methods of ordinary classes mention that a function names: a helper that selects rows for it."""
+    """What the methods of ordinary classes mention that a function names: a helper that selects rows for it.
+
+    Not `index_select` alone: a cache of keys and values has it too, for beams.
+    """
     found: set[str] = set()
     for name in fn.__code__.co_names:
         cls = fn.__globals__.get(name)
         if isinstance(cls, type) and not issubclass(cls, nn.Module | Tensor) and not is_torch(cls.__module__ or ""):
             methods = [f for f in vars(cls).values() if isinstance(f, types.FunctionType)]
             found = found.union(*(code_names(f.__code__) for f in methods))
-    return found & SELECTS
+    return found & (SELECTS - {"index_select"})
 
 
 def _in_loops(code: types.CodeType) -> set[str]:

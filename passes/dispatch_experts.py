@@ -153,4 +153,6 @@ def _flat(call, node: Node, rank: int) -> Node:  # type: ignore[no-untyped-def]
     if value(node).dim() == rank:
         return node
     width = value(node).shape[1:].numel()
+    if width == 0:
+        raise Refusal(f"a row of the experts has no numbers, its shape is {tuple(value(node).shape[1:])}")
     return call(aten.reshape.default, node, [-1, width])

@@ -73,7 +73,7 @@ def pointwise(call: Call) -> Value | None:
         target = getattr(getattr(aten, call.op[:-1]), target._overloadname)  # type: ignore[union-attr]
     if any(isinstance(v, Value) for v in call.kwargs.values()) or not of_pairs(call, first, val):
         return None
-    if not all(isinstance(s, int) for s in val.shape[num_dims(call, first) :]):
+    if not all(isinstance(s, int) and s > 0 for s in val.shape[num_dims(call, first) :]):
         return None  # a row meets all tokens
     args: list[Any] = []
     for value, node in zip(call.args, call.node.args, strict=True):

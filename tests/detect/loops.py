@@ -233,6 +233,8 @@ def differences(got: dict[str, Tensor | None], want: dict[str, Tensor | None], r
         mine, value = (torch.zeros(()) if v is None else v.detach().double() for v in (mine, value))
         if mine.numel() == value.numel() == 0:
             continue
+        if mine.shape == value.shape and torch.equal(mine.isnan(), value.isnan()):
+            mine, value = mine.nan_to_num(), value.nan_to_num()
         distance = (
             (mine - value).norm() if mine.shape == value.shape or not mine.dim() or not value.dim() else torch.inf
         )

@@ -35,7 +35,7 @@ class GroupsCountedByOthers(GroupsOfSlots):
     """Places of the other group's tokens."""
 
     def places(self, mask: Tensor) -> Tensor:
-        return torch.cumsum(mask.flip(0), 1) - 1
+        return (torch.cumsum(mask.flip(0), 1) - 1).clamp(min=0)
 
 
 @mutant(LATE, flat=True)
@@ -209,7 +209,7 @@ class PairsInOtherOrder(PairsInOrder):
     """Counted by token, read by choice."""
 
     def places(self, mask: Tensor) -> Tensor:
-        counted = mask.reshape(-1, E).cumsum(0) - 1
+        counted = (mask.reshape(-1, E).cumsum(0) - 1).clamp(min=0)
         return counted.view(mask.shape[1], mask.shape[0], E).transpose(0, 1)
 
 

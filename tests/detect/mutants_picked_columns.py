@@ -159,7 +159,7 @@ class GatheredColumnsOfFewer(PickedByColumn):
         self.w3 = torch.nn.Parameter(torch.cat([self.w3.detach(), self.w3.detach()]))
 
 
-@mutant("select is changed in place while the experts run", distinct=False)
+@mutant("select is changed in place while the experts run", distinct=False, forward_only=True)
 class GatheredColumnsOfChangedIds(PickedByColumn):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
         ids = ids.clone()
@@ -170,13 +170,16 @@ class GatheredColumnsOfChangedIds(PickedByColumn):
         return out
 
 
-@mutant("x is changed in place while the experts run", distinct=False)
+@mutant("add is changed in place while the experts run", distinct=False, forward_only=True)
 class GatheredColumnsAddedToInput(PickedByColumnBmm):
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Any:
+        return super().forward(x + 1, ids, weights)
+
     def start(self, x: Tensor) -> Tensor:
         return x
 
 
-@mutant("the function holds 2 sums over experts, which share their loops", distinct=False)
+@mutant("the function holds 2 sums over experts, which share their loops", distinct=False, forward_only=True)
 class GatheredColumnsReadBetween(PickedByColumnBmm):
     """What the first expert added is read before the second adds."""
 

@@ -127,7 +127,7 @@ class FlatSlotsShared(FlatSlots):
         return places.gather(1, flat[:, None]).squeeze(1)
 
 
-@mutant("aten.add_.Tensor at file.py is not known to be row-wise (it reads ofkept)")
+@mutant("aten.add_.Tensor at file.py is not known to be row-wise (it reads ofkept)", forward_only=True)
 class FlatSlotsChanged(FlatSlotsOfAll):
     """The numbers are moved in place."""
 

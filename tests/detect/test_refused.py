@@ -75,7 +75,7 @@ def test_numbers_when_compiled(name: str) -> None:
     original, args = copy.deepcopy(module), arguments(case)
     if case.late:
         with regions() as found:
-            outcome(compiled(module), module, args)
+            outcome(compiled(module), module, args, backward=not case.forward_only)
         assert [text(r.reason) for r in found] == [case.reason]
     args = arguments(case, 1, routing="unchosen")
     results = []

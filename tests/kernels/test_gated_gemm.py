@@ -83,7 +83,7 @@ def test_pairs_limits_and_biases(shape: str, dtype: torch.dtype) -> None:
     assert torch.equal(a, again) and none.numel() == 0
     halves = torch.cat([w[:, ::2], w[:, 1::2]], 1), torch.cat([bias[:, ::2], bias[:, 1::2]], 1)
     same, _ = gated_gemm(x, None, halves[0], *routing, GPT_OSS.removesuffix(" pairs"), True, False, halves[1])
-    assert torch.equal(a, same)
+    torch.testing.assert_close(a, same)  # as an interpreter's products of other strides may be summed in another order
 
 
 def test_a_bias_of_two_stacks_and_of_other_experts() -> None:
