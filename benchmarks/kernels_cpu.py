@@ -12,6 +12,7 @@ beside it stand its six products alone. Ways take turns in one process, times ar
 kernel whose error against float64 is red is not timed, and the exit status is 1.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -143,9 +144,9 @@ def products(p: Problem, routing: str) -> dict[str, dict[str, Any]]:
     """For each kind of product with the first weights: our call, its definition, and the peers."""
     rows, E = list(groups(p.ends)), p.up.shape[0]
     x, dh, w, wt = p.x_RD, p.h_RG, p.up, p.up.transpose(1, 2)
-    forward, inputs, weights = ([f(e, r) for e, r in rows] for f in (
-        lambda e, r: (x[r], wt[e]), lambda e, r: (dh[r], w[e]), lambda e, r: (dh[r].t(), x[r]),
-    ))  # fmt: skip
+    forward, inputs = ([f(e, r) for e, r in rows] for f in (lambda e, r: (x[r], wt[e]), lambda e, r: (dh[r], w[e])))
+    ends = [0, *p.ends.tolist()]  # a stack of gradients has those of experts without rows too, which are zero
+    weights = [(dh[a:b].t(), x[a:b]) for a, b in itertools.pairwise(ends)]
     found: dict[str, dict[str, Any]] = {
         "forward": {
             "ours": lambda: cpu.grouped_gemm(x, [w], p.ends),
