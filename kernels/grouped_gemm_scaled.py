@@ -26,7 +26,7 @@ from moe_compile import grouped_gemm_scaled as definition
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
 from moe_compile.kernels.grouped_gemm import _seed
-from moe_compile.kernels.tiles import GROUP_M, fills, program_tile, row_tiles, rows_per_expert
+from moe_compile.kernels.tiles import GROUP_M, fills, program_tile, row_tiles, rows_per_expert, sum_products
 from moe_compile.kernels.weights import stacked
 
 NO_SCALE, BY_EXPERT, BY_FEATURE = 0, 1, 2
@@ -67,17 +67,7 @@ def _grouped_gemm_scaled_kernel(
         d = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + r[:, None] * D + d[None, :]
         w_ptrs = w_ptr + e * STRIDE_E + f.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
-        for first in range(0, D, BLOCK_K):
-            if D % BLOCK_K == 0:
-                x = tl.load(x_ptrs, mask=r_in[:, None], other=0.0)
-                w = tl.load(w_ptrs, mask=f_in[None, :], other=0.0)
-            else:
-                d_in = first + d < D
-                x = tl.load(x_ptrs, mask=r_in[:, None] & d_in[None, :], other=0.0)
-                w = tl.load(w_ptrs, mask=f_in[None, :] & d_in[:, None], other=0.0)
-            acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
-            x_ptrs += BLOCK_K
-            w_ptrs += BLOCK_K * STRIDE_D
+        acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
         if SCALED == 1:
             acc *= tl.load(scales_ptr + e).to(tl.float32)
         elif SCALED == 2:

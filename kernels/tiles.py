@@ -71,7 +71,8 @@ def store_columns(out_ptr, tile, r, r_in, f, F: tl.constexpr, ROW: tl.constexpr)
 def sum_products(
     acc, x_ptrs, w_ptrs, r_in, f_in, D: tl.constexpr, STRIDE_D: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """acc[r, f] + the sum over d of x[r, d] * w[d, f].  The pointers are those of the first BLOCK_K; x is packed."""
+    """acc[r, f] + the sum over d of x[r, d] * w[d, f].  The pointers are those of the first BLOCK_K; x is packed,
+    w of x's type or a narrower one whose numbers x's type holds."""
     d = tl.arange(0, BLOCK_K)
     for first in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
@@ -81,7 +82,7 @@ def sum_products(
             d_in = first + d < D
             x = tl.load(x_ptrs, mask=r_in[:, None] & d_in[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=f_in[None, :] & d_in[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * STRIDE_D
     return acc
