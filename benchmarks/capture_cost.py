@@ -317,27 +317,32 @@ def main(
         return
     console = Console(width=max(110, Console().width))
     measured: Measured = [(case, []) for case in cases(only)]
+    target = out / f"capture_cost_{only}_{time.strftime('%Y%m%d_%H%M%S')}.json"
     for _ in range(repeats):  # rounds over all cases: a slow minute does not hit one case alone
         for case, times in measured:
             times.append(in_fresh_process(case))
             console.print(f"{case}: {number(times[-1].cpu_s, 2)} s of CPU", style="dim")
+        write(target, measured)  # after every round: a run that is cut short keeps what it measured
     show(console, measured)
     judged = verdicts(measured)
     for name, (value, bound) in judged.items():
         said = "no bound" if bound is None else f"bound {bound}: {'holds' if value <= bound else 'MISSED'}"
         console.print(f"{name}: {number(value, 3)} ({said})")
-    content = {
-        "machine": machine_facts(),
-        "command": " ".join(["python -m benchmarks.capture_cost", *sys.argv[1:]]),
-        "verdicts": {name: {"value": value, "bound": bound} for name, (value, bound) in judged.items()},
-        "cases": [{**dataclasses.asdict(case), "times": [dataclasses.asdict(t) for t in ts]} for case, ts in measured],
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    target = out / f"capture_cost_{only}_{time.strftime('%Y%m%d_%H%M%S')}.json"
-    target.write_text(json.dumps(content, indent=1) + "\n")
     console.print(f"written: {target}")
     if any(bound is not None and not value <= bound for value, bound in judged.values()):
         raise typer.Exit(1)
+
+
+def write(target: Path, measured: Measured) -> None:
+    """Write the JSON: machine, command, what was measured against each bound, and every time."""
+    content = {
+        "machine": machine_facts(),
+        "command": " ".join(["python -m benchmarks.capture_cost", *sys.argv[1:]]),
+        "verdicts": {name: {"value": value, "bound": bound} for name, (value, bound) in verdicts(measured).items()},
+        "cases": [{**dataclasses.asdict(case), "times": [dataclasses.asdict(t) for t in ts]} for case, ts in measured],
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -309,24 +309,19 @@ def main(
     if unknown := set(routing or ()) - set(ROUTINGS):
         raise typer.BadParameter(f"routing {sorted(unknown)} is not among {', '.join(ROUTINGS)}")
     console = Console(width=max(120, Console().width))
-    rows = [
-        row
-        for shape in shapes or (QUICK if quick else SHAPES)
-        for how in routing or ROUTINGS
-        for name in dtype.split(",")
-        for row in measure(shape, how, name, min(rounds, 5) if quick else rounds)
-    ]
-    show(console, rows)
     command = " ".join(["python -m benchmarks.kernels_cpu", *sys.argv[1:]])
-    content = {
-        "machine": machine_facts("cpu"),
-        "command": command,
-        "threads": torch.get_num_threads(),
-        "rows": [asdict(row) for row in rows],
-    }
+    content = {"machine": machine_facts("cpu"), "command": command, "threads": torch.get_num_threads()}
     out.mkdir(parents=True, exist_ok=True)
     target = out / f"kernels_cpu_{time.strftime('%Y%m%d_%H%M%S')}.json"
-    target.write_text(json.dumps(content, indent=1) + "\n")
+    rows: list[Row] = []
+    for shape in shapes or (QUICK if quick else SHAPES):
+        for how in routing or ROUTINGS:
+            for name in dtype.split(","):
+                rows += measure(shape, how, name, min(rounds, 5) if quick else rounds)
+        # After every shape: a run that is cut short keeps what it measured.
+        target.write_text(json.dumps({**content, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        console.print(f"{shape}: measured", style="dim")
+    show(console, rows)
     console.print(f"written: {target}")
     if page is not None:
         pages.write_into(page, "kernels_cpu", summary(rows, command))

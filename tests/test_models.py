@@ -70,10 +70,24 @@ def check(run: Any, model: nn.Module, ids: Tensor, rtol: float = 1e-5, **kwargs:
     loss, grads = step(run, model, ids, **kwargs)
     assert close(loss, want, rtol)
     assert grads.keys() >= {n for n, g in want_grads.items() if g.any()}
-    for name, grad in grads.items():
-        expected = want_grads.get(name, torch.zeros_like(grad))
-        # A gradient that cancels to nothing (the bias of keys under softmax) is noise: compared to its weight's scale.
-        assert close(grad, expected, rtol) or float((grad - expected).norm()) < 1e-8, name
+    expected = {n: want_grads.get(n, torch.zeros_like(g)) for n, g in grads.items()}
+    # A gradient that cancels to nothing (the bias of keys under softmax) is noise: compared to its weight's scale.
+    far = [n for n, g in grads.items() if not close(g, expected[n], rtol) and distance(g, expected[n]) >= 1e-8]
+    if far:  # a model that magnifies rounding: then no further from float64 than the unmodified one is, twice
+        exact = in_float64(model, ids, **kwargs)
+        for name in far:
+            assert distance(grads[name], exact[name]) <= 2 * distance(expected[name], exact[name]), name
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm())
+
+
+def in_float64(model: nn.Module, ids: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+    """All gradients of the unmodified model in double precision, by its own loop: `grouped_mm` knows no float64."""
+    reference: Any = original(model).double()
+    reference.set_experts_implementation("eager")
+    return step(reference, reference, ids, **kwargs)[1]
 
 
 @pytest.mark.parametrize("implementation", FORMS)
