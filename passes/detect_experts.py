@@ -30,6 +30,7 @@ from moe_compile.detect import (
     every,
     listings,
     lists,
+    marks,
     pairs,
     picked,
     picked_columns,
@@ -62,7 +63,7 @@ def rules() -> dict[str, tuple[Rule, ...]]:
         listings.RULES, slot_flat.RULES, slot_places.RULES, slot_rows.RULES, slot_results.RULES,
         counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
         picked_columns.RULES, picked_products.RULES, picked.RULES, sums.RULES,
-        lists.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
+        lists.RULES, marks.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
     )  # fmt: skip
     ops = {op for table in every_table for op in table}
     found = {op: tuple(rule for table in every_table for rule in table.get(op, ())) for op in ops}

@@ -119,9 +119,12 @@ class MOELayer(nn.Module):
         combine2_sec = torch.einsum("se,sc->sec", gates2, locations2_sc)
         return l_aux, combine1_sec + combine2_sec
 
+    def gating(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return self.top2gating(logits)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         reshaped = x.reshape(-1, D)
-        l_aux, combine_weights = self.top2gating(self.gate(reshaped))
+        l_aux, combine_weights = self.gating(self.gate(reshaped))
         dispatch_mask = combine_weights.bool()
         dispatched = torch.einsum("sec,sm->ecm", dispatch_mask.type_as(x), reshaped)
         expert_output = self.experts(dispatched.reshape(1, E, -1, D)).reshape(E, -1, D)
@@ -129,7 +132,39 @@ class MOELayer(nn.Module):
         return combined.reshape(x.shape), l_aux
 
 
-@pytest.mark.parametrize("make", [MOEFeedForward, MLPBlock, MOELayer])
+class MOELayerTop1(MOELayer):
+    """One choice, and of the tokens that chose an expert some at random, as many as it has slots."""
+
+    use_rts = True
+
+    def top1gating(self, logits: Tensor, min_capacity: int = 3) -> tuple[Tensor, Tensor]:
+        gates = F.softmax(logits, dim=1)
+        capacity = min(max(2 * gates.shape[0] // E, min_capacity), gates.shape[0])
+        indices1_s = torch.argmax(gates, dim=1)
+        mask1 = F.one_hot(indices1_s, num_classes=E)
+        l_aux = torch.sum(torch.mean(gates, dim=0) * torch.mean(mask1.float(), dim=0)) * E
+        mask1_rand = mask1 * torch.rand_like(gates) if self.use_rts else mask1
+        top_idx = torch.topk(mask1_rand, k=capacity, dim=0)[1]
+        new_mask1 = mask1 * torch.zeros_like(mask1).scatter_(0, top_idx, 1)
+        mask1 = new_mask1
+        locations1 = torch.cumsum(mask1, dim=0) - 1
+        locations1_s = torch.sum(locations1 * mask1, dim=1)
+        mask1_float = mask1.float()
+        gates = gates * mask1_float
+        locations1_sc = F.one_hot(locations1_s, num_classes=capacity).float()
+        return l_aux, torch.einsum("se,sc->sec", gates, locations1_sc)
+
+    def gating(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return self.top1gating(logits)
+
+
+class MOELayerTop1First(MOELayerTop1):
+    """Not at random: those that come first."""
+
+    use_rts = False
+
+
+@pytest.mark.parametrize("make", [MOEFeedForward, MLPBlock, MOELayer, MOELayerTop1, MOELayerTop1First])
 def test_layer(make: type[nn.Module]) -> None:
     torch.manual_seed(0)
     module = make()
@@ -146,6 +181,7 @@ def test_layer(make: type[nn.Module]) -> None:
 def numbers(run: Any, module: nn.Module, x: Tensor) -> list[Tensor]:
     """Outputs and all gradients."""
     module.zero_grad()
+    torch.manual_seed(1)
     x = x.clone().requires_grad_()
     out = run(x)
     outs = list(out) if isinstance(out, tuple) else [out]

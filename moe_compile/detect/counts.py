@@ -15,7 +15,16 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
-from moe_compile.detect.selection import INTEGERS, equal_sizes, everyone, misfit, not_distinct, same_size, unflattened
+from moe_compile.detect.selection import (
+    INTEGERS,
+    ZEROS,
+    equal_sizes,
+    everyone,
+    misfit,
+    not_distinct,
+    same_size,
+    unflattened,
+)
 from moe_compile.detect.sums import add_term, total_of
 from moe_compile.detect.values import (
     Buffer,
@@ -50,7 +59,6 @@ from moe_compile.region import Leaf, ids_above, ids_by_sizes
 aten = torch.ops.aten
 ANY = 2**63 - 1  # ids from 0 on are no error; those of no expert add nothing
 EXACT = INTEGERS[:2]
-ZEROS = ("aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default")
 
 
 # -- counting -------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from moe_compile.detect.values import (
 from moe_compile.region import ids_above
 from moe_compile.series import series_of
 
+ZEROS = ("aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

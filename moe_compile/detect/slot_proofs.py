@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from moe_compile.detect.interpreter import Interpreter
 from moe_compile.detect.selection import not_distinct, some_of
-from moe_compile.detect.slots import Number, Slots, Term, at_most, cut_of
+from moe_compile.detect.slots import Number, Slots, Term, at_most, below, cut_of
 from moe_compile.rewrite import emit
 
 aten = torch.ops.aten
@@ -67,7 +67,7 @@ def not_disjoint(run: Interpreter, table: Slots, capacity: Any) -> str | None:
             return "places begin below zero"
         if not some_of(run, term.ids, term.place.valid):
             return "tokens have a slot whose place is not theirs"
-        bound = cut_of(run, term.ids, count)
+        bound = below(run, term.ids, count)
         if bound is None:
             return "tokens whose place is behind the last slot are not shown to be dropped"
         for slots in (capacity, term.place.below):

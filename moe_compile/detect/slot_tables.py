@@ -11,7 +11,7 @@ from torch.fx import Node
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
 from moe_compile.detect.selection import same_size, some_of
 from moe_compile.detect.slots import EXACT, Early, Number, Places, Slots, Term, in_place, is_table
-from moe_compile.detect.values import Dim, Member, Plain, Value
+from moe_compile.detect.values import Column, Dim, Member, Plain, Value
 
 aten = torch.ops.aten
 
@@ -316,6 +316,8 @@ def above_zero(call: Call, node: Any) -> bool:
 
 
 def _factor(call: Call, value: Any, node: Any) -> Any:
+    if isinstance(value, Column):  # weights[:, 1]: a number for each token, as any
+        return Plain(call.run.canonical[node])
     return as_slots(call.val(node).dtype, value) or value
 
 

@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
+from moe_compile.detect.marks import Marks
 from moe_compile.detect.selection import same_size, some_of
 from moe_compile.detect.values import Dense, Dim, Member, Positions, Value
 from moe_compile.region import ids_kept
@@ -294,7 +296,7 @@ def one_hot(call: Call) -> Value | None:
         return None
     if call.val(call.node.args[0]).dtype != torch.int64:  # type: ignore[arg-type]
         return None  # an error
-    capacity, bound = slots.shape[-1], cut_of(call.run, at.valid, at.count)
+    capacity, bound = slots.shape[-1], below(call.run, at.valid, at.count)
     inside = at.masked and bound is not None and at_most(bound, capacity) and at.count.shift >= -1
     if not inside and not (at.positive and at.below is not None and at_most(at.below, capacity)):
         return None
@@ -331,7 +333,7 @@ def in_place(call: Call) -> bool:
 def at_most(a: Any, b: Any) -> bool:
     if isinstance(a, int) and isinstance(b, int):
         return a <= b
-    return same_size(a, b)
+    return statically_known_true(a <= b)
 
 
 def cut_of(run: Interpreter, ids: Node | None, count: Count) -> Any:
@@ -348,6 +350,27 @@ def cut_of(run: Interpreter, ids: Node | None, count: Count) -> Any:
                 if some_of(run, before, value.valid) and factor.meta["val"].dim() == len(dims):
                     return value.bound
         ids = before
+    return None
+
+
+def below(run: Interpreter, ids: Node | None, count: Count) -> Any:
+    """What no place of entries of `ids` reaches: late ones were dropped, or so few were counted; or None."""
+    cut = cut_of(run, ids, count)
+    return cut if cut is not None else _few(run, count)
+
+
+def _few(run: Interpreter, count: Count) -> Any:
+    """What no place reaches since the mask was multiplied, before it was counted, by a table of few marks."""
+    if count.base or count.ids.meta["val"].dim() != 1:
+        return None
+    ids: Node | None = count.ids
+    while ids is not None and ids.target is ids_kept:
+        table = ids.args[1]
+        for factor in table.all_input_nodes if isinstance(table, Node) else []:
+            value, val = run.values.get(factor), factor.meta["val"]
+            if isinstance(value, Marks) and all(map(same_size, val.shape, table.meta["val"].shape)):  # type: ignore[union-attr]
+                return value.most + count.shift + 1
+        ids = run.written.get(ids)
     return None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.marks import Marks
 from moe_compile.detect.selection import equal_sizes, index_vectors, one_weight_a_token
 from moe_compile.detect.values import (
     Column,
@@ -184,6 +185,8 @@ def _is_truth(call: Call, value: Any, node: Node) -> bool:
     """Whether all entries are 0 or 1."""
     if isinstance(value, Member) and value.kind != "count":
         return True
+    if isinstance(call.run.values[node], Marks):
+        return call.run.unchanged(node)
     while isinstance(call.run.values[node], Plain | Constant | Dense) and isinstance(call.val(node), Tensor):
         if call.val(node).dtype == torch.bool:
             return True

@@ -33,6 +33,7 @@ from tests.detect import (  # noqa: F401
     mutants_index,
     mutants_listings,
     mutants_lists,
+    mutants_marks,
     mutants_masks,
     mutants_offsets,
     mutants_outside,

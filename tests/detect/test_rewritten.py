@@ -23,6 +23,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_helpers,
     idioms_listings,
     idioms_lists,
+    idioms_marks,
     idioms_masks,
     idioms_pairs,
     idioms_picked,
