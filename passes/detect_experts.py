@@ -25,12 +25,15 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from moe_compile.detect import (
+    chosen_results,
     counts,
+    crossed,
     dense,
     every,
     listings,
     lists,
     marks,
+    one_hot_tables,
     pairs,
     picked,
     picked_columns,
@@ -61,6 +64,7 @@ def rules() -> dict[str, tuple[Rule, ...]]:
     """All rules of an op, the particular before the general."""
     every_table = (
         listings.RULES, slot_flat.RULES, slot_places.RULES, slot_rows.RULES, slot_results.RULES,
+        chosen_results.RULES, crossed.RULES, one_hot_tables.RULES,
         counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
         picked_columns.RULES, picked_products.RULES, picked.RULES, sums.RULES,
         lists.RULES, marks.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,

@@ -240,7 +240,7 @@ def sum_stack(call: Call) -> Value | None:
         return None
     if dims[0] is None or dims[0] % 3 != many.dim or call.val().dtype != call.val(many.node).dtype:
         return None
-    return DenseSum(None, _terms(call, many, many.table))
+    return DenseSum(None, terms_of(call, many, many.table))
 
 
 def einsum(call: Call) -> Value | None:
@@ -266,11 +266,11 @@ def einsum(call: Call) -> Value | None:
         t, e = (a[table.dims.index(0)], a[table.dims.index("e")]) if len(set(a)) == 2 else ("", "")
         wanted = [t, e] if many.dim == 1 else [e, t]
         if len(b) == 3 and len(set(b)) == 3 and list(b[:2]) == wanted and result == t + b[2]:
-            return DenseSum(None, _terms(call, many, table))
+            return DenseSum(None, terms_of(call, many, table))
     return None
 
 
-def _terms(call: Call, many: Stacked, table: Spread) -> tuple[DenseTerm, ...]:
+def terms_of(call: Call, many: Stacked, table: Spread) -> tuple[DenseTerm, ...]:
     return tuple(DenseTerm(call.node, y, weight_of(call, table, e)) for e, y in enumerate(many.nodes))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors
-from moe_compile.detect.interpreter import Call, Rule, name_of
+from moe_compile.detect.interpreter import Call, Rule, name_of, op_of
 from moe_compile.detect.rows import whole_slice
 from moe_compile.detect.selection import everyone, not_distinct, same_size
 from moe_compile.detect.values import Buffer, Every, Infinite, Plain, Rows, RowTuple, Spread, Sum, Unknown, Value
@@ -99,7 +99,7 @@ def repeat(call: Call) -> Value | None:
 def reshape(call: Call) -> Value | None:
     """From [E*T, ...] to [E, T, ...] and back."""
     value, val = call.arg(0), call.val()
-    if not isinstance(value, Every):
+    if not isinstance(value, Every) or value.crossed:
         return None
     row = value.expr.val.shape
     if val.dim() == len(row) + 1 and all(map(same_size, val.shape, (value.num, *row))):
@@ -118,7 +118,7 @@ def reshape(call: Call) -> Value | None:
 def product(call: Call) -> Value | None:
     """bmm of [E, T, D] with [E, D, F]: zero rows stay zero."""
     x, stack = call.arg(0), call.arg(1)
-    if not (isinstance(x, Every) and isinstance(stack, Plain)) or x.flat or x.apart or _elsewhere(call):
+    if not (isinstance(x, Every) and isinstance(stack, Plain)) or x.flat or x.apart or x.crossed or elsewhere(call):
         return None
     weight = call.val(stack.node)
     if weight.dim() != 3 or weight.shape[0] != x.num or call.val().dim() != 3:
@@ -129,7 +129,7 @@ def product(call: Call) -> Value | None:
 
 def pointwise(call: Call) -> Value | None:
     found = [v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Every)]
-    if not found or _elsewhere(call) or call.op.endswith("_") or not isinstance(call.val(), Tensor):
+    if not found or elsewhere(call) or call.op.endswith("_") or not isinstance(call.val(), Tensor):
         return None
     first = found[0]
     args: list[Any] = []
@@ -161,6 +161,8 @@ def _operand(call: Call, like: Every, value: Any, node: Any) -> tuple[Any, Node 
     before = 1 + (not like.flat) + like.apart  # dimensions of experts and rows
     if val.dim() <= call.val().dim() - before:
         return (table.leaf("outer", value.node, val), None)
+    if like.crossed:
+        return _slice_of_bias(call, like, value.node, val), None
     if not like.flat and val.dim() == call.val().dim() and same_size(val.shape[0], like.num):
         if all(isinstance(s, int) and s == 1 for s in val.shape[1:before]):
             leaf = table.leaf("slice", value.node, val.select(0, 0))
@@ -168,17 +170,31 @@ def _operand(call: Call, like: Every, value: Any, node: Any) -> tuple[Any, Node 
     return Unknown(""), None
 
 
+def _slice_of_bias(call: Call, like: Every, node: Node, val: Tensor) -> Expr | Unknown:
+    """What is an expert's of [E, ...] beside [T, E, ...], or of [1, E, ...]."""
+    if val.dim() == call.val().dim() and op_of(node) == "unsqueeze" and node.args[1] == 0:
+        node, val = node.args[0], val.squeeze(0)  # type: ignore[assignment]
+    if val.dim() == call.val().dim() - 1 and same_size(val.shape[0], like.num):
+        return call.run.table.leaf("slice", node, val.select(0, 0))
+    return Unknown("")
+
+
 def _weight(call: Call, like: Every, table: Spread) -> tuple[Any, Node | None]:
     """The entry of a table for each row."""
     if like.slots is not None:
         return Unknown(""), None
-    wanted = ("et", "one") if like.flat else ("e", 0, "one")
+    wanted = ("et", "one") if like.flat else (0, "e", "one") if like.crossed else ("e", 0, "one")
     whole = call.val(table.node)
     fits = same_size(whole.shape[1], like.num) and same_size(whole.shape[0], like.expr.val.shape[0])
     if table.fill != 0 or table.dims != wanted or call.val().dim() != len(wanted) or not fits:
         return Unknown(""), None
-    leaf = call.run.table.leaf("column", table.node, whole.select(1, 0))
-    return call.run.table.call(aten.unsqueeze.default, (leaf, 1), {}, leaf.val.unsqueeze(1)), table.ids
+    return weight_of(call, table), table.ids
+
+
+def weight_of(call: Call, table: Spread) -> Expr:
+    """The entry of a table [T, E] for each row, [T, 1]."""
+    leaf = call.run.table.leaf("column", table.node, call.val(table.node).select(1, 0))
+    return call.run.table.call(aten.unsqueeze.default, (leaf, 1), {}, leaf.val.unsqueeze(1))
 
 
 def _zero_by(call: Call, args: list[Any], zero: list[Node | None]) -> Node | None:
@@ -204,7 +220,7 @@ def _zero_by(call: Call, args: list[Any], zero: list[Node | None]) -> Node | Non
 def of_features(call: Call) -> Value | None:
     """chunk, split and slices along dimensions behind the tokens'."""
     value, val = call.arg(0), call.val()
-    if not isinstance(value, Every) or _elsewhere(call):
+    if not isinstance(value, Every) or elsewhere(call):
         return None
     position, default = OF_FEATURES[call.op]
     rank, dim = _rank(value), call.arg(position, "dim", default)
@@ -232,16 +248,25 @@ def total(call: Call) -> Value | None:
     if (
         not isinstance(value, Every)
         or len(dims) != 1
-        or dims[0] not in (0, -_rank(value))
+        or dims[0] is None
+        or dims[0] % _rank(value) != int(value.crossed)
         or call.number(2, "keepdim", False)
         or value.flat
         or value.slots is not None
     ):
         return None
+    return sum_of(call, value)
+
+
+def sum_of(call: Call, value: Every) -> Value | None:
+    """What the experts of a token made, added up; the others' is zero."""
     if value.expr.level != "row" or call.val().dtype != value.expr.val.dtype:
         return None
     if value.ids is None:
-        return Unknown(f"{name_of(call.node)} sums experts that are not shown to make zero of the tokens of others")
+        call.run.hints.append(
+            f"{name_of(call.node)} sums experts that are not shown to make zero of the tokens of others"
+        )
+        return None
     if repeated := not_distinct(call.run, value.ids):
         return Unknown(f"a token that chose an expert twice has one entry in the table of weights: {repeated}")
     call.run.reads.setdefault(value.ids, set()).add("number")
@@ -251,7 +276,7 @@ def total(call: Call) -> Value | None:
 # -- small help -----------------------------------------------------------------------------
 
 
-def _elsewhere(call: Call) -> bool:
+def elsewhere(call: Call) -> bool:
     """Whether the op runs in another grad mode or autocast than the sum around it."""
     return bool(call.run.autocasts or call.run.no_grad)
 
@@ -265,6 +290,8 @@ def made_of(
 
 def _row(like: Every, val: Tensor) -> Tensor:
     """The rows of one expert."""
+    if like.crossed:
+        return val.select(1, 0)
     if not like.flat:
         return val.select(0, 0).flatten(0, 1) if like.apart else val.select(0, 0)
     return val.new_empty((like.expr.val.shape[0], *val.shape[1:]))

@@ -61,7 +61,7 @@ def einsum(call: Call) -> Value | None:
             return laid_out(call, table, nodes[i], nodes[1 - i])  # type: ignore[index, arg-type]
         if (
             isinstance(other, Every)
-            and not other.flat
+            and not (other.flat or other.crossed)
             and other.apart == (len(c) == 2)
             and mine[: 1 + len(c)] == e + c
             and result == t + mine[1 + len(c) :]
@@ -249,7 +249,7 @@ def product(call: Call) -> Value | None:
         return None
     for i in (0, 1):
         rows, stack, mine = operands[i], operands[1 - i], letters[1 - i]
-        if not isinstance(rows, Every) or not isinstance(stack, Plain) or rows.flat:
+        if not isinstance(rows, Every) or not isinstance(stack, Plain) or rows.flat or rows.crossed:
             continue
         e, c, m = letters[i][0], letters[i][1:-1], letters[i][-1]
         if len(c) != 1 + rows.apart or result[:-1] != e + c:

@@ -403,7 +403,7 @@ class Every(Dense):
     ids: it is zero for the experts that a token did not choose by them; None if that is not shown.
     slots: the table by which tokens were laid out in C slots an expert (`slots.Slots`); then T is C.
     groups: G and C, of tokens in groups that have C slots each at an expert, so that T is G * C.  apart: it is
-    [num, G, C, ...].
+    [num, G, C, ...].  crossed: it is [T, num, ...], of tokens without slots.
     """
 
     of_experts = True
@@ -414,6 +414,7 @@ class Every(Dense):
     slots: Any = None
     groups: tuple[Any, Any] | None = None
     apart: bool = False
+    crossed: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tests.detect import (  # noqa: F401
     mutants_conditions,
     mutants_counted,
     mutants_counts,
+    mutants_crossed,
     mutants_decisions,
     mutants_dense,
     mutants_every,

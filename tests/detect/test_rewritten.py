@@ -14,6 +14,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_columns,
     idioms_conditions,
     idioms_counts,
+    idioms_crossed,
     idioms_dense,
     idioms_every,
     idioms_forms,
