@@ -89,6 +89,11 @@ def routings(parts: Chosen, outside: bool, width: int = D) -> list[tuple[Tensor,
     return [arguments(t, how, parts, seed, width) for seed, (t, how) in enumerate(cases)]
 
 
+def as_called(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Arguments with gradients where they can have one, that no leaves are, so that a program may change them."""
+    return tuple((a.detach().requires_grad_() if a.is_floating_point() else a).clone() for a in args)
+
+
 class Run:
     """A module or its proof, called from the state in which the module was made."""
 
@@ -126,7 +131,7 @@ class Run:
         passed: list[Tensor] = []
 
         def call(*given: Tensor) -> Any:
-            passed[:] = [a.clone() for a in given]  # no leaves, so that a program may change them
+            passed[:] = [a.clone() for a in given]  # as `as_called`
             return run(*passed)
 
         try:
@@ -186,6 +191,7 @@ def compared(run: Run, cases: Sequence[tuple[Tensor, ...]], known: Known, least:
     `known`: what the proof is told of the arguments.  `least`: from how many experts on one visit may stand for many.
     """
     model = run.model
+    given = as_called(cases[0])
     with unset_is_nan():
         expected = [run(model, args) for args in cases[:2]]
         if any(isinstance(want, str) for want in expected):
@@ -196,7 +202,7 @@ def compared(run: Run, cases: Sequence[tuple[Tensor, ...]], known: Known, least:
     run.restore()
     try:
         with few(least):
-            proof = Proof(model, cases[0], known)
+            proof = Proof(model, given, known)
     except Refusal as refusal:
         return f"refused: {refusal}"
     except AssertionError as left:  # a pass left the region as it was
@@ -219,7 +225,7 @@ def compared(run: Run, cases: Sequence[tuple[Tensor, ...]], known: Known, least:
             with few(least), contextlib.suppress(Refusal):
                 run.restore()
                 found = None
-                found = wrong(Proof(model, args, known, fixed=True), args, want)
+                found = wrong(Proof(model, as_called(args), known, fixed=True), args, want)
         assert not found, f"{found}: with {tokens} tokens, ids {args[1].tolist()}"
     return "rewritten"
 

@@ -5,7 +5,7 @@ import copy
 from random import Random
 from typing import Any
 
-from tests.fuzz.syntax import Function, blocks, expression, names, spots, statement, values
+from tests.fuzz.syntax import Function, blocks, expression, names, spots, statement, values, wrapped
 
 COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)
@@ -17,22 +17,14 @@ WRAPS = (
     "{}.roll(1, -1)", "{}.squeeze()", "{}.max(0, keepdim=True).values", "{}.unsqueeze(0)", "{}.view(-1)", "{}.tolist()", "len({})",
     "{}.triu()", "F.dropout({}, 0.5)", "torch.no_grad()(lambda: {})()",
 )  # fmt: skip
-INDICES = (
-    "({}) % 2",
-    "({}).clamp(max=1)",
-    "({}).flip(0)",
-    "({}).roll(1, 0)",
-    "({}) - 1",
-    "({}).sort().values",
-    "-1 - ({})",
-)
+INDICES = ("{} % 2", "{}.clamp(max=1)", "{}.flip(0)", "{}.roll(1, 0)", "{} - 1", "{}.sort().values", "-1 - {}")
 
 
 def wrap(draw: Random, fn: Function) -> str | None:
     if not (found := values(fn)):
         return None
     spot, template = draw.choice(found), draw.choice(WRAPS)
-    spot.put(expression(template.replace("{}", ast.unparse(spot.node))))
+    spot.put(wrapped(template, spot.node))
     return f"wrap {template}"
 
 
@@ -41,11 +33,14 @@ def index(draw: Random, fn: Function) -> str | None:
     if not found:
         return None
     node, template = draw.choice(found).node, draw.choice(INDICES)
-    if isinstance(node.slice, ast.Tuple) and node.slice.elts:
-        at = draw.randrange(len(node.slice.elts))
-        node.slice.elts[at] = expression(template.replace("{}", ast.unparse(node.slice.elts[at])))
+    if isinstance(node.slice, ast.Tuple):
+        held = [i for i, e in enumerate(node.slice.elts) if not isinstance(e, ast.Slice)]
+        if not held:
+            return None
+        at = draw.choice(held)
+        node.slice.elts[at] = wrapped(template, node.slice.elts[at])
     else:
-        node.slice = expression(template.replace("{}", ast.unparse(node.slice)))
+        node.slice = wrapped(template, node.slice)
     return f"index {template}"
 
 

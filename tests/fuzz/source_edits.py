@@ -22,7 +22,7 @@ from tests.fuzz.edit_expressions import (
     swap_names,
     wrap,
 )
-from tests.fuzz.syntax import Function, blocks, expression, filled, names, spots, statement
+from tests.fuzz.syntax import Function, blocks, filled, names, spots, statement, wrapped
 
 Edit = Callable[[Random, Function], str | None]
 
@@ -114,8 +114,8 @@ def condition(draw: Random, fn: Function) -> str | None:
     if not found:
         return None
     node = draw.choice(found).node
-    other = draw.choice(("not ({})", "True", "False", filled(draw, draw.choice(CONDITIONS), fn)))
-    node.test = expression(other.replace("{}", ast.unparse(node.test)))
+    other = draw.choice(("not {}", "True", "False", filled(draw, draw.choice(CONDITIONS), fn)))
+    node.test = wrapped(other, node.test)
     return f"if {other}"
 
 
@@ -124,7 +124,7 @@ def loop(draw: Random, fn: Function) -> str | None:
     if not found:
         return None
     node, template = draw.choice(found), draw.choice(LOOPS)
-    node.iter = expression(template.replace("{}", ast.unparse(node.iter)))
+    node.iter = wrapped(template, node.iter)
     return f"loop over {template}"
 
 
@@ -163,7 +163,7 @@ def result(draw: Random, fn: Function) -> str | None:
     node = draw.choice(found)
     template = draw.choice(("{}, {other}", "{other}", "{} + {other}", "({}, {} * 2)", "{}.relu()", "[{}, {other}]"))
     said = template.replace("{other}", draw.choice(names(fn) or ["self"]))
-    node.value = expression(said.replace("{}", f"({ast.unparse(node.value)})"))
+    node.value = wrapped(said, node.value)
     return f"return {said}"
 
 

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor, nn
 
 from moe_compile import kinds
 from tests.detect.loops import differences
@@ -31,7 +32,9 @@ from tests.fuzz.subjects import KINDS, Calls, Plan, Subject, subjects
 from tests.fuzz.tally import Tally
 from tests.tiny import compiled, regions
 
+OFTEN = {"families": 4, "idioms": 4, "mutants": 2, "layers": 1}
 SECONDS = 120  # for one program
+VARIED = ("frozen", "tied", "int32", "single")  # what may be other than usual: parameters, ids, weights
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Case:
     plan: Plan
     least: int  # from how many experts on one visit may stand for many
     gradients: bool
+    varied: str = ""  # one of `VARIED`
 
     @property
     def form(self) -> str:
@@ -53,7 +57,7 @@ class Case:
     def __str__(self) -> str:
         before, after = (text.splitlines() for text in (ast.unparse(ast.parse(self.subject.source)), self.source))
         changed = difflib.unified_diff(before, after, lineterm="", n=12)
-        modes = f"least {self.least}, gradients {self.gradients}, known {self.plan.known}"
+        modes = f"least {self.least}, gradients {self.gradients}, {self.varied or 'as usual'}, known {self.plan.known}"
         head = f"# program {self.number}, {self.subject.cls.__module__}.{self.subject.cls.__name__}, {modes}"
         return "\n".join([head, f"# {self.edits}", *changed])
 
@@ -61,9 +65,11 @@ class Case:
 def case(number: int, of: tuple[str, ...] = KINDS) -> Case:
     """The case of a number."""
     draw = Random(number)
-    subject = draw.choice(subjects(draw.choice(of)))
+    subject = draw.choice(subjects(*draw.choices(of, [OFTEN[kind] for kind in of])))
     source, edits = edited(draw, subject.source, draw.choice((1, 1, 1, 2, 2, 3)))
-    return Case(number, subject, source, tuple(edits), subject.plan(draw), draw.choice((2, 8)), draw.random() < 0.85)
+    least, gradients = draw.choice((2, 8)), draw.random() < 0.85
+    varied = draw.choice(VARIED) if draw.random() < 0.2 else ""
+    return Case(number, subject, source, tuple(edits), subject.plan(draw), least, gradients, varied)
 
 
 def check(case: Case) -> str:
@@ -90,9 +96,32 @@ def _check(module: ModuleType, case: Case) -> str:
             m.seen, m.last = 0, 0
             if "self.count" in case.source:
                 m.register_buffer("count", torch.zeros(8, dtype=torch.float64))
+    if case.varied in ("frozen", "tied"):
+        vary(case, model)
     if case.plan.known is not None:
-        return compared(Run(module, model), case.plan.calls, case.plan.known, case.least, exact(module))
+        calls = [converted(args, case.varied) for args in case.plan.calls]
+        is_exact = exact(module) and case.varied != "single"
+        return compared(Run(module, model), calls, case.plan.known, case.least, is_exact)
     return compiled_whole(Run(module, model), Run(module, copy.deepcopy(model)), case.plan.calls, case.least)
+
+
+def vary(case: Case, model: nn.Module) -> None:
+    """Some parameters without gradients, or two of one shape that are one."""
+    draw = Random(case.number)
+    if case.varied == "frozen":
+        for p in model.parameters():
+            p.requires_grad_(draw.random() < 0.5)
+        return
+    held = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None]
+    alike = [(a, b) for a in held for b in held if a[2].shape == b[2].shape and a[2] is not b[2]]
+    if alike:
+        (_, _, p), (owner, name, _) = draw.choice(alike)
+        setattr(owner, name, p)
+
+
+def converted(args: tuple[Tensor, ...], varied: str) -> tuple[Tensor, ...]:
+    x, ids, weights = args
+    return x, ids.int() if varied == "int32" else ids, weights.float() if varied == "single" else weights
 
 
 def compiled_whole(run: Run, original: Run, calls: Calls, least: int) -> str:

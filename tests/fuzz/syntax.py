@@ -84,3 +84,8 @@ def statement(text: str) -> ast.stmt:
 def filled(draw: Random, template: str, fn: Function) -> str:
     """A template about one of the function's names."""
     return template.replace("{}", draw.choice(names(fn) or ["self"]))
+
+
+def wrapped(template: str, node: ast.expr) -> ast.expr:
+    """A template about an expression."""
+    return expression(template.replace("{}", f"({ast.unparse(node)})"))
