@@ -23,7 +23,16 @@ from moe_compile.errors import Refusal
 from moe_compile.kept import kept_attributes
 from moe_compile.loop_state import OneByOne
 from moe_compile.passes.detect_experts import DetectExperts
-from moe_compile.python_state import Functions, check_effects, check_loops, check_tensors, reachable, unchanged, watch
+from moe_compile.python_state import (
+    Functions,
+    check_effects,
+    check_identity,
+    check_loops,
+    check_tensors,
+    reachable,
+    unchanged,
+    watch,
+)
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +97,8 @@ def _proven(
 
     trace = functools.partial(_trace, fn, module, args, kwargs, known)
     main, asked = trace(truth=True, visit=visit)
+    if main.same_if_alone:
+        check_identity(functions)
     with _for_many(main):
         before, launches = graph_text(main.gm.graph), _launches(main)
         detect, reason = _detect(main, known)

@@ -54,8 +54,10 @@ from moe_compile.visits import MOST, OFFSET, OneByOne, Visit, Visits
 
 _lib = torch.library.Library("moe_ep_capture", "DEF")
 _lib.define("nonzero(Tensor mask, SymInt rows) -> Tensor")
-torch.library.register_fake(
-    "moe_ep_capture::nonzero", lambda mask, rows: mask.new_empty((rows, mask.dim()), dtype=torch.int64), lib=_lib
+torch.library.register_fake(  # its columns lie one behind the other, as those of aten's do: Python can see that
+    "moe_ep_capture::nonzero",
+    lambda mask, rows: mask.new_empty_strided((rows, mask.dim()), (1, rows), dtype=torch.int64),
+    lib=_lib,
 )
 
 EXAMPLE = EXAMPLE_ROWS
@@ -104,6 +106,7 @@ class Capture:
     visits: list[Visit] = field(default_factory=list)  # iterations that stand for many; their inputs are the last ones
     by_number: bool = False  # they are those of a loop over numbers
     kept: tuple[str, ...] = ()  # attributes whose values follow the results (kept.py)
+    same_if_alone: bool = False  # `contiguous()` copied rows, where of one row it gives the tensor itself
 
     @property
     def asks(self) -> bool:
@@ -151,6 +154,7 @@ class Answers(TorchFunctionMode):
         self.locals = Locals()
         self.host = HostReads(lambda number: self._rows("count", number))
         self.sees_rows = False
+        self.same_if_alone = False
         self.reads_length = False
         self._chosen: dict[int, tuple[Tensor, Tensor]] = {}  # nonzero table -> its mask
         self._columns: dict[int, tuple[Tensor, Tensor]] = {}  # transposed nonzero table -> the table
@@ -228,11 +232,19 @@ class Answers(TorchFunctionMode):
             raise Refusal("it puts a hook on a tensor, which a trace would lose")
         if func is torch.Tensor.__len__ and not isinstance(self.rows, int) and _has_rows(args[0].shape, self.rows):
             raise Refusal("Python takes len() of an expert's rows, which cannot be followed as shape[0] or numel() can")
+        if func in _LAYOUT and _has_rows(args[0].shape, self.rows):
+            if func is not torch.Tensor.is_contiguous or not (whole := func(*args, **kwargs)):
+                raise Refusal(
+                    f"Python looks at how an expert's rows lie in memory ({func.__name__}): one row may lie otherwise"
+                )
+            return whole
         if func in _SIZES:
             result = func(*args, **kwargs)
             self.sees_rows |= _has_rows(result, self.rows)
             return result
         result = func(*args, **kwargs)
+        if func in _COPIES and result is not args[0]:
+            self.same_if_alone |= _has_rows(args[0].shape, self.rows)
         if func is torch.Tensor.__getitem__ and isinstance(args[1], slice) and id(args[0]) in self._chosen:
             if args[1] != slice(None):
                 raise Refusal("Python takes a part of the list of chosen experts")
@@ -414,6 +426,8 @@ _SIZES = {
     torch.Tensor.__len__,
     torch.numel,
 }
+_COPIES = {torch.Tensor.contiguous, torch.Tensor.ravel, torch.ravel}
+_LAYOUT = {torch.Tensor.is_contiguous, torch.Tensor.dim_order}
 _LOOKS = {
     torch.Tensor.__repr__,
     torch.Tensor.data_ptr,
@@ -664,6 +678,7 @@ def capture(
         sizes=frozenset(n for i, n in enumerate(gm.graph.find_nodes(op="placeholder")) if i in sizes and _are_sizes(n)),
         by_number=answers.visits is not None and answers.visits.by_number,
         kept=kept,
+        same_if_alone=answers.same_if_alone,
     )
 
 

@@ -11,6 +11,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import itertools
 import operator
 import sys
 import textwrap
@@ -136,6 +137,19 @@ def check_effects(
                     raise Refusal(f"{where} sets attributes by name ({step.argval})")
                 if step.opname.startswith(("LOAD_", "IMPORT_FROM")) and step.argval in RANDOM_STATE:
                     raise Refusal(f"{where} sets the state of random numbers ({step.argval})")
+
+
+def check_identity(functions: Functions) -> None:
+    """Refuse functions that ask whether two values are one object, as `x.contiguous() is x`: true of a single row."""
+    for f in functions:
+        for code in codes(f.__code__):
+            for step, after in itertools.pairwise(dis.get_instructions(code)):
+                constant = step.opname == "LOAD_CONST" and type(step.argval) in (type(None), bool)
+                if after.opname == "CONTAINS_OP" or (after.opname == "IS_OP" and not constant):
+                    raise Refusal(
+                        f"{code.co_qualname} asks whether two values are one object, "
+                        "as contiguous() of an expert's only row is the row"
+                    )
 
 
 @functools.cache

@@ -56,9 +56,9 @@ def representatives() -> tuple[Family, ...]:
     return tuple({f.source: f for f in reversed(families())}.values())[::-1]
 
 
-def build(family: Family, implementation: str = "eager") -> nn.Module:
-    """The experts alone, narrow, with random weights."""
-    cls = getattr(family.module(), family.cls)
+def build(family: Family, implementation: str = "eager", cls: Any = None) -> nn.Module:
+    """The experts alone, narrow, with random weights; `cls`: another class in the place of the family's."""
+    cls = getattr(family.module(), family.cls) if cls is None else cls
     more = {name: _small(name) for name in [*inspect.signature(cls.__init__).parameters][2:]}
     module = cls(shrunk(family, implementation), **more)
     for p in module.parameters():

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from moe_compile.detect.copies import MAY_COPY, Copies
 from moe_compile.detect.values import (
     Buffer,
     Column,
@@ -119,6 +120,8 @@ class Interpreter:
         self._seen_at: dict[Node, int] = {}  # node -> version of its storage when it was made
         self._stale_reads: set[Any] = set()
         self._dropped: list[tuple[Node, set[Any]]] = []  # changes in place that a rewritten graph does not make
+        self._copies = Copies()
+        self._lost: list[str] = []  # why changes in place are not those that the graph shows
         self._first: dict[Any, Node] = {}  # what is computed -> the node that computed it first
         self.canonical: dict[Node, Node] = {}  # plain nodes -> an earlier node of equal value
         self._inputs = {s for n in graph.nodes if n.op in ("placeholder", "get_attr") for s in storages(n)}
@@ -139,7 +142,10 @@ class Interpreter:
 
     def refuse_lost_changes(self) -> None:
         """A change in place goes with the region it belongs to; somebody else may see it: through another name, or
-        after the call, if it changes an input."""
+        after the call, if it changes an input.  Or it is not the one that the graph shows (copies.py)."""
+        if self._lost and self.regions:
+            self.refused += [(site, self._lost[0]) for site in self.regions]
+            self.regions.clear()
         for node, written in self._dropped:
             lost = None
             if isinstance(self.values[node], Sum | SumRead | Region):
@@ -206,10 +212,14 @@ class Interpreter:
                     self.refused.append((node, stale))
                 if changed := self._change(node):
                     self._dropped.append((node, changed))
+                    self._lost += filter(None, [self._copies.changed(name_of(node), changed)])
                 return self._made(node, Unknown(stale))
         changed = self._change(node)
+        if doubt := self._copies.changed(name_of(node), changed):
+            self._lost.append(doubt)
         value = self._apply(node)
         value = self._made(node, value)
+        self._note_copy(node)
         if node in self.facts.answered and isinstance(value, Emptiness) and isinstance(value.expert, int):
             if self.facts.answered[node] is (value.kind == "none") and value.kind in ("any", "none"):
                 self.empty.add((value.ids, value.expert))
@@ -355,6 +365,11 @@ class Interpreter:
         for storage in written:
             self._version[storage] = self._version.get(storage, 0) + 1
         return written
+
+    def _note_copy(self, node: Node) -> None:
+        source = node.args[0] if op_of(node) in MAY_COPY and node.args else None
+        if isinstance(source, Node) and not self.values[source].plain and storages(source).isdisjoint(storages(node)):
+            self._copies.note(name_of(node), storages(source), storages(node))
 
     def _made(self, node: Node, value: Value) -> Value:
         if value.plain:

@@ -189,6 +189,7 @@ class Proof:
         assert not found.gm.graph.find_nodes(op="call_function", target=region.experts), str(self.reports[0])
         self.gm, self.state = found.gm, found.capture.state
         self.single = found.capture.out_spec.is_leaf()
+        self.kept = found.capture.kept
         self.guards = found.capture.guards()  # on the number of tokens
 
     def __call__(self, *args: Tensor) -> Any:
@@ -198,7 +199,9 @@ class Proof:
         )
         of = lambda names: known[names] if isinstance(names, str) else tuple(known[n] for n in names)  # noqa: E731
         out = self.gm(*args, *map(of, self.state))
-        return out[0] if self.single else out
+        for name, value in zip(self.kept, out[len(out) - len(self.kept) :], strict=True):
+            setattr(module, name, value)
+        return out[0] if self.single else out[: len(out) - len(self.kept)]
 
 
 def outcome(

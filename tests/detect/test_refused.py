@@ -32,6 +32,7 @@ from tests.detect import (  # noqa: F401
     mutants_gshard,
     mutants_helpers,
     mutants_index,
+    mutants_layout,
     mutants_listings,
     mutants_lists,
     mutants_marks,

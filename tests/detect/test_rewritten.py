@@ -36,6 +36,7 @@ from tests.detect import (  # noqa: F401  their idioms
     idioms_sorted,
     mutants_families,
     mutants_index,
+    mutants_layout,
     mutants_wrappers,
 )
 from tests.detect.idioms import EXPERTS

@@ -7,10 +7,10 @@ import itertools
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import MappingProxyType, ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ _number = itertools.count()
 DTYPE = torch.float64
 
 
-def load(source: str) -> ModuleType:
-    """The program as a module with a file, as inspect and the guards want it."""
+def load(source: str, scope: Mapping[str, Any] = MappingProxyType({})) -> ModuleType:
+    """The program as a module with a file, as inspect and the guards want it; `scope`: names that it finds there."""
     name = f"moe_fuzz_{next(_number)}"
     path = FOLDER / f"{name}.py"
     path.write_text(source)
@@ -35,6 +35,7 @@ def load(source: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    vars(module).update(scope)
     spec.loader.exec_module(module)
     return module
 
@@ -44,11 +45,19 @@ def forget(module: ModuleType) -> None:
     Path(str(module.__file__)).unlink(missing_ok=True)
 
 
-def arguments(tokens: int, routing: str, parts: Parts, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+class Chosen(Protocol):
+    """What is known of the ids that a program takes."""
+
+    top_k: int
+    experts: int
+    distinct: bool  # no token has an expert twice, and none is out of range
+
+
+def arguments(tokens: int, routing: str, parts: Chosen, seed: int, width: int = D) -> tuple[Tensor, Tensor, Tensor]:
     """x, ids, weights; `routing`: "even", "skewed" (all tokens alike), "unchosen" (some experts have no rows)."""
     g = torch.Generator().manual_seed(seed)
     top_k, experts = parts.top_k, torch.arange(parts.experts)
-    x = torch.randn(tokens, D, generator=g, dtype=DTYPE)
+    x = torch.randn(tokens, width, generator=g, dtype=DTYPE)
     weights = torch.rand(tokens, top_k, generator=g, dtype=DTYPE) + 0.1
     if routing == "unchosen":
         experts = torch.cat([experts[:1], experts[2:]])[-max(3, top_k) :]
@@ -57,15 +66,15 @@ def arguments(tokens: int, routing: str, parts: Parts, seed: int) -> tuple[Tenso
         ids = experts[torch.rand(tokens, len(experts), generator=g).argsort(-1)[:, :top_k]]
     else:
         ids = experts[torch.randint(len(experts), (tokens, top_k), generator=g)]
-    if routing == "skewed":
+    if routing == "skewed" and tokens:
         ids = ids[:1].expand_as(ids).contiguous()
     if routing == "outside":
         ids[::3, -1] = parts.experts
     return x, ids, weights
 
 
-def routings(parts: Parts) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The calls that are compared; ids out of range only where nothing says that they are a topk's."""
+def routings(parts: Chosen, outside: bool, width: int = D) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """The calls that are compared; `outside`: one of them with ids out of range."""
     cases = [
         (11, "even"),
         (7, "even"),
@@ -75,9 +84,14 @@ def routings(parts: Parts) -> list[tuple[Tensor, Tensor, Tensor]]:
         (3, "even"),
         (6, "even"),
         (2, "unchosen"),
-        *([] if parts.distinct or "empty" in parts.source else [(5, "outside")]),
+        *([(5, "outside")] if outside else []),
     ]
-    return [arguments(t, how, parts, seed) for seed, (t, how) in enumerate(cases)]
+    return [arguments(t, how, parts, seed, width) for seed, (t, how) in enumerate(cases)]
+
+
+def as_called(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Arguments with gradients where they can have one, that no leaves are, so that a program may change them."""
+    return tuple((a.detach().requires_grad_() if a.is_floating_point() else a).clone() for a in args)
 
 
 class Run:
@@ -94,7 +108,12 @@ class Run:
 
     def _plain(self) -> dict[str, Any]:
         """What Python holds: attributes that programs set, a global list."""
-        found = {f"{n} of {i}": v for i, m in enumerate(self.model.modules()) for n, v in vars(m).items() if n in STATE}
+        found = {
+            f"{n} of {i}": v.detach() if isinstance(v, Tensor) else v
+            for i, m in enumerate(self.model.modules())
+            for n, v in vars(m).items()
+            if n in STATE
+        }
         return copy.deepcopy({**found, "CALLS": self.module.CALLS})
 
     def restore(self) -> None:
@@ -109,12 +128,21 @@ class Run:
         """What comes of a call, changed arguments, parameters and Python state included; or that it raises."""
         self.restore()
         torch.manual_seed(7)
+        passed: list[Tensor] = []
+
+        def call(*given: Tensor) -> Any:
+            passed[:] = [a.clone() for a in given]  # as `as_called`
+            return run(*passed)
+
         try:
-            found = outcome(run, self.model, args)
+            found = outcome(call, self.model, args)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
+        found |= {f"argument {i}": a.detach().clone() for i, a in enumerate(passed)}
         found |= {f"value of {n}": p.detach().clone() for n, p in self.model.named_parameters()}
-        state = repr(self._plain())
+        plain = self._plain()
+        found |= {f"attribute {n}": v for n, v in plain.items() if isinstance(v, Tensor)}
+        state = repr({n: v for n, v in plain.items() if not isinstance(v, Tensor)})
         return found | {"python": torch.tensor(list(state.encode()))}
 
 
@@ -146,7 +174,24 @@ def _check(module: ModuleType, parts: Parts) -> str:
         model = module.Model().to(DTYPE)
     except Exception:  # an edit made nonsense of it
         return "invalid"
-    run, cases = Run(module, model), routings(parts)
+    cases = routings(parts, not parts.distinct and "empty" not in parts.source)
+    known = Known((1,), ((1, parts.experts),)) if parts.distinct else Known(())
+    return compared(Run(module, model), cases, known, parts.few, exact(module))
+
+
+def exact(module: ModuleType) -> bool:
+    """Whether a program has no numbers in a narrower type."""
+    text = Path(str(module.__file__)).read_text()
+    return not any(word in text for word in ("float32", ".float()", "half"))
+
+
+def compared(run: Run, cases: Sequence[tuple[Tensor, ...]], known: Known, least: int, exact: bool) -> str:
+    """ "invalid", "refused: why" or "rewritten" of a model, by these calls.
+
+    `known`: what the proof is told of the arguments.  `least`: from how many experts on one visit may stand for many.
+    """
+    model = run.model
+    given = as_called(cases[0])
     with unset_is_nan():
         expected = [run(model, args) for args in cases[:2]]
         if any(isinstance(want, str) for want in expected):
@@ -155,22 +200,21 @@ def _check(module: ModuleType, parts: Parts) -> str:
     if sum(map(finite, expected)) < 4:
         return "invalid"
     run.restore()
-    known = Known((1,), ((1, parts.experts),)) if parts.distinct else Known(())
     try:
-        with few(parts.few):
-            proof = Proof(model, cases[0], known)
+        with few(least):
+            proof = Proof(model, given, known)
     except Refusal as refusal:
         return f"refused: {refusal}"
     except AssertionError as left:  # a pass left the region as it was
         if "DispatchExperts" in str(left):
             return "refused: by a pass"
         raise
-    exact = not any(word in Path(str(module.__file__)).read_text() for word in ("float32", ".float()", "half"))
 
     def wrong(proof: Proof, args: tuple[Tensor, ...], want: dict[str, Tensor | None] | str) -> str | None:
         got = run(proof, args)
-        if isinstance(want, str):
-            return None if isinstance(got, str) else f"no error, where the program has {want}"
+        if isinstance(want, str):  # of no tokens the sum is empty, where a program may have nothing to join
+            fine = isinstance(got, str) or not args[0].shape[0]
+            return None if fine else f"no error, where the program has {want}"
         found = got if isinstance(got, str) else ", ".join(differences(got, want, 1e-9 if exact else 1e-5))
         return found if finite(want) and found else None
 
@@ -178,10 +222,10 @@ def _check(module: ModuleType, parts: Parts) -> str:
         tokens = args[0].shape[0]
         found = wrong(proof, args, want) if covers(proof, tokens) else "another number of tokens"
         if found and (tokens < 2 or not covers(proof, tokens)):  # which has a proof of its own
-            with few(parts.few), contextlib.suppress(Refusal):
+            with few(least), contextlib.suppress(Refusal):
                 run.restore()
                 found = None
-                found = wrong(Proof(model, args, known, fixed=True), args, want)
+                found = wrong(Proof(model, as_called(args), known, fixed=True), args, want)
         assert not found, f"{found}: with {tokens} tokens, ids {args[1].tolist()}"
     return "rewritten"
 

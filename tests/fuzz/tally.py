@@ -2,12 +2,21 @@
 
 import collections
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from tests.fuzz.parts import Parts
+from typing import Protocol
 
 Counter = collections.Counter[str]
 _LINE = re.compile(r"  (?:(plain|edited|refused): )(.+?) +(\d+)$")
+
+
+class Program(Protocol):
+    """What a count says of a program: of which form it is, and whether it was edited."""
+
+    @property
+    def form(self) -> str: ...
+    @property
+    def edits(self) -> Sequence[str]: ...
 
 
 @dataclass
@@ -20,7 +29,7 @@ class Tally:
     def programs(self) -> int:
         return sum(self.counts.values())
 
-    def add(self, parts: Parts, result: str, reason: str) -> None:
+    def add(self, parts: Program, result: str, reason: str) -> None:
         """One program's result: "invalid", "refused", "rewritten" or "wrong"."""
         self.counts[f"{'edited' if parts.edits else 'plain'} {parts.form} {result}"] += 1
         if not parts.edits and result == "refused":
