@@ -41,13 +41,14 @@ _SAME_NUMBERS = frozenset(
     f"aten.{op}" for op in """
     view.default reshape.default _unsafe_view.default flatten.using_ints to.dtype to.device to.dtype_layout
     _to_copy.default clone.default detach.default alias.default contiguous.default squeeze.dim squeeze.default
-    unsqueeze.default
+    unsqueeze.default select.int slice.Tensor
 """.split()
 )  # fmt: skip
+_ARGS = frozenset(("aten.argmax.default", "aten.argmin.default"))
 
 
 def number_of_classes(ids: Tensor, inputs: Mapping[int, int]) -> int | None:
-    """E, if every id is known to be in [0, E): they are those of a topk of E scores, and nobody changed them."""
+    """E, if every id is known to be in [0, E): they are of a topk, max or argmax of E scores, and nobody changed them."""
     mode = get_proxy_mode()
     assert mode is not None
     node = get_proxy_slot(ids, mode.tracer, None, lambda slot: slot.proxy.node)
@@ -61,11 +62,14 @@ def number_of_classes(ids: Tensor, inputs: Mapping[int, int]) -> int | None:
         return None
     if node.op == "placeholder":
         return inputs.get(node.graph.find_nodes(op="placeholder").index(node))
-    source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or str(source.target) != "aten.topk.default" or node.args[1] != 1:
+    source, at = (node, 1) if str(node.target) in _ARGS else (node.args[0] if node.args else None, None)
+    if at is None and isinstance(source, Node) and node.args[1] == 1:
+        at = {"aten.topk.default": 2, "aten.max.dim": 1, "aten.min.dim": 1}.get(str(source.target))
+    if not isinstance(source, Node) or at is None:
         return None
     scores: Any = source.args[0]
-    width = scores.meta["val"].shape[source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", -1)]
+    dim = source.args[at] if len(source.args) > at else source.kwargs.get("dim", -1 if at == 2 else None)
+    width = scores.meta["val"].shape[dim] if isinstance(dim, int) and scores.meta["val"].dim() else None
     return width if isinstance(width, int) else None
 
 

@@ -72,6 +72,33 @@ class UniqueOfOneColumnIfAny(UniqueOfOneColumn):
         return out
 
 
+@idiom(distinct=False)
+class UniqueOfLargest(Stacked):
+    """One expert a token, that of the largest score."""
+
+    def scores(self, x: Tensor, weights: Tensor) -> Tensor:
+        return torch.cat([x[:, : E - weights.shape[1]], weights], 1).softmax(-1)
+
+    def best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        top, ids = scores.max(-1)
+        return top, ids
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        top, first = self.best(self.scores(x, weights))
+        out = torch.zeros_like(x)
+        for e in first.unique():
+            mask = first == e
+            out[mask] = self.expert(e, x[mask]) * top[mask, None]
+        return out
+
+
+@idiom(distinct=False)
+class UniqueOfArgmax(UniqueOfLargest):
+    def best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        ids = torch.argmax(scores, dim=1)
+        return scores.gather(1, ids[:, None])[:, 0], ids
+
+
 # -- counted up to the largest id -----------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from tests.detect.idioms_lists import (
     OneByMask,
     RepeatedThenMasked,
     Unique,
+    UniqueOfLargest,
     WeightsByPair,
 )
 from tests.detect.loops import SCORES, D, E, K, Listed, mutant
@@ -49,7 +50,7 @@ class UniqueInPart(Unique):
         return torch.unique(ids)[1:]
 
 
-@mutant("unique of ids that are not shown to be those of a topk: nobody knows how many there could be", distinct=SCORES)
+@mutant("a Python loop runs over squeeze, not shown to be the list of chosen experts", distinct=SCORES)
 class UniqueOfSomeTokens(Unique):
     def chosen(self, ids: Tensor):  # type: ignore[no-untyped-def]
         return torch.unique(ids[:, 0].contiguous())
@@ -65,6 +66,23 @@ class UniqueNumbered(Unique):
             t, k = torch.where(ids == e)
             out.index_add_(0, t, self.run(e, x[t]) * weights[t, k, None] * (i + 1))  # type: ignore[arg-type]
         return out
+
+
+@mutant("unique of ids that are not shown to be those of a topk: nobody knows how many there could be")
+class UniqueOverTokens(UniqueOfLargest):
+    """The token with the largest score of each expert."""
+
+    def best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        ids = scores.argmax(0).repeat(scores.shape[0])[: scores.shape[0]].clamp(max=E - 1)
+        return scores[:, 0], ids
+
+
+@mutant("2 experts are used, w2 holds 4")
+class UniqueOfFewScores(UniqueOfLargest):
+    """Of two experts, which are all that the loop can reach."""
+
+    def scores(self, x: Tensor, weights: Tensor) -> Tensor:
+        return weights.softmax(-1)
 
 
 @mutant(MORE, distinct=SCORES)
