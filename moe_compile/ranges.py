@@ -48,7 +48,7 @@ _ARGS = frozenset(("aten.argmax.default", "aten.argmin.default"))
 
 
 def number_of_classes(ids: Tensor, inputs: Mapping[int, int]) -> int | None:
-    """E, if every id is known to be in [0, E): they are of a topk, max or argmax of E scores, and nobody changed them."""
+    """E, if every id is known to be in [0, E): of a topk, max or argmax of E scores, and nobody changed them."""
     mode = get_proxy_mode()
     assert mode is not None
     node = get_proxy_slot(ids, mode.tracer, None, lambda slot: slot.proxy.node)
