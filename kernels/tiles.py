@@ -45,20 +45,27 @@ def _row_tiles_kernel(offsets_ptr, tiles_ptr, R, E: tl.constexpr, GROUPS: tl.con
 
 
 @triton.jit
-def program_tile(
-    tiles_ptr, program, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
-):  # fmt: skip
-    """(expert, rows, which of them are its own, column tile) of a program; expert > E: nothing to do.
+def in_turn(program, num_row_tiles, NUM_COL_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row tile, column tile) of a program.
 
-    Row tiles run fastest, within groups of GROUP_M, so that neighbours read the same weights.
+    Row tiles run fastest, within groups of GROUP_M, so that neighbours read the same columns, of weights mostly, and
+    programs that run at one time few rows and few columns.
     """
     group = program // (GROUP_M * NUM_COL_TILES)
     within = program % (GROUP_M * NUM_COL_TILES)
     group_size = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
-    tile = group * GROUP_M + within % group_size
+    return group * GROUP_M + within % group_size, within // group_size
+
+
+@triton.jit
+def program_tile(
+    tiles_ptr, program, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
+):  # fmt: skip
+    """(expert, rows, which of them are its own, column tile) of a program; expert > E: nothing to do."""
+    tile, column = in_turn(program, num_row_tiles, NUM_COL_TILES, GROUP_M)
     e = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
     r = tl.load(tiles_ptr + 3 * tile + 1).to(tl.int64) + tl.arange(0, BLOCK_M)
-    return e, r, r < tl.load(tiles_ptr + 3 * tile + 2), within // group_size
+    return e, r, r < tl.load(tiles_ptr + 3 * tile + 2), column
 
 
 @triton.jit
