@@ -182,6 +182,7 @@ def _tile(
     row: tl.constexpr = 2 * F if GATED and not APART else F
     acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     t = (pair // K).to(tl.int64)
+    f_in = f < F
     d = tl.arange(0, BLOCK_K)
     dout_ptrs = dout_ptr + t[:, None] * D + d[None, :]
     if TMA:
@@ -190,7 +191,7 @@ def _tile(
     else:
         w_ptrs = weight_of(down_ptr, e, dout_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
         w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
-        acc = sum_products(acc, dout_ptrs, w_ptrs, r_in, f < F, D, STRIDE_D, BLOCK_K)
+        acc = sum_products(acc, dout_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
     weight = tl.full([BLOCK_M], 1.0, tl.float32)
     if WEIGHTED:
         weight = tl.load(weights_ptr + pair, mask=r_in, other=0.0).to(tl.float32)

@@ -26,7 +26,7 @@ from triton.tools.ragged_tma import load_ragged
 import moe_compile.ops
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, compiled
-from moe_compile.kernels.tiles import GROUP_M, in_turn, num_programs, rows_per_expert
+from moe_compile.kernels.tiles import GROUP_M, column_in_turn, num_programs, row_in_turn, rows_per_expert
 from moe_compile.kernels.weights import packed_rows_type, rows_by_descriptor
 
 # -- kernel ---------------------------------------------------------------------------------
@@ -76,7 +76,9 @@ def _tile(
     num_f_tiles: tl.constexpr = (F + BLOCK_M - 1) // BLOCK_M
     num_d_tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
     e = program // (num_f_tiles * num_d_tiles)
-    f_tile, d_tile = in_turn(program % (num_f_tiles * num_d_tiles), num_f_tiles, num_d_tiles, GROUP_M)
+    tile = program % (num_f_tiles * num_d_tiles)
+    f_tile = row_in_turn(tile, num_f_tiles, num_d_tiles, GROUP_M)
+    d_tile = column_in_turn(tile, num_f_tiles, num_d_tiles, GROUP_M)
     f = f_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d = d_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)

@@ -12,7 +12,7 @@ from moe_compile.kernels.gated_gemm import gated_gemm
 from moe_compile.kernels.gated_gemm_backward import gated_gemm_backward
 from moe_compile.kernels.grouped_gemm import grouped_gemm
 from moe_compile.kernels.grouped_gemm_dw import grouped_gemm_dw
-from moe_compile.kernels.tiles import in_turn, num_programs
+from moe_compile.kernels.tiles import column_in_turn, num_programs, row_in_turn
 
 from .conftest import DEVICE, random
 from .test_gated_gemm import GPT_OSS, SHAPES
@@ -77,9 +77,9 @@ def test_the_same_bits_of_the_backward(shape: str, apart: bool, tma: int) -> Non
 
 @triton.jit
 def _turns_kernel(out_ptr, num_rows, COLS: tl.constexpr, GROUP_M: tl.constexpr):
-    row, column = in_turn(tl.program_id(0), num_rows, COLS, GROUP_M)
-    tl.store(out_ptr + 2 * tl.program_id(0), row)
-    tl.store(out_ptr + 2 * tl.program_id(0) + 1, column)
+    i = tl.program_id(0)
+    tl.store(out_ptr + 2 * i, row_in_turn(i, num_rows, COLS, GROUP_M))
+    tl.store(out_ptr + 2 * i + 1, column_in_turn(i, num_rows, COLS, GROUP_M))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 9])
