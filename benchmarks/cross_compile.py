@@ -4,8 +4,9 @@
 
 Prints registers, shared memory, spills, the matrix instruction of each and how it loads its operands.  Exits with 1 if
 one spills, asks for more shared memory than a block may have, is serialised by ptxas (a C75xx warning), fails to
-compile, has no asynchronous load in a pipelined product (more than one stage), or multiplies 16-bit tiles of 64 rows or
-more on Hopper by anything but wgmma.  The cases come from `compile_cases()` of each kernel module.
+compile, has no asynchronous load of an operand in a pipelined product (more than one stage; by TMA, if the operand has
+a descriptor), or multiplies 16-bit tiles of 64 rows or more on Hopper by anything but wgmma.  The cases come from
+`compile_cases()` of each kernel module.
 """
 
 import argparse
@@ -66,6 +67,12 @@ class Case(NamedTuple):
         """Whether an argument is a tensor descriptor, which Hopper and later can read."""
         return any(str(kind).startswith("tensordesc") for kind in self.args.values())
 
+    def asynchronous(self) -> list[str]:
+        """How a pipelined product should load: rows by pointers too, unless all have descriptors."""
+        rows = [str(kind) for name, kind in self.args.items() if name in ("x_ptr", "dy_ptr", "dout_ptr")]
+        by_pointers = not self.described() or any(kind.startswith("*") for kind in rows)
+        return ["TMA"] * self.described() + ["cp.async"] * by_pointers
+
 
 @dataclass(frozen=True)
 class Row:
@@ -92,20 +99,20 @@ class Row:
         if self.serialised:
             return "serialised"
         for instruction in self.meant:
-            if instruction not in (self.matrix, self.loads):
+            if instruction not in (self.matrix, *self.loads.split("+")):
                 return f"no {instruction}"
         return "too much shared memory" if self.shared > SHARED_LIMIT[self.arch] else ""
 
     def __str__(self) -> str:
         return (
             f"{self.kernel:<26}{self.setting:<50}{self.arch:<8}{self.registers:>5}{self.shared:>8}"
-            f"{self.spill_stores:>7}/{self.spill_loads:<6}{self.matrix:<18}{self.loads:<10}{self.fault()}"
+            f"{self.spill_stores:>7}/{self.spill_loads:<6}{self.matrix:<18}{self.loads:<14}{self.fault()}"
         )
 
 
 HEADER = (
     f"{'kernel':<26}{'setting':<50}{'target':<8}{'regs':>5}{'shared':>8}{'spills st/ld':>14}"
-    f"{'matrix op':<18}{'loads':<10}fault"
+    f"{'matrix op':<18}{'loads':<14}fault"
 )
 
 
@@ -126,10 +133,10 @@ def compile_case(case: Case, arch: str) -> Row:
     found = measure(compiled, arch)
     text = compiled.asm["ptx" if "ptx" in compiled.asm else "amdgcn"]
     matrix = next((m for m in MATRIX if m in text), "-")
-    loads = "TMA" if TMA_LOAD in text else "cp.async" if COPY in text else "-"
+    loads = "+".join(["TMA"] * (TMA_LOAD in text) + ["cp.async"] * (COPY in text)) or "-"
     meant = ["wgmma.mma_async"] if arch == "sm_90" and matrix != "-" and case.by_wgmma() else []
     if TARGETS[arch].backend == "cuda" and matrix != "-" and case.pipelined():
-        meant.append("TMA" if case.described() else "cp.async")
+        meant += case.asynchronous()
     shared = compiled.metadata.shared
     return Row(name, case.setting, arch, shared=shared, matrix=matrix, loads=loads, meant=tuple(meant), **found)
 

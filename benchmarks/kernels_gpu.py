@@ -1,12 +1,14 @@
 """Check and time the kernels on a CUDA machine, beside what else there is for experts.
 
     python -m benchmarks.kernels_gpu [--shapes T,H,I,E,K ...] [--routing balanced zipf one_empty] [--minutes 9]
+                                     [--layers WAY ...]
 
 T tokens, H model width, I expert width, E experts, K experts per token; bf16, gated experts: one
 product H -> 2I, one I -> H.  Forward 6*T*K*H*I FLOP, forward and backward 18*T*K*H*I.  "forward" are
 the products alone, with balanced routing; "layer" is all from tokens to tokens, with each routing and by
 each way of peers.py.  A way that gives wrong numbers is not timed; for one of ours the exit status is 1.  Times are
-medians of CUDA events.  What does not fit into the minutes is left out, and said to be.
+medians of CUDA events.  What does not fit into the minutes is left out, and said to be.  --layers: no kernels alone,
+and of the layers only these ways.
 
 --dry runs the same on a CPU, once, on a tiny shape in f32, with Triton's interpreter: it times nothing.
 """
@@ -226,13 +228,14 @@ class Rows:
         yield self.row("forward", way, checks[:2], run, flop=flop)
         yield self.row("forward+backward", way, checks, run_all, flop=3 * flop)
 
-    def layers(self) -> Iterator[dict]:
-        """Whole layers, ours and the peers'."""
+    def layers(self, only: list[str] | None = None) -> Iterator[dict]:
+        """Whole layers, ours and the peers', or of those named.  Raises `KeyError` for a name that is no way's."""
         T, H, W, E = self.T, self.H, self.W, self.E
         x, up, down, dout = (self.random(*s) for s in ((T, H), (E, 2 * W, H), (E, H, W), (T, H)))
         wanted = functools.cache(lambda: layer_reference(x, self.ids, self.weights, up, down, dout, E))
         flop = 6 * self.R * H * W
-        for name, way in layer_ways(self.ids, E, self.machine.backend).items():
+        ways = layer_ways(self.ids, E, self.machine.backend)
+        for name, way in ((name, ways[name]) for name in only or ways):
             if way.layer is None:
                 found = {"shape": self.shape, "routing": self.routing, "what": "layer", "way": name}
                 yield found | {"skipped": way.why_not}
@@ -263,19 +266,23 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
 
 
-def measured(shapes: list[str], routings: list[str], machine: Machine, stop: float) -> Iterator[dict]:
-    """All rows, balanced routing first; after the time `stop`, a row that says what is left out."""
+def measured(
+    shapes: list[str], routings: list[str], machine: Machine, stop: float, only: list[str] | None = None
+) -> Iterator[dict]:
+    """All rows, balanced routing first, or the layers of the ways named; after the time `stop`, a row that says what is
+    left out."""
     parts = [(routing, shape, part) for routing in routings for shape in shapes for part in ("kernels", "layers")]
     for routing, shape, part in parts:
-        if part == "kernels" and routing != routings[0]:
+        if part == "kernels" and (only or routing != routings[0]):
             continue
-        rows = getattr(Rows(shape, routing, machine), part)()
+        of_shape = Rows(shape, routing, machine)
+        rows = of_shape.kernels() if part == "kernels" else of_shape.layers(only)
         while time.monotonic() < stop and (row := next(rows, None)) is not None:
             yield row
         if time.monotonic() >= stop:
             yield {"shape": shape, "routing": routing, "what": part, "way": "", "skipped": "left out: no time"}
         if machine.device == "cuda":
-            del rows
+            del rows, of_shape
             torch._dynamo.reset()
             torch.cuda.empty_cache()
 
@@ -313,28 +320,35 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=None, metavar="T,H,I,E,K")
     parser.add_argument("--routing", nargs="+", default=list(ROUTINGS), choices=ROUTINGS)
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--layers", nargs="+", default=None, metavar="WAY")
     parser.add_argument("--dry", action="store_true", help="on a CPU, once, without times")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     stop = time.monotonic() + 60 * options.minutes
     if options.dry:
         os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is defined
+        os.environ["LIGER_FUSED_MOE_AUTOTUNE"] = "0"  # to choose one of several settings, Triton asks for a driver
     elif not torch.cuda.is_available():
         print("kernels_gpu needs a CUDA machine; torch sees none", file=sys.stderr)
         return 2
     import triton
 
     machine = Machine("cpu", torch.float32, "aot_eager") if options.dry else Machine()
+    known = layer_ways(torch.zeros(1, 1, dtype=torch.int64), 1, machine.backend)
+    if unknown := [way for way in options.layers or [] if way not in known]:
+        parser.error(f"no ways: {', '.join(unknown)}; there are {'; '.join(known)}")
     name, ceiling = ("dry run", 0.0) if options.dry else (torch.cuda.get_device_name(), dense_tflops())
     print(f"{name}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"dense 8192^3 bf16: {ceiling:.0f} TFLOP/s; percentages are of that")
     rows = []
-    for row in measured(options.shapes or (DRY if options.dry else SHAPES), options.routing, machine, stop):
+    shapes = options.shapes or (DRY if options.dry else SHAPES)
+    for row in measured(shapes, options.routing, machine, stop, options.layers):
         rows.append(row)
         print(line(row, ceiling), flush=True)
     if not options.dry:
         options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / f"kernels_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.json"
+        of_what = " ".join([name, *(options.layers or [])])  # some ways alone do not replace the record of all
+        path = options.out / f"kernels_{re.sub(r'[^a-z0-9]+', '_', of_what.lower()).strip('_')}.json"
         versions = {"torch": torch.__version__, "triton": triton.__version__}
         record = {"machine": name, **versions, "dense_tflops": ceiling, "rows": rows}
         path.write_text(json.dumps(record, indent=1) + "\n")

@@ -2,6 +2,8 @@
 
 A way is layer(x, weights, up, down) -> out, differentiable; up and down are parameters, [E, 2I, H] with the gate's rows
 first, and [E, H, I].  A package that is not installed gives the reason in place of a way.
+
+ScatterMoE and Liger are for whom installs them; docs/performance.md says which versions were checked, and how.
 """
 
 import importlib
@@ -86,7 +88,7 @@ def transformers_experts(ids: Tensor, E: int, form: str, backend: str | None) ->
     built: dict[str, Any] = {}
 
     def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        if not built:
+        if built.get("of") != (id(up), id(down)):
             sizes: dict[str, Any] = {
                 "num_experts": E,
                 "hidden_size": x.shape[1],
@@ -98,30 +100,39 @@ def transformers_experts(ids: Tensor, E: int, form: str, backend: str | None) ->
                 experts = Qwen3MoeExperts(config)
             experts.gate_up_proj, experts.down_proj = up, down
             built["run"] = experts if backend is None else torch.compile(experts, backend=backend)
+            built["of"] = id(up), id(down)  # both live as long as the experts that hold them
         return built["run"](x, ids, weights)  # type: ignore[no-any-return]
 
     return Way(layer)
 
 
 def scattermoe(ids: Tensor, E: int) -> Way:
-    """ScatterMoE's gated experts; its first half of `up` is what the activation does not see."""
+    """ScatterMoE's gated experts; its first half of `up` is what the activation does not see.
+
+    To import it puts its own forward into GptOssExperts and GraniteMoeHybridMoE of transformers, for the process.
+    """
     module, why_not = _optional("scattermoe.mlp", "GLUMLP")
     if module is None:
         return Way(None, why_not)
     built: dict[str, Any] = {}
 
     def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        if not built:
+        if built.get("of") != (id(up), id(down)):
             with torch.device("meta"):
                 built["run"] = experts = module(x.shape[1], down.shape[2], E, ids.shape[1])
             experts.experts.weight, experts.output_experts.weight = up, down
+            built["of"] = id(up), id(down)
         return built["run"](x, weights, ids)  # type: ignore[no-any-return]
 
     return Way(layer, up_first=True)
 
 
 def liger(ids: Tensor, E: int) -> Way:
-    """Liger's fused experts."""
+    """Liger's fused experts, by Triton.
+
+    For each (H, I) it compiles and times 32 settings of four kernels and 16 of two, which takes minutes, and keeps
+    what was best for the first T, unless LIGER_FUSED_MOE_AUTOTUNE=0, which means one setting.
+    """
     function, why_not = _optional("liger_kernel.ops.fused_moe", "LigerFusedMoEFunction")
     if function is None:
         return Way(None, why_not)
@@ -141,8 +152,8 @@ def ways(ids: Tensor, E: int, backend: str = "inductor") -> dict[str, Way]:
         **ours(ids, E),
         "torch._grouped_mm": torchs(ids, E),
         "ScatterMoE": scattermoe(ids, E),
-        "Liger": liger(ids, E),
         **{name: transformers_experts(ids, E, *how) for name, how in hf.items()},
+        "Liger": liger(ids, E),
     }
 
 

@@ -65,11 +65,9 @@ def candidates(job: Job, shared_bytes: int) -> list[Setting]:
             continue  # most of a tile would be empty
         # as many programs as fit a multiprocessor by their registers, where there are tiles enough for several turns
         persistent = (0, 1, 2)[: 1 + min(2, 65536 // (32 * warps * 128))] if job.problem.rows >= 64 else (0,)
-        if kernel == "gated_gemm_backward":
-            found += [(m, n, k, parts, warps, stages) for parts in (1, 2, 4) if n // parts >= 32]
-        else:
-            asked = [(t, p) for t in (0, 1)[: 1 + tma] for p in persistent] if "TMA" in names else [()]
-            found += [(m, n // halves, k, warps, stages, *rest) for rest in asked]
+        asked = [(t, p) for t in (0, 1)[: 1 + tma] for p in persistent] if "TMA" in names else [()]
+        parts = [(p,) for p in (1, 2, 4) if n // p >= 32] if "PARTS" in names else [()]
+        found += [(m, n // halves, k, *some, warps, stages, *rest) for some in parts for rest in asked]
 
     def far(setting: Setting) -> float:
         return sum(abs(math.log2(a / b)) for a, b in zip(setting, job.seed, strict=False))

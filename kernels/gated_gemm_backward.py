@@ -42,13 +42,15 @@ from moe_compile.kernels.grouped_gemm import grouped_gemm_reference
 from moe_compile.kernels.tiles import (
     GROUP_M,
     Made,
+    num_programs,
     program_tile,
     row_tiles,
     rows_per_expert,
     store_columns,
+    sum_described_products,
     sum_products,
 )
-from moe_compile.kernels.weights import Weights, stacked, weight_of
+from moe_compile.kernels.weights import Weights, by_descriptor, descriptor_type, stacked, weight_of
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -89,38 +91,107 @@ def _gated_gemm_backward_kernel(
     PARTS: tl.constexpr,
     GROUP_M: tl.constexpr,
     MULTIPLE: tl.constexpr,
+    TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
+    """TMA: down_ptr is a descriptor.  A program of one tile returns early, which takes fewer registers."""
     num_col_tiles: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    e, r, r_in, column = program_tile(tiles_ptr, tl.program_id(0), num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
-    if e > E:
-        return
+    if PERSISTENT:
+        for program in range(tl.program_id(0), num_row_tiles * num_col_tiles, tl.num_programs(0)):
+            e, r, r_in, column = program_tile(tiles_ptr, program, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
+            pair, f, dots_ptrs, dup_ptr = _places(
+                column, r, r_in, order_ptr, dh_ptr, dots_ptr, R, F, APART, BLOCK_F
+            )  # fmt: skip
+            if e == E:
+                _zeros(
+                    column, r, r_in, f, dh_ptr, dup_ptr, a_ptr, dots_ptrs, F, GATED, PAIRS, WEIGHTED, APART, KEEP_A,
+                    BLOCK_M, BLOCK_F,
+                )  # fmt: skip
+            elif e < E:
+                _tile(
+                    e, column, r, r_in, f, pair, dout_ptr, down_ptr, h_ptr, weights_ptr, dh_ptr, dup_ptr, a_ptr,
+                    dots_ptrs, K, D, F, STRIDE_E, STRIDE_D, STRIDE_F, ACTIVATION, ALPHA, LIMIT, SHIFT, GATED, PAIRS,
+                    WEIGHTED, APART, KEEP_A, SCALE_A, BLOCK_M, BLOCK_F, BLOCK_K, PARTS, MULTIPLE, TMA,
+                )  # fmt: skip
+    else:
+        e, r, r_in, column = program_tile(tiles_ptr, tl.program_id(0), num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
+        if e > E:
+            return
+        pair, f, dots_ptrs, dup_ptr = _places(
+            column, r, r_in, order_ptr, dh_ptr, dots_ptr, R, F, APART, BLOCK_F
+        )  # fmt: skip
+        if e == E:
+            _zeros(
+                column, r, r_in, f, dh_ptr, dup_ptr, a_ptr, dots_ptrs, F, GATED, PAIRS, WEIGHTED, APART, KEEP_A,
+                BLOCK_M, BLOCK_F,
+            )  # fmt: skip
+            return
+        _tile(
+            e, column, r, r_in, f, pair, dout_ptr, down_ptr, h_ptr, weights_ptr, dh_ptr, dup_ptr, a_ptr, dots_ptrs,
+            K, D, F, STRIDE_E, STRIDE_D, STRIDE_F, ACTIVATION, ALPHA, LIMIT, SHIFT, GATED, PAIRS, WEIGHTED,
+            APART, KEEP_A, SCALE_A, BLOCK_M, BLOCK_F, BLOCK_K, PARTS, MULTIPLE, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _places(
+    column, r, r_in, order_ptr, dh_ptr, dots_ptr, R, F: tl.constexpr, APART: tl.constexpr, BLOCK_F: tl.constexpr
+):  # fmt: skip
+    """(pairs of the rows, columns, where the dots go, where the gradient of up goes).
+
+    Both kinds of tiles take them from here, before they part: with each its own, the kernel took 134 registers on sm_90
+    instead of 128, which is one block of a multiprocessor instead of two.
+    """
     pair = tl.load(order_ptr + r, mask=r_in, other=0)
     f = column * BLOCK_F + tl.arange(0, BLOCK_F)
     dots_ptrs = dots_ptr + column.to(tl.int64) * R + pair
+    return pair, f, dots_ptrs, dh_ptr + (R.to(tl.int64) * F if APART else F)
+
+
+@triton.jit
+def _zeros(
+    column, r, r_in, f, dh_ptr, dup_ptr, a_ptr, dots_ptrs, F: tl.constexpr, GATED: tl.constexpr, PAIRS: tl.constexpr,
+    WEIGHTED: tl.constexpr, APART: tl.constexpr, KEEP_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of nobody's rows."""
     row: tl.constexpr = 2 * F if GATED and not APART else F
-    dup_ptr = dh_ptr + (R.to(tl.int64) * F if APART else F)
-    if e == E:
-        zero = tl.zeros([BLOCK_M, BLOCK_F], dh_ptr.dtype.element_ty)
-        if PAIRS:
-            both = tl.zeros([BLOCK_M, 2 * BLOCK_F], dh_ptr.dtype.element_ty)
-            store_columns(dh_ptr, both, r, r_in, column * 2 * BLOCK_F + tl.arange(0, 2 * BLOCK_F), row, row)
-        else:
-            store_columns(dh_ptr, zero, r, r_in, f, F, row)
-            if GATED:
-                store_columns(dup_ptr, zero, r, r_in, f, F, row)
-        if KEEP_A:
-            store_columns(a_ptr, zero, r, r_in, f, F, F)
-        if WEIGHTED:
-            tl.store(dots_ptrs, tl.zeros([BLOCK_M], tl.float32), mask=r_in)
-        return
+    zero = tl.zeros([BLOCK_M, BLOCK_F], dh_ptr.dtype.element_ty)
+    if PAIRS:
+        both = tl.zeros([BLOCK_M, 2 * BLOCK_F], dh_ptr.dtype.element_ty)
+        store_columns(dh_ptr, both, r, r_in, column * 2 * BLOCK_F + tl.arange(0, 2 * BLOCK_F), row, row)
+    else:
+        store_columns(dh_ptr, zero, r, r_in, f, F, row)
+        if GATED:
+            store_columns(dup_ptr, zero, r, r_in, f, F, row)
+    if KEEP_A:
+        store_columns(a_ptr, zero, r, r_in, f, F, F)
+    if WEIGHTED:
+        tl.store(dots_ptrs, tl.zeros([BLOCK_M], tl.float32), mask=r_in)
+
+
+@triton.jit
+def _tile(
+    e, column, r, r_in, f, pair, dout_ptr, down_ptr, h_ptr, weights_ptr, dh_ptr, dup_ptr, a_ptr, dots_ptrs,
+    K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, STRIDE_E: tl.constexpr, STRIDE_D: tl.constexpr,
+    STRIDE_F: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, SHIFT: tl.constexpr,
+    GATED: tl.constexpr, PAIRS: tl.constexpr, WEIGHTED: tl.constexpr, APART: tl.constexpr, KEEP_A: tl.constexpr,
+    SCALE_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    MULTIPLE: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of an expert's rows."""
+    row: tl.constexpr = 2 * F if GATED and not APART else F
     acc = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     t = (pair // K).to(tl.int64)
     f_in = f < F
     d = tl.arange(0, BLOCK_K)
     dout_ptrs = dout_ptr + t[:, None] * D + d[None, :]
-    w_ptrs = weight_of(down_ptr, e, dout_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
-    w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
-    acc = sum_products(acc, dout_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
+    if TMA:
+        first = column * BLOCK_F
+        acc = sum_described_products(acc, dout_ptrs, down_ptr, e, first, r_in, D, STRIDE_D != 1, BLOCK_F, BLOCK_K)
+    else:
+        w_ptrs = weight_of(down_ptr, e, dout_ptr, STRIDE_E, MULTIPLE) + f.to(tl.int64)[None, :] * STRIDE_F
+        w_ptrs += d.to(tl.int64)[:, None] * STRIDE_D
+        acc = sum_products(acc, dout_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
     weight = tl.full([BLOCK_M], 1.0, tl.float32)
     if WEIGHTED:
         weight = tl.load(weights_ptr + pair, mask=r_in, other=0.0).to(tl.float32)
@@ -245,20 +316,21 @@ def launch(
     rows, form = rows_per_expert(R, E), "gated" if gated else "plain"
     seed = _seed(rows, h_RG.dtype, torch.version.hip is not None)
     setting = settings.choose("gated_gemm_backward", form, h_RG.device, h_RG.dtype, rows, D, F, seed=seed)
-    block_m, block_f, block_k, parts, warps, stages = setting
+    block_m, block_f, block_k, parts, warps, stages, tma, per_multiprocessor = (*setting, 0, 0)[:8]
+    pointer = by_descriptor(down.transposed(), 1, block_f, block_k) if tma else None
     num_col_tiles = triton.cdiv(F, block_f)
     dots = dots_R if weights_TK is None else h_RG.new_empty(num_col_tiles, R, dtype=torch.float32)
     weights = dots if weights_TK is None else weights_TK.contiguous()
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m, made)
     run: Any = _gated_gemm_backward_kernel
     run = wrap_triton(_gated_gemm_backward_kernel) if compiled(run) else run
-    run[(num_row_tiles * num_col_tiles,)](
-        *(dout_TD.contiguous(), down.pointer, h_RG.contiguous(), weights, order_R, tiles),
-        *(dh, a_RF if keep_a else dh, dots, R, num_row_tiles),
+    run[(num_programs(num_row_tiles, num_col_tiles, per_multiprocessor, h_RG.device),)](
+        *(dout_TD.contiguous(), down.pointer if pointer is None else pointer, h_RG.contiguous(), weights, order_R),
+        *(tiles, dh, a_RF if keep_a else dh, dots, R, num_row_tiles),
         *(E, top_k, D, F, *down.stride),
         *(*constants(how), gated, how.pairs, weights_TK is not None, gated and apart),
         *(keep_a, scale_a and weights_TK is not None),
-        *(block_m, block_f, block_k, parts, GROUP_M, down.multiple),
+        *(block_m, block_f, block_k, parts, GROUP_M, down.multiple, pointer is not None, per_multiprocessor > 0),
         num_warps=warps,
         num_stages=stages,
     )
@@ -333,12 +405,15 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         packed: str = "f",
         how: str = "silu",
         multiple: int = 0,
+        tma: bool = False,
+        persistent: bool = False,
     ) -> None:
         m, f, k, parts, warps, stages = _seed(rows, dtype, hip)
         short, act = "bf16" if dtype == torch.bfloat16 else "fp32", described(how)
         args = dict.fromkeys(("dout_ptr", "down_ptr", "h_ptr", "weights_ptr", "dh_ptr", "a_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "dots_ptr": "*fp32", "R": "i32", "num_row_tiles": "i32"}
         args |= {"down_ptr": "*i64"} if multiple else {}
+        args |= {"down_ptr": descriptor_type(short, 1, f, k, packed == "f")} if tma else {}
         strides = (F * D, F, 1) if packed == "f" else (F * D, 1, D)
         values: dict[str, object] = dict(zip(("STRIDE_E", "STRIDE_D", "STRIDE_F"), strides, strict=True))
         values |= {"E": E, "K": K, "D": D, "F": F, "GROUP_M": GROUP_M}
@@ -347,8 +422,10 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         values |= {"KEEP_A": True, "SCALE_A": True}
         values |= {"BLOCK_M": m, "BLOCK_F": f, "BLOCK_K": k, "PARTS": parts, "MULTIPLE": multiple}
         values |= {"STRIDE_E": 0} if multiple else {}
+        values |= {"TMA": tma, "PERSISTENT": persistent}
         rest = f"{' separate' if multiple else ''}{'' if gated else ' plain'}{' apart' if apart else ''}"
-        rest += " d packed" if packed == "d" else ""
+        rest += (" d packed" if packed == "d" else "") + (" TMA" if tma else "")
+        rest += " persistent" if persistent else ""
         setting = f"{short} {m}x{f}x{k}/{parts} w{warps} s{stages}{rest}{'' if how == 'silu' else f' {how}'}"
         setting = setting.replace(GPT_OSS, "gpt-oss")
         cases.append((setting, _gated_gemm_backward_kernel, args, values, warps, stages))
@@ -365,6 +442,15 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     for rows in (256, 32, 1):
         case(torch.bfloat16, rows, packed="d", how=GPT_OSS)
     case(torch.float32, 256, packed="d", how=GPT_OSS)
+    for rows in (256, 32):
+        case(torch.bfloat16, rows, persistent=True)
+    case(torch.bfloat16, 256, gated=False, persistent=True)
+    case(torch.float32, 256, persistent=True)
+    for packed in "" if hip else "fd":
+        for rows in (256, 32, 1):
+            case(torch.bfloat16, rows, packed=packed, tma=True)
+        case(torch.bfloat16, 256, packed=packed, how=GPT_OSS, tma=True)
+        case(torch.bfloat16, 256, packed=packed, tma=True, persistent=True)
     return cases
 
 

@@ -2,7 +2,7 @@
 
     dw_EFD[e, f, d] = sum over offsets_E[e-1] <= r < offsets_E[e] of dy_RF[r, f] * x_RD[r, d]
 
-One program writes one tile of one expert, whatever its number of rows: zeros where it has none.  With `order_R`, rows
+A tile of one expert is written whatever its number of rows: zeros where it has none.  With `order_R`, rows
 of dy, of x or of both are those of tokens, gathered as they are loaded: row r is row order_R[r] // K of what is given.
 
 Letters    K experts per token, R routed rows, E experts, D inner width, F outer width.
@@ -21,11 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+from triton.tools.ragged_tma import load_ragged
 
 import moe_compile.ops
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, compiled
-from moe_compile.kernels.tiles import rows_per_expert
+from moe_compile.kernels.tiles import GROUP_M, column_in_turn, num_programs, row_in_turn, rows_per_expert
+from moe_compile.kernels.weights import packed_rows_type, rows_by_descriptor
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -37,6 +39,7 @@ def _grouped_gemm_dw_kernel(
     order_ptr,
     offsets_ptr,
     dw_ptr,
+    E: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     DY_K: tl.constexpr,
@@ -44,14 +47,40 @@ def _grouped_gemm_dw_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
 ):
-    # The tiles of one expert run together: they share its rows.  DY_K, X_K: K where rows are gathered, else 0.
+    """DY_K, X_K: K where rows are gathered, else 0.  TMA: rows that are not gathered come by a descriptor of them."""
+    if PERSISTENT:
+        num_tiles: tl.constexpr = E * ((F + BLOCK_M - 1) // BLOCK_M) * ((D + BLOCK_N - 1) // BLOCK_N)
+        for program in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+            _tile(
+                program, dy_ptr, x_ptr, order_ptr, offsets_ptr, dw_ptr, D, F, DY_K, X_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                GROUP_M, TMA,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), dy_ptr, x_ptr, order_ptr, offsets_ptr, dw_ptr, D, F, DY_K, X_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            GROUP_M, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    program, dy_ptr, x_ptr, order_ptr, offsets_ptr, dw_ptr, D: tl.constexpr, F: tl.constexpr, DY_K: tl.constexpr,
+    X_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """The tile of a program.  Those of one expert run together: they share its rows."""
     num_f_tiles: tl.constexpr = (F + BLOCK_M - 1) // BLOCK_M
-    num_tiles: tl.constexpr = num_f_tiles * ((D + BLOCK_N - 1) // BLOCK_N)
-    e = tl.program_id(0) // num_tiles
-    tile = tl.program_id(0) % num_tiles
-    f = tile % num_f_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tile // num_f_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    num_d_tiles: tl.constexpr = (D + BLOCK_N - 1) // BLOCK_N
+    e = program // (num_f_tiles * num_d_tiles)
+    tile = program % (num_f_tiles * num_d_tiles)
+    f_tile = row_in_turn(tile, num_f_tiles, num_d_tiles, GROUP_M)
+    d_tile = column_in_turn(tile, num_f_tiles, num_d_tiles, GROUP_M)
+    f = f_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = d_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     start = tl.load(offsets_ptr + e - 1, mask=e > 0, other=0)
     stop = tl.load(offsets_ptr + e)
@@ -59,21 +88,26 @@ def _grouped_gemm_dw_kernel(
     for first in range(start, stop, BLOCK_K):
         rows = first + k
         r_in = rows < stop
-        dy_rows = rows.to(tl.int64)
-        x_rows = dy_rows
-        if DY_K > 0 or X_K > 0:
-            pair = tl.load(order_ptr + rows, mask=r_in, other=0)
-            if DY_K > 0:
-                dy_rows = (pair // DY_K).to(tl.int64)
-            if X_K > 0:
-                x_rows = (pair // X_K).to(tl.int64)
-        dy_ptrs = dy_ptr + dy_rows[:, None] * F + f[None, :]
-        x_ptrs = x_ptr + x_rows[:, None] * D + d[None, :]
-        dy = tl.load(dy_ptrs, mask=r_in[:, None] & (f < F)[None, :], other=0.0)
-        x = tl.load(x_ptrs, mask=r_in[:, None] & (d < D)[None, :], other=0.0)
+        pair = tl.load(order_ptr + rows, mask=r_in, other=0) if DY_K > 0 or X_K > 0 else rows
+        dy = _rows(dy_ptr, first, start, stop, rows, r_in, pair, f_tile * BLOCK_M, f, F, DY_K, TMA)
+        x = _rows(x_ptr, first, start, stop, rows, r_in, pair, d_tile * BLOCK_N, d, D, X_K, TMA)
         acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
     dw_ptrs = dw_ptr + e.to(tl.int64) * F * D + f.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(f < F)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _rows(
+    ptr, first, start, stop, rows, r_in, pair, first_column, columns, WIDTH: tl.constexpr, K: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """A step's rows of one operand; zeros from the expert's last row on, and beyond WIDTH."""
+    if TMA and K == 0:
+        return load_ragged(ptr, start, stop - start, [first - start, first_column])
+    else:
+        at = (pair // K if K > 0 else rows).to(tl.int64)
+        ptrs = ptr + at[:, None] * WIDTH + columns[None, :]
+        return tl.load(ptrs, mask=r_in[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
 # -- launcher -------------------------------------------------------------------------------
@@ -96,16 +130,29 @@ def grouped_gemm_dw(
     rows, form = rows_per_expert(R, E), "rows" if order_R is None else "gathered"
     seed = _seed(rows, dy_RF.dtype, torch.version.hip is not None, order_R is not None)
     setting = settings.choose("grouped_gemm_dw", form, x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
-    block_m, block_n, block_k, warps, stages = setting
+    block_m, block_n, block_k, warps, stages, tma, per_multiprocessor = (*setting, 0, 0)[:7]
+    dy_RF, x_RD, pointers = dy_RF.contiguous(), x_RD.contiguous(), None
+    if tma:
+        pointers = described(dy_RF, x_RD, dy_top_k, x_top_k, (block_m, block_n, block_k))
     order = offsets_E if order_R is None else order_R.contiguous()
     run: Any = wrap_triton(_grouped_gemm_dw_kernel) if compiled(_grouped_gemm_dw_kernel) else _grouped_gemm_dw_kernel
-    run[(E * triton.cdiv(F, block_m) * triton.cdiv(D, block_n),)](
-        *(dy_RF.contiguous(), x_RD.contiguous(), order, offsets_E.contiguous(), dw_EFD, D, F),
-        *(dy_top_k, x_top_k, block_m, block_n, block_k),
+    num_tiles = E * triton.cdiv(F, block_m) * triton.cdiv(D, block_n)
+    run[(num_programs(num_tiles, 1, per_multiprocessor, x_RD.device),)](
+        *(pointers or (dy_RF, x_RD)),
+        *(order, offsets_E.contiguous(), dw_EFD, E, D, F),
+        *(dy_top_k, x_top_k, block_m, block_n, block_k, GROUP_M, pointers is not None, per_multiprocessor > 0),
         num_warps=warps,
         num_stages=stages,
     )
     return dw_EFD
+
+
+def described(dy_RF: Tensor, x_RD: Tensor, dy_top_k: int, x_top_k: int, block: tuple[int, int, int]) -> Any:
+    """(dy, x), descriptors of those whose rows are not gathered; None if such a one has no descriptor."""
+    block_m, block_n, block_k = block
+    dy = dy_RF if dy_top_k else rows_by_descriptor(dy_RF, block_k, block_m)
+    x = x_RD if x_top_k else rows_by_descriptor(x_RD, block_k, block_n)
+    return None if dy is None or x is None or (dy_top_k and x_top_k) else (dy, x)
 
 
 def _seed(rows: int, dtype: torch.dtype, hip: bool, gathered: bool = False) -> tuple[int, int, int, int, int]:
@@ -162,12 +209,18 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         for rows in (256, 32) if short == "bf16" else (256,):
             for dy_k, x_k in ((0, 0), (8, 0), (0, 8)):
                 m, n, k, warps, stages = _seed(rows, dtype, hip, dy_k + x_k > 0)
-                args = dict.fromkeys(("dy_ptr", "x_ptr", "dw_ptr"), f"*{short}")
-                args |= {"offsets_ptr": "*i32", "order_ptr": "*i32"}
-                constants = {"D": 2048, "F": 1536, "DY_K": dy_k, "X_K": x_k, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
-                gathered = " dy gathered" if dy_k else " x gathered" if x_k else ""
-                setting = f"{short} {m}x{n}x{k} w{warps} s{stages}{gathered}"
-                cases.append((setting, _grouped_gemm_dw_kernel, args, constants, warps, stages))
+                for tma, persistent in ((0, 0), (0, 1), *([(1, 0), (1, 1)] if short == "bf16" and not hip else [])):
+                    args = dict.fromkeys(("dy_ptr", "x_ptr", "dw_ptr"), f"*{short}")
+                    args |= {"offsets_ptr": "*i32", "order_ptr": "*i32"}
+                    args |= {"dy_ptr": packed_rows_type(short, k, m)} if tma and not dy_k else {}
+                    args |= {"x_ptr": packed_rows_type(short, k, n)} if tma and not x_k else {}
+                    constants = {"E": 128, "D": 2048, "F": 1536, "DY_K": dy_k, "X_K": x_k, "GROUP_M": GROUP_M}
+                    constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
+                    constants |= {"TMA": bool(tma), "PERSISTENT": bool(persistent)}
+                    gathered = " dy gathered" if dy_k else " x gathered" if x_k else ""
+                    how = (" TMA" if tma else "") + (" persistent" if persistent else "")
+                    setting = f"{short} {m}x{n}x{k} w{warps} s{stages}{gathered}{how}"
+                    cases.append((setting, _grouped_gemm_dw_kernel, args, constants, warps, stages))
     return cases
 
 

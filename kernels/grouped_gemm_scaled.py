@@ -2,11 +2,12 @@
 
     y_RF[r, f] = scale * sum over d of x_RD[r, d] * w_EFD[e, f, d]
     for the expert e with offsets_E[e-1] <= r < offsets_E[e]; zero for r >= offsets_E[E-1]
-    scale is scales[e] or scales[e, f], or 1
+    scale is scales[e] or scales[e, f], or 1, or, within the sum, scales[e, f // (F/A), d // (D/B)] of A x B blocks
 
 Letters    R routed rows, E experts, D inner width, F outer width.
 Types      x, y: bf16 | f16 | f32, the same.  w: e4m3fn (NVIDIA: from 8.9 on) | e5m2.  scales: f32 | bf16 | f16.
            w is exact in the type of x; sums and the scale in f32 (no tf32), rounded once.  offsets: i32.
+           The scale of a block multiplies the sum of its products, BLOCK_K at a time, which divides the block's width.
 Layout     x, y and scales row-major (copied first, if they are not); w of any strides, fast where d (forward) or f (a
            transposed view, for the gradient of x) is contiguous.
 Cost       2*R*D*F FLOP; R*(D + F) elements of x's type and E*D*F bytes of weights, half of what bf16 weights are.
@@ -29,7 +30,7 @@ from moe_compile.kernels.grouped_gemm import _seed
 from moe_compile.kernels.tiles import GROUP_M, fills, program_tile, row_tiles, rows_per_expert, sum_products
 from moe_compile.kernels.weights import stacked
 
-NO_SCALE, BY_EXPERT, BY_FEATURE = 0, 1, 2
+NO_SCALE, BY_EXPERT, BY_FEATURE, BY_BLOCK = 0, 1, 2, 3  # but for the first, dimensions of the scales
 
 # -- kernel ---------------------------------------------------------------------------------
 
@@ -49,11 +50,14 @@ def _grouped_gemm_scaled_kernel(
     STRIDE_F: tl.constexpr,
     STRIDE_D: tl.constexpr,
     SCALED: tl.constexpr,
+    OF_F: tl.constexpr,
+    OF_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    """OF_F, OF_D: the sizes of a block, if there are scales of blocks."""
     num_col_tiles: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     e, r, r_in, column = program_tile(tiles_ptr, tl.program_id(0), num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,7 +71,11 @@ def _grouped_gemm_scaled_kernel(
         d = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + r[:, None] * D + d[None, :]
         w_ptrs = w_ptr + e * STRIDE_E + f.to(tl.int64)[None, :] * STRIDE_F + d.to(tl.int64)[:, None] * STRIDE_D
-        acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
+        if SCALED == 3:
+            of_f = scales_ptr + (e * (F // OF_F) + f // OF_F) * (D // OF_D)
+            acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K, of_f, OF_D)
+        else:
+            acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
         if SCALED == 1:
             acc *= tl.load(scales_ptr + e).to(tl.float32)
         elif SCALED == 2:
@@ -89,12 +97,14 @@ def grouped_gemm_scaled(x_RD: Tensor, w_EFD: Tensor, scales: Tensor | None, offs
     seed = _seed(rows, x_RD.dtype, torch.version.hip is not None, fills(R, E, F, 64))
     setting = settings.choose("grouped_gemm_scaled", w.packed(), x_RD.device, x_RD.dtype, rows, D, F, seed=seed)
     block_m, block_n, block_k, warps, stages = setting
+    of_f, of_d = (F // scales.shape[1], D // scales.shape[2]) if scales is not None and scales.dim() == 3 else (0, 0)
+    block_k = min(block_k, of_d & -of_d) if of_d else block_k
     tiles, num_row_tiles = row_tiles(offsets_E, R, block_m)
     run: Any = _grouped_gemm_scaled_kernel
     run = wrap_triton(_grouped_gemm_scaled_kernel) if compiled(run) else run
     run[(num_row_tiles * triton.cdiv(F, block_n),)](
         *(x_RD, w.pointer, y_RF if scales is None else scales.contiguous(), tiles, y_RF, num_row_tiles, E, D, F),
-        *(*w.stride, NO_SCALE if scales is None else scales.dim(), block_m, block_n, block_k, GROUP_M),
+        *(*w.stride, NO_SCALE if scales is None else scales.dim(), of_f, of_d, block_m, block_n, block_k, GROUP_M),
         num_warps=warps,
         num_stages=stages,
     )
@@ -120,6 +130,8 @@ def why_not(x_RD: Tensor, w_EFD: Tensor, scales: Tensor | None, offsets_E: Tenso
         definition.check(x_RD, [w_EFD], scales, offsets_E)
     except (TypeError, ValueError) as error:
         return str(error)
+    if scales is not None and scales.dim() == 3 and (width := w_EFD.shape[2] // scales.shape[2]) & -width < 16:
+        return f"scales of blocks {width} wide, expected a multiple of 16"
     return why_not_widened(w_EFD.dtype, x_RD.device)
 
 
@@ -140,11 +152,17 @@ def compile_cases(hip: bool = False) -> list[tuple]:
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for rows, filled in ((256, True), (32, True), (1, True), (1, False)):
             m, n, k, warps, stages = _seed(rows, dtype, hip, filled)
-            for kind, packed, scaled in (("e4m3", "d", 2), ("e4m3", "f", 1), ("e5m2", "d", 2), ("e5m2", "f", 0)):
+            ways = [("e4m3", "d", 2), ("e4m3", "f", 1), ("e5m2", "d", 2), ("e5m2", "f", 0)]
+            ways += [("e4m3", "d", 3), ("e4m3", "f", 3), ("e5m2", "d", 3)]
+            for kind, packed, scaled in ways:
                 args = {"x_ptr": f"*{short}", "w_ptr": "*fp8e4nv" if kind == "e4m3" else "*fp8e5", "y_ptr": f"*{short}"}
                 args |= {"scales_ptr": "*fp32", "tiles_ptr": "*i32", "num_row_tiles": "i32"}
-                constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "SCALED": scaled} | sizes | strides[packed]
-                setting = f"{short} {m}x{n}x{k} w{warps} s{stages}, {kind}, {packed} packed"
+                in_blocks = scaled == BY_BLOCK
+                step, size = min(k, 128) if in_blocks else k, 128 if in_blocks else 0
+                constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": step, "SCALED": scaled} | sizes | strides[packed]
+                constants |= {"OF_F": size, "OF_D": size}
+                setting = f"{short} {m}x{n}x{step} w{warps} s{stages}, {kind}, {packed} packed"
+                setting += ", blocks" if in_blocks else ""
                 cases.append((setting, _grouped_gemm_scaled_kernel, args, constants, warps, stages))
     return cases
 

@@ -36,13 +36,14 @@ ASKED = ("TMA", "PROGRAMS")
 NAMES = {
     "grouped_gemm": (*TILE, *ASKED),
     "grouped_gemm_scaled": TILE,
-    "grouped_gemm_dw": TILE,
+    "grouped_gemm_dw": (*TILE, *ASKED),
     "gated_gemm": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "num_warps", "num_stages", *ASKED),
-    "gated_gemm_backward": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "PARTS", "num_warps", "num_stages"),
+    "gated_gemm_backward": ("BLOCK_M", "BLOCK_F", "BLOCK_K", "PARTS", "num_warps", "num_stages", *ASKED),
 }
-"""What the numbers of a setting are, kernel by kernel.  TMA: 1 if tiles of weights come by tensor descriptors, where
-the device and the weights allow it (tiles.py); 0, or left out, if by pointers.  PROGRAMS: how many for each
-multiprocessor, each of which computes tiles until none is left; 0, or left out, for one a tile."""
+"""What the numbers of a setting are, kernel by kernel.  TMA: 1 if tiles of weights, or of rows that a weight's gradient
+does not gather, come by tensor descriptors, where the device and the tensors allow it (weights.py); 0, or left out, if
+by pointers.  PROGRAMS: how many for each multiprocessor, each of which computes tiles until none is left; 0, or left
+out, for one a tile."""
 
 Pins = Mapping[tuple[str, str], Setting]
 _pinned: ContextVar[Pins] = ContextVar("pinned settings", default={})  # noqa: B039  (never changed in place)

@@ -45,20 +45,35 @@ def _row_tiles_kernel(offsets_ptr, tiles_ptr, R, E: tl.constexpr, GROUPS: tl.con
 
 
 @triton.jit
+def row_in_turn(program, num_row_tiles, NUM_COL_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+    """The row tile of a program.
+
+    Row tiles run fastest, within groups of GROUP_M, so that neighbours read the same columns, of weights mostly, and
+    programs that run at one time few rows and few columns.
+    """
+    group = program // (GROUP_M * NUM_COL_TILES)
+    group_size = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
+    return group * GROUP_M + program % (GROUP_M * NUM_COL_TILES) % group_size
+
+
+@triton.jit
+def column_in_turn(program, num_row_tiles, NUM_COL_TILES: tl.constexpr, GROUP_M: tl.constexpr):
+    """Its column tile."""
+    group = program // (GROUP_M * NUM_COL_TILES)
+    group_size = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
+    return program % (GROUP_M * NUM_COL_TILES) // group_size
+
+
+@triton.jit
 def program_tile(
     tiles_ptr, program, num_row_tiles, NUM_COL_TILES: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr
 ):  # fmt: skip
-    """(expert, rows, which of them are its own, column tile) of a program; expert > E: nothing to do.
-
-    Row tiles run fastest, within groups of GROUP_M, so that neighbours read the same weights.
-    """
-    group = program // (GROUP_M * NUM_COL_TILES)
-    within = program % (GROUP_M * NUM_COL_TILES)
-    group_size = tl.minimum(num_row_tiles - group * GROUP_M, GROUP_M)
-    tile = group * GROUP_M + within % group_size
+    """(expert, rows, which of them are its own, column tile) of a program; expert > E: nothing to do."""
+    tile = row_in_turn(program, num_row_tiles, NUM_COL_TILES, GROUP_M)
     e = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
     r = tl.load(tiles_ptr + 3 * tile + 1).to(tl.int64) + tl.arange(0, BLOCK_M)
-    return e, r, r < tl.load(tiles_ptr + 3 * tile + 2), within // group_size
+    r_in = r < tl.load(tiles_ptr + 3 * tile + 2)
+    return e, r, r_in, column_in_turn(program, num_row_tiles, NUM_COL_TILES, GROUP_M)  # last: fewer registers
 
 
 @triton.jit
@@ -69,10 +84,15 @@ def store_columns(out_ptr, tile, r, r_in, f, F: tl.constexpr, ROW: tl.constexpr)
 
 @triton.jit
 def sum_products(
-    acc, x_ptrs, w_ptrs, r_in, f_in, D: tl.constexpr, STRIDE_D: tl.constexpr, BLOCK_K: tl.constexpr
+    acc, x_ptrs, w_ptrs, r_in, f_in, D: tl.constexpr, STRIDE_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    scales_ptrs=None, SCALED: tl.constexpr = 0,  # type: ignore[assignment]
 ):  # fmt: skip
     """acc[r, f] + the sum over d of x[r, d] * w[d, f].  The pointers are those of the first BLOCK_K; x is packed,
-    w of x's type or a narrower one whose numbers x's type holds."""
+    w of x's type or a narrower one whose numbers x's type holds.
+
+    SCALED: 0, or how many d, a multiple of BLOCK_K, share a scale: the column's is scales_ptrs[d // SCALED].
+    """
+    tl.static_assert(SCALED % BLOCK_K == 0)
     d = tl.arange(0, BLOCK_K)
     for first in range(0, D, BLOCK_K):
         if D % BLOCK_K == 0:
@@ -82,7 +102,11 @@ def sum_products(
             d_in = first + d < D
             x = tl.load(x_ptrs, mask=r_in[:, None] & d_in[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=f_in[None, :] & d_in[:, None], other=0.0)
-        acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
+        if SCALED > 0:
+            scale = tl.load(scales_ptrs + first // SCALED, mask=f_in, other=0.0).to(tl.float32)
+            acc += tl.dot(x, w.to(x.dtype), input_precision="ieee") * scale[None, :]
+        else:
+            acc = tl.dot(x, w.to(x.dtype), acc, input_precision="ieee")
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * STRIDE_D
     return acc

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch._library.triton import is_wrap_triton_enabled
+from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_compile.kernels.dispatch import compiled
@@ -40,6 +41,11 @@ class Weights(NamedTuple):
     def packed(self) -> str:
         """Which dimension is contiguous, as forms of settings are named."""
         return "d packed" if self.stride[2] == 1 else "f packed"
+
+    def transposed(self) -> "Weights":
+        """The same numbers as [E, D, F]."""
+        (E, F, D), (of_e, of_f, of_d) = self.shape, self.stride
+        return self._replace(shape=(E, D, F), stride=(of_e, of_d, of_f))
 
 
 # -- kernels --------------------------------------------------------------------------------
@@ -101,10 +107,8 @@ def by_descriptor(w: Weights, halves: int, block_f: int, block_k: int) -> Tensor
     TMA is that of Hopper and later.  It wants 16-bit numbers here, and addresses and strides of 16 bytes.  It needs the
     real address: a launch that a compiler traces takes pointers.
     """
-    device, ((E, G, D), (of_e, of_f, of_d)) = w.pointer.device, w[1:3]
-    if w.multiple or (is_wrap_triton_enabled() and compiled(_table_kernel)) or w.pointer.element_size() != 2:
-        return None
-    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9):
+    (E, G, D), (of_e, of_f, of_d) = w.shape, w.stride
+    if w.multiple or not _can_be_described(w.pointer):
         return None
     F = G // halves
     of_half = F * of_f if halves > 1 else of_e
@@ -112,15 +116,41 @@ def by_descriptor(w: Weights, halves: int, block_f: int, block_k: int) -> Tensor
     if of_d != 1:
         shape, stride, block = ([v[0], v[3], v[1], v[2]] for v in (shape, stride, block))
     strides_fit = stride[-1] == 1 and all(n > 0 and n % 8 == 0 for n in stride[:-1])
-    if not strides_fit or min(shape) < 1 or max(block) > 256 or w.pointer.data_ptr() % 16:
+    if not strides_fit or min(shape) < 1 or max(block) > 256:
         return None
     return TensorDescriptor(w.pointer, shape, stride, block)
+
+
+def rows_by_descriptor(x_RD: Tensor, block_r: int, block_d: int) -> TensorDescriptor | None:
+    """A descriptor of packed rows, or None where there is none, as above.
+
+    Its tiles, of `block_r` rows by `block_d` numbers, are read by `load_ragged`: zeros beyond a group's last row and
+    beyond D.
+    """
+    R, D = x_RD.shape
+    if not _can_be_described(x_RD) or D % 8 or not 1 <= R <= 1 << 30 or max(block_r, block_d) > 256:
+        return None
+    return create_ragged_descriptor(x_RD, [block_r, block_d])
+
+
+def _can_be_described(x: Tensor) -> bool:
+    """Whether TMA can read tensors of this type at this address, and the address is known."""
+    if (is_wrap_triton_enabled() and compiled(_table_kernel)) or x.element_size() != 2:
+        return False
+    if x.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(x.device)[0] < 9):
+        return False
+    return x.data_ptr() % 16 == 0
 
 
 def descriptor_type(dtype: str, halves: int, block_f: int, block_k: int, f_packed: bool) -> str:
     """The type of such a descriptor, for `compile_cases`."""
     block = [1, block_k, halves, block_f] if f_packed else [1, halves, block_f, block_k]
     return f"tensordesc<{dtype}{block}>"
+
+
+def packed_rows_type(dtype: str, block_r: int, block_d: int) -> str:
+    """The type of a descriptor of rows, likewise."""
+    return f"tensordesc<{dtype}{[1, 1, block_r, block_d]}>"
 
 
 def why_not_separate(weights: Sequence[Tensor]) -> str | None:

@@ -82,8 +82,10 @@ def grouped_gemm_scaled(x_RD: Tensor, weights: Sequence[Tensor], scales: Tensor 
     for e, rows in ops.groups(offsets_E):
         stop = rows.stop
         end = torch.tensor([stop - rows.start], dtype=torch.int32)
-        y = grouped_gemm(x_RD[rows].float(), [widened(w_FD[e], wide_FD)], end)
-        y_RF[rows] = y if scales is None else y.mul_(scales[e].float())
+        w, in_blocks = widened(w_FD[e], wide_FD), scales is not None and scales.dim() == 3
+        w = scaled.scale_blocks_(w, scales[e]) if in_blocks else w  # type: ignore[index]
+        y = grouped_gemm(x_RD[rows].float(), [w], end)
+        y_RF[rows] = y if scales is None or in_blocks else y.mul_(scales[e].float())
     y_RF[stop:].zero_()
     return y_RF
 

@@ -2,16 +2,18 @@
 
     y_RF[r, f] = scale * sum over d of x_RD[r, d] * w_EFD[e, f, d]   for the expert e of row r
     scale      = scales[e], or scales[e, f], or 1;  rows behind the last offset are zero
+    or, of blocks of F/A by D/B numbers, scales[e, f // (F/A), d // (D/B)] within the sum
 
 Letters    as in ops.py.
 Types      x, y: any wider float.  Weights: one stack [E, F, D] of any strides, or E matrices [F, D], in float8_e4m3fn
-           or float8_e5m2.  scales: [E] or [E, F], f32, bf16 or f16.
+           or float8_e5m2.  scales: [E], [E, F] or [E, A, B], f32, bf16 or f16.
 Numerics   A float8 number is exact in every type that x may have.  Products, their sum and the scale in f32 or wider;
-           one rounding, to the type of x.
+           one rounding, to the type of x.  The scale of a block may meet its weights, or sums of its products.
 Memory     No stack of wider weights: an expert's weight is widened where its product is computed, if it has rows.
 Gradient   Of x alone, dx = (dy * scale) @ w, by this op: weights and scales are frozen, and where one asks for a
            gradient the backward raises.  A scale by feature is multiplied into dy, and rounded with it; in f16, where
-           the product may be less than the type holds, that product runs in f32.
+           the product may be less than the type holds, that product runs in f32.  Scales of blocks stay with the
+           weights.
 """
 
 from collections.abc import Sequence
@@ -34,11 +36,23 @@ def reference(x_RD: Tensor, weights: Sequence[Tensor], scales: Tensor | None, of
     stop = 0
     with torch.autocast(x_RD.device.type, enabled=False):  # a backward may be called inside of it
         for e, rows in groups(offsets_E):
-            y = torch.mm(x_RD[rows].to(wide), w_FD[e].to(wide).t())
-            y_RF[rows] = y if scales is None else y.mul_(scales[e].to(wide))
             stop = rows.stop
+            w = w_FD[e].to(wide)
+            if scales is not None and scales.dim() == 3:
+                y_RF[rows] = torch.mm(x_RD[rows].to(wide), scale_blocks_(w, scales[e]).t())
+                continue
+            y = torch.mm(x_RD[rows].to(wide), w.t())
+            y_RF[rows] = y if scales is None else y.mul_(scales[e].to(wide))
     y_RF[stop:].zero_()
     return y_RF
+
+
+def scale_blocks_(w_FD: Tensor, scales_AB: Tensor) -> Tensor:
+    """w_FD, of any strides, each of whose A x B blocks is multiplied by its scale in place."""
+    A, B = scales_AB.shape
+    blocks = w_FD.unflatten(0, (A, w_FD.shape[0] // A)).unflatten(2, (B, w_FD.shape[1] // B))
+    blocks.mul_(scales_AB.to(w_FD.dtype)[:, None, :, None])
+    return w_FD
 
 
 grouped_gemm_scaled = custom_op("moe_ep::grouped_gemm_scaled", reference, mutates_args=())
@@ -58,8 +72,14 @@ def check(x_RD: Tensor, weights: Sequence[Tensor], scales: Tensor | None, offset
         )
     if scales is not None and scales.dtype not in SCALES:
         raise TypeError(f"scales are {scales.dtype}, expected f32, bf16 or f16")
-    if scales is not None and tuple(scales.shape) not in ((E,), (E, F)):
-        raise ValueError(f"scales are {tuple(scales.shape)}, expected {(E,)} or {(E, F)}")
+    if scales is not None and tuple(scales.shape) not in ((E,), (E, F)) and not _of_blocks(scales, E, F, D):
+        raise ValueError(f"scales are {tuple(scales.shape)}, expected {(E,)} or {(E, F)}, or of blocks of {(E, F, D)}")
+
+
+def _of_blocks(scales: Tensor, E: int, F: int, D: int) -> bool:
+    if scales.dim() != 3 or scales.shape[0] != E or 0 in scales.shape:
+        return False
+    return F % scales.shape[1] == 0 and D % scales.shape[2] == 0
 
 
 @grouped_gemm_scaled.register_fake
@@ -85,6 +105,8 @@ def _backward(ctx, dy_RF: Tensor):
     rows = dy_RF
     if scales is not None and scales.dim() == 2:
         rows, scales = _scaled_by_feature(dy_RF, scales, offsets_E), None
+    if scales is not None and scales.dim() == 3:
+        scales = scales.transpose(1, 2)
     dx_RD = grouped_gemm_scaled(rows, [w.transpose(-1, -2) for w in weights], scales, offsets_E)
     return dx_RD.to(dy_RF.dtype), [None] * len(weights), None, None
 

@@ -2,19 +2,22 @@
 
 Before:
     wide  = aten.to.dtype(w_EFD, torch.bfloat16)                   # w: float8_e4m3fn or float8_e5m2
-    w     = aten.mul(wide, scales_EF1)                             # or [E, 1, 1], or no scale
+    w     = aten.mul(wide, scales_EF1)                             # or [E, 1, 1], or no scale, or one of blocks,
+                                                                   # repeated in any form of scale_blocks.py
     y_RF  = moe_ep.grouped_gemm(x_RD, [w], offsets_E)
 
 After:
-    s_EF  = aten.reshape(scales_EF1, [E, F])                       # or [E]
+    s_EF  = aten.reshape(scales_EF1, [E, F])                       # or [E], or [E, blocks of F, blocks of D]
     y_RF  = moe_ep.grouped_gemm_scaled(x_RD, [w_EFD], s_EF, offsets_E)
 
 Stage      canonicalise; needs what dispatch_experts makes, before fuse_experts would take it.
-Numerics   x @ (s * w).T = s * (x @ w.T): s * w is not rounded, the scale is applied in f32; one rounding fewer.
+Numerics   x @ (s * w).T = s * (x @ w.T), of blocks part by part: s * w is not rounded to the type of x, the scale is
+           applied in f32; one rounding fewer.
 Why        no stack of wider weights in each call, and none kept for the backward: a weight costs one byte of traffic,
            where cast, scale and product move nine in bf16, or five if cast and scale are one kernel.
-Refuses    weights or scales that may need a gradient; a scale that varies along the inner width; a stack that something
-           else reads too, or of which a part changes in place before the product; types or a device without a kernel.
+Refuses    weights or scales that may need a gradient; a scale that varies along the inner width other than in blocks;
+           a stack that something else reads too, or of which a part changes in place before the product; types or a
+           device without a kernel.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,11 +30,13 @@ from torch.fx import Graph, Node
 from moe_compile import cuda
 from moe_compile.grouped_gemm_scaled import FLOAT8, SCALES
 from moe_compile.rewrite import RewritePass, emit, value
+from moe_compile.scale_blocks import Blocks, blocks_of, is_cast
 from moe_compile.series import series_of
 from moe_compile.trained import may_need_gradient
 
 aten, moe_ep = torch.ops.aten, torch.ops.moe_ep
 GROUPED = moe_ep.grouped_gemm.default
+VIEWS = (aten.reshape.default, aten.view.default)
 TRANSPOSES = (aten.transpose.int, aten.t.default)
 COPIES_OR_NOT = (aten.reshape, aten.contiguous, aten.to, aten.flatten)  # some say nothing of aliases
 WIDE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # hold each number of float8
@@ -42,19 +47,31 @@ class Widened:
     """Weights of a product that were made of float8 numbers: a stack [E, F, D], or the matrix [F, D] of one expert.
 
     source: these numbers, the last two dimensions in turn if `swapped`.  scale: what they were multiplied by; shape:
-    its sizes as it meets the weights.  chain: the nodes between, the last first.
+    its sizes as it meets the weights.  blocks: what it is if it has the scales of blocks; in turn if `turned`.  chain:
+    the nodes between, the last first.
     """
 
     source: Node
     swapped: bool = False
     scale: Node | None = None
     shape: tuple[Any, ...] = ()
+    blocks: Blocks | None = None
+    turned: bool = False
     chain: tuple[Node, ...] = ()
+
+    def in_blocks(self) -> Blocks | None:
+        """The blocks, if the scale varies along the inner width."""
+        return self.blocks if self.scale is not None and self.shape[-1] != 1 else None
+
+    def scales(self) -> Node | None:
+        """What the scales are made of."""
+        return self.scale if (blocks := self.in_blocks()) is None else blocks.source
 
     def form(self) -> Any:
         """What is the same for all experts if their matrices are one by one."""
         scale = None if self.scale is None else (value(self.scale).dtype, self.shape)
-        return value(self.source).dtype, value(self.source).shape, self.swapped, scale
+        blocks = None if (found := self.in_blocks()) is None else (found[1:5], self.turned)
+        return value(self.source).dtype, value(self.source).shape, self.swapped, scale, blocks
 
 
 @dataclass(frozen=True)
@@ -84,22 +101,28 @@ class FoldWeightScales(RewritePass[Product]):
             return "experts' weights are made in different ways"
         if first.scale is not None and value(first.scale).dtype not in SCALES:
             return f"scales are {value(first.scale).dtype}, expected f32, bf16 or f16"
-        if first.scale is not None and first.shape[-1] != 1:
+        blocks = first.in_blocks()
+        if first.scale is not None and first.shape[-1] != 1 and blocks is None:
             return f"scales {first.shape} vary along the inner width of weights {tuple(value(first.chain[0]).shape)}"
         chain = {n for w in found.weights for n in w.chain}
         if others := {u.name for n in chain for u in n.users if u not in chain and u.target is not GROUPED}:
             return f"the wider weights are used elsewhere too ({', '.join(sorted(others))})"
-        sources, scales = [w.source for w in found.weights], [w.scale for w in found.weights if w.scale is not None]
+        sources, scales = [w.source for w in found.weights], [s for w in found.weights if (s := w.scales()) is not None]
         for name, nodes in (("weights", sources), ("scales", scales)):
             if trained := [n.name for n in nodes if may_need_gradient(n)]:
                 return f"{name} ({trained[0]}) may need a gradient"
-        if changed := _changed(found.product, chain, {*map(_root, sources), *map(_root, scales)}):
+        repeated = {n for w in found.weights if (b := w.in_blocks()) for n in b.chain}
+        roots = {*map(_root, sources), *map(_root, scales), *map(_root, repeated)}
+        if changed := _changed(found.product, chain | repeated, roots):
             return f"{changed.name} changes in place before the product"
         if rows.device.type == "cuda":
             offsets = value(found.product.args[2])  # type: ignore[arg-type]
             stack, scale = source.new_empty((offsets.shape[0], F, D)), None
             if first.scale is not None:
-                scale = value(first.scale).new_empty((offsets.shape[0], F)[: 1 + (first.shape[-2] != 1)])
+                sizes: tuple[Any, ...] = (offsets.shape[0], F)[: 1 + (first.shape[-2] != 1)]
+                if blocks is not None:
+                    sizes = offsets.shape[0], *(blocks[2:4][::-1] if first.turned else blocks[2:4])
+                scale = value(first.scale).new_empty(sizes)
             reason = cuda.why_not_scaled(rows, stack, scale, offsets)
             return reason and f"no kernel: {reason}"
         return None if rows.device.type == "cpu" else f"no kernel on {rows.device.type}"
@@ -132,7 +155,7 @@ def _widened(node: Any) -> Widened | None:
     if value(node).dtype.is_floating_point and value(node).dtype.itemsize == 1:
         return Widened(node)
     rank = value(node).dim()
-    if _is_cast(node) and value(node).dtype in WIDE:
+    if is_cast(node) and value(node).dtype in WIDE:
         found = _widened(node.args[0])
         return found and replace(found, chain=(node, *found.chain))
     if node.kwargs or node.op != "call_function":
@@ -141,7 +164,10 @@ def _widened(node: Any) -> Widened | None:
         if (found := _widened(node.args[0])) is None:
             return None
         shape = (*found.shape[:-2], *found.shape[:-3:-1])
-        return replace(found, swapped=not found.swapped, shape=shape, chain=(node, *found.chain))
+        turned = not found.turned if found.scale is not None else False
+        return replace(found, swapped=not found.swapped, shape=shape, turned=turned, chain=(node, *found.chain))
+    if node.target in VIEWS:
+        return _scaled_in_parts(node)
     if node.target is aten.mul.Tensor:
         for stack, scale in (node.args, node.args[::-1]):
             found = _widened(stack)
@@ -149,7 +175,29 @@ def _widened(node: Any) -> Widened | None:
                 continue
             if value(node).shape == value(stack).shape:  # type: ignore[arg-type]
                 shape = (1,) * (rank - value(scale).dim()) + tuple(value(scale).shape)
-                return replace(found, scale=scale, shape=shape, chain=(node, *found.chain))
+                blocks = blocks_of(scale, value(node).shape, value(node).shape)
+                return replace(found, scale=scale, shape=shape, blocks=blocks, chain=(node, *found.chain))
+    return None
+
+
+def _scaled_in_parts(node: Node) -> Widened | None:
+    """The same of weights whose dimensions were split, then scaled, then put together again."""
+    inner: Any = node.args[0]
+    if not isinstance(inner, Node) or inner.target is not aten.mul.Tensor or inner.kwargs:
+        return None
+    for parts, scale in (inner.args, inner.args[::-1]):
+        if not isinstance(parts, Node) or not isinstance(scale, Node) or parts.target not in VIEWS:
+            continue
+        whole: Any = parts.args[0]
+        if value(whole).shape != value(node).shape or value(parts).shape != value(inner).shape:
+            continue
+        if 1 in value(node).shape[-2:]:
+            continue
+        found = _widened(whole)
+        blocks = blocks_of(scale, value(inner).shape, value(node).shape)
+        if found is not None and found.scale is None and found.chain and blocks is not None:
+            shape, chain = tuple(value(node).shape), (node, inner, parts, *found.chain)
+            return replace(found, scale=scale, shape=shape, blocks=blocks, chain=chain)
     return None
 
 
@@ -183,12 +231,6 @@ def _root(node: Node) -> Node:
     return node
 
 
-def _is_cast(node: Node) -> bool:
-    if node.target is aten.to.dtype:
-        return len(node.args) == 2 and not node.kwargs
-    return node.target is aten._to_copy.default and list(node.kwargs) == ["dtype"]
-
-
 def _matrices(sources: Sequence[Node]) -> Any:
     """The same as a product takes them: a stack, a list of matrices, or a series (series.py)."""
     first = sources[0]
@@ -203,8 +245,11 @@ def _matrices(sources: Sequence[Node]) -> Any:
 
 
 def _scales(call: Any, weights: Sequence[Widened], num_experts: int) -> Node:
-    """The scales as [E], or [E, F] if they vary within an expert."""
+    """The scales as [E], or [E, F] if they vary within an expert, or [E, blocks of F, blocks of D]."""
     first = weights[0]
+    if first.in_blocks() is not None:
+        each = [_block_scales(call, w) for w in weights]
+        return each[0] if len(first.shape) == 3 else call(aten.stack.default, each)
     width = first.shape[-2]
     if len(first.shape) == 3:
         scales = call(aten.reshape.default, first.scale, [first.shape[0], width])
@@ -213,3 +258,12 @@ def _scales(call: Any, weights: Sequence[Widened], num_experts: int) -> Node:
     else:
         scales = call(aten.stack.default, [call(aten.reshape.default, w.scale, [width]) for w in weights])
     return scales if width != 1 else call(aten.reshape.default, scales, [num_experts])
+
+
+def _block_scales(call: Any, weights: Widened) -> Node:
+    """[rows, columns] of blocks, or all experts'."""
+    source, lead, rows, columns, casts, _ = weights.in_blocks()  # type: ignore[misc]
+    scales = call(aten.reshape.default, source, [*lead, rows, columns])
+    for dtype in casts:
+        scales = call(aten.to.dtype, scales, dtype)
+    return call(aten.transpose.int, scales, -2, -1) if weights.turned else scales  # type: ignore[no-any-return]

@@ -20,7 +20,8 @@ def quantized(*shape: int, kind: torch.dtype = torch.float8_e4m3fn) -> nn.Parame
 
 
 class Experts(nn.Module):
-    """up [E, F, D] and down [E, D, F] in float8, each with a scale [E], one [E, 1, 1] and one by output feature.
+    """up [E, F, D] and down [E, D, F] in float8, each with a scale [E], one [E, 1, 1], one by output feature and one of
+    blocks, which are 2 by 4 numbers of up and 2 by 2 of down.
 
     `body(self, x, e)` is what a case changes.
     """
@@ -32,8 +33,9 @@ class Experts(nn.Module):
         torch.manual_seed(0)
         self.body = body
         self.up, self.down = quantized(E, F, D, kind=kind), quantized(E, D, F, kind=kind)
-        for name, width in (("up", F), ("down", D)):
-            for form, shape in (("e", (E,)), ("e11", (E, 1, 1)), ("ef", (E, width)), ("ef1", (E, width, 1))):
+        for name, width, blocks in (("up", F, (F // 2, D // 4)), ("down", D, (D // 2, F // 2))):
+            forms = [("e", (E,)), ("e11", (E, 1, 1)), ("ef", (E, width)), ("ef1", (E, width, 1)), ("b", (E, *blocks))]
+            for form, shape in forms:
                 setattr(self, f"{name}_{form}", frozen((0.002 + 0.004 * torch.rand(shape)).to(scales)))
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -77,6 +79,26 @@ def transposed(m: Experts, x: Tensor, e: int) -> Tensor:
     return h @ m.down[e].t().to(x.dtype) * m.down_e[e]
 
 
+def interleaved(w: Tensor, s: Tensor) -> Tensor:
+    """The scale of each number of w, from those of its blocks."""
+    return s.repeat_interleave(2, -2).repeat_interleave(w.shape[-1] // s.shape[-1], -1)
+
+
+def expanded(w: Tensor, s: Tensor) -> Tensor:
+    *lead, m, n = s.shape
+    return s[..., :, None, :, None].expand(*lead, m, 2, n, w.shape[-1] // n).reshape(w.shape)
+
+
+def in_parts(w: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    *lead, m, n = s.shape
+    return (w.float().view(*lead, m, 2, n, w.shape[-1] // n) * s[..., :, None, :, None]).view(w.shape).to(dtype)
+
+
+def blocks_stored_transposed(m: Experts, x: Tensor, e: int) -> Tensor:
+    h = torch.relu(x @ (m.down[e].to(x.dtype) * interleaved(m.down[e], m.down_b[e]).to(x.dtype)))
+    return h @ (m.up[e].float() * expanded(m.up[e], m.up_b[e].to(x.dtype))).to(x.dtype)
+
+
 FOLDED: dict[str, Body] = {
     "a number": by_name("e", lambda w, s, dtype: w.to(dtype) * s),
     "a number first": by_name("e", lambda w, s, dtype: s * w.to(dtype)),
@@ -88,6 +110,10 @@ FOLDED: dict[str, Body] = {
     "behind": scaled_behind,
     "stored transposed": stored_transposed,
     "transposed": transposed,
+    "blocks, interleaved": by_name("b", lambda w, s, dtype: w.to(dtype) * interleaved(w, s).to(dtype)),
+    "blocks, expanded": by_name("b", lambda w, s, dtype: (w.float() * expanded(w, s)).to(dtype)),
+    "blocks, in parts": by_name("b", in_parts),
+    "blocks, stored transposed": blocks_stored_transposed,
 }
 
 
@@ -98,6 +124,20 @@ class Whole(Experts):
         out = torch.zeros_like(x)
         up = self.up.to(x.dtype) * self.up_e11.to(x.dtype)
         down = (self.down.float() * self.down_ef[:, :, None]).to(x.dtype)
+        for e in range(E):
+            t, k = torch.where(ids == e)
+            h = torch.relu(nn.functional.linear(x[t], up[e]))
+            out.index_add_(0, t, nn.functional.linear(h, down[e]) * weights[t, k, None])
+        return out
+
+
+class WholeBlocks(Experts):
+    """All weights are widened before the loop, by scales of blocks."""
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        up = self.up.to(x.dtype) * expanded(self.up, self.up_b.to(x.dtype))
+        down = in_parts(self.down, self.down_b, x.dtype)
         for e in range(E):
             t, k = torch.where(ids == e)
             h = torch.relu(nn.functional.linear(x[t], up[e]))
@@ -164,6 +204,17 @@ class Buffered(Layer):
         self.register_buffer("scale", scale)
 
 
+class Blocked(Layer):
+    """A scale for each block of 2 by 2 numbers, as DeepSeek-V3 has one for 128 by 128."""
+
+    def __init__(self, F: int, D: int) -> None:
+        super().__init__(F, D)
+        self.scale = frozen(0.003 + 0.004 * torch.rand(F // 2, D // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.weight.float() * interleaved(self.weight, self.scale)).to(x.dtype))
+
+
 class Listed(nn.Module):
     """Experts in a list, each with weights of its own."""
 
@@ -216,6 +267,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "e5m2": lambda: Experts(BY_FEATURE, torch.float8_e5m2),
     "bf16 scales": lambda: Experts(BY_FEATURE, scales=torch.bfloat16),
     "widened before": lambda: Whole(BY_FEATURE),
+    "blocks, widened before": lambda: WholeBlocks(BY_FEATURE),
+    "blocks, listed": functools.partial(Listed, E, Blocked),
     "chosen": lambda: Chosen(BY_FEATURE),
     "picked": lambda: Picked(BY_FEATURE),
     "sorted": lambda: Sorted(BY_FEATURE),

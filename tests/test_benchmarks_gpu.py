@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from benchmarks import peers, slices
 
@@ -69,6 +72,71 @@ def test_gate_last() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels_gpu, "layer_ways", lambda *_: {"it": way, "not": way._replace(up_first=False)})
         assert [bool(row["red"]) for row in rows.layers()] == [False, False, True, True]
+
+
+class GLUMLP(nn.Module):
+    """ScatterMoE 0.3's, in plain PyTorch: the same arguments and layouts."""
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_experts: int, top_k: int, bias: bool = False,
+        activation: nn.Module = nn.SiLU(),  # noqa: B008
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.experts, self.output_experts = nn.Module(), nn.Module()
+        self.experts.weight = nn.Parameter(torch.empty(num_experts, 2 * hidden_size, input_size))
+        self.output_experts.weight = nn.Parameter(torch.empty(num_experts, input_size, hidden_size))
+        self.activation = activation
+
+    def forward(self, x: Tensor, expert_p: Tensor, expert_idxs: Tensor) -> Tensor:
+        h, gates = torch.einsum("th,tkgh->tkg", x, self.experts.weight[expert_idxs]).chunk(2, dim=-1)
+        y = torch.einsum("tki,tkhi->tkh", self.activation(gates) * h, self.output_experts.weight[expert_idxs])
+        return (expert_p[..., None] * y).sum(1)
+
+
+class LigerFusedMoEFunction:
+    """Liger's of 0.8.5, likewise."""
+
+    @staticmethod
+    def apply(x: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        assert top_k_index.dtype == torch.int32
+        gate, up = torch.einsum("th,tkgh->tkg", x, gate_up_proj[top_k_index]).chunk(2, dim=-1)
+        y = torch.einsum("tki,tkhi->tkh", nn.functional.silu(gate) * up, down_proj[top_k_index])
+        return (top_k_weights[..., None] * y).sum(1)
+
+
+STAND_INS: dict[str, Any] = {
+    "scattermoe": ("scattermoe.mlp", SimpleNamespace(GLUMLP=GLUMLP)),
+    "liger": ("liger_kernel.ops.fused_moe", SimpleNamespace(LigerFusedMoEFunction=LigerFusedMoEFunction)),
+}
+
+
+@pytest.mark.parametrize("package", STAND_INS)
+def test_optional_peers_are_called_as_they_want(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with other parameters after the first."""
+    from benchmarks import kernels_gpu
+
+    name, module = STAND_INS[package]
+    monkeypatch.setitem(sys.modules, name, module)
+    rows = kernels_gpu.Rows("12,32,16,4,2", "zipf", kernels_gpu.Machine("cpu", torch.float32))
+    way = getattr(peers, package)(rows.ids, rows.E)
+    monkeypatch.setattr(kernels_gpu, "layer_ways", lambda *_: {"it": way, "other order": way._replace(
+        up_first=not way.up_first)})  # fmt: skip
+    assert [row["red"] for row in rows.layers(["it"])] == [None, None]
+    assert all("relative error" in row["red"] for row in rows.layers(["other order"]))
+
+
+def test_a_package_that_is_not_there() -> None:
+    module, why_not = peers._optional("no_such_package.mlp", "GLUMLP")
+    assert module is None and why_not.startswith("skipped, no_such_package.mlp: ModuleNotFoundError: No module")
+
+
+def test_layers_of_some_ways() -> None:
+    result = dry("benchmarks.kernels_gpu", "--layers", "torch._grouped_mm", "--routing", "zipf")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = result.stdout.splitlines()[2:]
+    assert len(rows) == 2 and all("torch._grouped_mm" in row and "right" in row for row in rows), rows
+    result = dry("benchmarks.kernels_gpu", "--layers", "torch.mm")
+    assert result.returncode == 2 and "no ways: torch.mm; there are moe_compile fused; " in result.stderr
 
 
 def test_routings() -> None:

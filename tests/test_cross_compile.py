@@ -62,7 +62,8 @@ def test_a_row_says_its_fault() -> None:
         "from benchmarks.cross_compile import Row\n"
         "row = lambda **kw: print(Row('k', 's', 'sm_90', **kw).fault())\n"
         "row(); row(spill_loads=8); row(serialised=True); row(shared=232449); row(error='no')\n"
-        "row(matrix='mma.sync', meant=('wgmma.mma_async',)); row(loads='TMA', meant=('TMA',))"
+        "row(matrix='mma.sync', meant=('wgmma.mma_async',)); row(loads='TMA', meant=('TMA',))\n"
+        "row(loads='TMA', meant=('TMA', 'cp.async')); row(loads='TMA+cp.async', meant=('TMA', 'cp.async'))"
     )
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -73,5 +74,7 @@ def test_a_row_says_its_fault() -> None:
         "too much shared memory",
         "no",
         "no wgmma.mma_async",
+        "",
+        "no cp.async",
         "",
     ]

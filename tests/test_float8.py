@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import moe_compile
 from tests.detect.loops import Proof, differences, outcome
-from tests.float8_models import BY_FEATURE, LAYERS, D, E, Experts, F, frozen, routed
+from tests.float8_models import BY_FEATURE, LAYERS, D, E, Experts, F, frozen, interleaved, routed
 from tests.tiny import compiled, original, regions
 
 SCALED = torch.ops.moe_ep.grouped_gemm_scaled.default
@@ -115,14 +115,50 @@ def twice(m: Any, x: Tensor, e: int) -> Tensor:
     return nn.functional.linear(torch.relu(nn.functional.linear(x, w)), m.down[e].to(x.dtype) * m.down_e[e]) + w.mean()
 
 
-def in_blocks(m: Any, x: Tensor, e: int) -> Tensor:
-    """Scales of blocks, as DeepSeek-V3 has them."""
-    up_scale = m.up_ef[e].view(3, 2).repeat_interleave(2, 0).repeat_interleave(4, 1)
-    down = (m.down[e].to(x.dtype).view(4, 2, 3, 2) * m.down_ef[e, :, None].view(4, 2)[:, :1, None, None]).view(D, F)
-    return nn.functional.linear(torch.relu(nn.functional.linear(x, m.up[e].to(x.dtype) * up_scale)), down)
+def of_blocks(scale: Any) -> Any:
+    """scale(weight, scales of its blocks) for the first product; the second one is taken."""
+
+    def run(m: Any, x: Tensor, e: int) -> Tensor:
+        h = torch.relu(nn.functional.linear(x, m.up[e].to(x.dtype) * scale(m.up[e], m.up_b[e])))
+        return nn.functional.linear(h, m.down[e].to(x.dtype) * m.down_e[e])
+
+    return run
 
 
-@pytest.mark.parametrize(("form", "number"), [(along_inputs, 0), (with_an_offset, 0), (twice, 1), (in_blocks, 0)])
+NO_BLOCKS = {
+    "tiled by views": lambda w, s: s[None, :, None, :].expand(2, 3, 4, 2).reshape(6, 8),
+    "tiled along rows alone": lambda w, s: s[:, None, None, :].expand(3, 2, 4, 2).reshape(6, 8),
+    "cut": lambda w, s: s.repeat_interleave(4, 0).repeat_interleave(4, 1)[1:7],
+    "a number each": lambda w, s: s.repeat_interleave(4, 1).repeat_interleave(2, 0) * torch.arange(1, 9),
+}
+
+
+@pytest.mark.parametrize("name", NO_BLOCKS)
+def test_scales_that_are_not_of_blocks(name: str) -> None:
+    test_other_forms_are_not_taken(of_blocks(NO_BLOCKS[name]), 1)
+
+
+def test_scales_of_blocks_for_all_experts() -> None:
+    """Not taken: they have no dimension of experts."""
+
+    class Shared(Experts):
+        def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            up = self.up.to(x.dtype) * interleaved(self.up, self.up_b[1])
+            for e in range(E):
+                t, k = torch.where(ids == e)
+                h = torch.relu(nn.functional.linear(x[t], up[e]))
+                h = nn.functional.linear(h, self.down[e].to(x.dtype) * self.down_e[e])
+                out.index_add_(0, t, h * weights[t, k, None])
+            return out
+
+    module, args = Shared(BY_FEATURE), routed(torch.float32)
+    run = Proof(module, args, True)
+    assert scaled_products(run.gm.graph) == 1
+    assert not differences(outcome(run, module, args), outcome(module, module, args), 1e-5)
+
+
+@pytest.mark.parametrize(("form", "number"), [(along_inputs, 0), (with_an_offset, 0), (twice, 1)])
 def test_other_forms_are_not_taken(form: Any, number: int) -> None:
     module, args = Experts(form), routed(torch.float32)
     run = Proof(module, args, True)

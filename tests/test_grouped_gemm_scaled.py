@@ -14,20 +14,23 @@ from tests.parallel.test_tiled import Peak
 E, D, F = 5, 12, 20
 ENDS = torch.tensor([4, 4, 9, 10, 17], dtype=torch.int32)  # an empty expert; three rows behind
 R = 20
-FORMS = ("none", "by expert", "by feature")
+FORMS = ("none", "by expert", "by feature", "by block")
 KNOWN = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 def operands(form: str, dtype: torch.dtype, kind: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor, Any]:
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(R, D, generator=g), 30 * torch.randn(E, F, D, generator=g)
-    scales = None if form == "none" else 0.01 * torch.randn(*((E,) if form == "by expert" else (E, F)), generator=g)
+    shape = {"by expert": (E,), "by feature": (E, F), "by block": (E, 5, 3)}.get(form)
+    scales = None if shape is None else 0.01 * torch.randn(shape, generator=g)
     return x.to(dtype), w.to(kind), scales
 
 
 def wide(w: Tensor, scales: Tensor | None) -> Tensor:
     if scales is None:
         return w.double()
+    if scales.dim() == 3:
+        return w.double() * scales.double().repeat_interleave(F // 5, 1).repeat_interleave(D // 3, 2)
     return w.double() * scales.double().reshape(E, -1, 1)
 
 
@@ -136,6 +139,13 @@ def test_rows_that_nobody_reads_may_hold_anything() -> None:
         r"weights of 4 experts \(20, 12\), offsets of 5": lambda x, w, s: (x, [w[1:]], s),
         "rows of 11 numbers": lambda x, w, s: (x[:, 1:], [w], s),
         r"scales are \(5, 12\), expected \(5,\) or \(5, 20\)": lambda x, w, s: (x, [w], s[:, :12]),
+        r"scales are \(5, 20, 5\), expected .* of blocks of \(5, 20, 12\)": lambda x, w, s: (
+            x,
+            [w],
+            s[..., None].expand(5, 20, 5),
+        ),
+        r"scales are \(5, 3, 4\)": lambda x, w, s: (x, [w], s[:, :12].view(5, 3, 4)),
+        r"scales are \(1, 5, 4\)": lambda x, w, s: (x, [w], s[:1].view(1, 5, 4)),
         "scales are torch.float64, expected f32, bf16 or f16": lambda x, w, s: (x, [w], s.double()),
     }.items(),
     ids=lambda case: case[0],

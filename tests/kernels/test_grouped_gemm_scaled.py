@@ -5,6 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_compile.grouped_gemm_scaled import FLOAT8
+from moe_compile.kernels import grouped_gemm as unscaled
+from moe_compile.kernels import settings
 from moe_compile.kernels.grouped_gemm_scaled import (
     grouped_gemm_scaled,
     grouped_gemm_scaled_reference,
@@ -16,6 +18,16 @@ from .conftest import DEVICE, DTYPES, ON_GPU, offsets, random
 from .test_grouped_gemm import SHAPES
 
 SCALES = ("none", "by expert", "by feature")
+# (rows of each expert, rows behind the last, D, F, blocks of D, blocks of F)
+BLOCKS = {
+    "whole tiles": ([64, 130], 0, 256, 256, 2, 2),
+    "odd numbers": ([5, 17, 1], 0, 48, 35, 3, 5),
+    "one block": ([0, 9], 3, 32, 24, 1, 1),
+    "no rows": ([0, 0], 0, 32, 16, 2, 4),
+    "only a tail": ([0, 0], 37, 32, 16, 2, 4),
+    "more experts than rows": ([0, 1, 0, 0, 1] * 4, 0, 64, 16, 4, 1),
+    "one takes all": ([0, 0, 50], 0, 128, 24, 1, 24),
+}
 
 
 def weights(*shape: int, kind: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
@@ -54,6 +66,49 @@ def test_values(shape: str, form: str, dtype: torch.dtype) -> None:
     y = grouped_gemm_scaled(x, w, s, ends)
     check(y, x, w, s, ends)
     assert torch.equal(y, grouped_gemm_scaled(x, w, s, ends))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", BLOCKS)
+def test_scales_of_blocks(shape: str, dtype: torch.dtype) -> None:
+    """Forward, and with weights and scales transposed, as the gradient of x has them."""
+    counts, tail, D, F, of_d, of_f = BLOCKS[shape]
+    E, ends = len(counts), offsets(*counts)
+    w, s = weights(E, F, D), 0.01 * random(E, of_f, of_d, seed=2)
+    x = random(sum(counts) + tail, D, dtype=dtype)
+    x[sum(counts) :] = float("nan")
+    for args in ((x, w, s, ends), (x, w.mT.contiguous().mT, s.mT.contiguous().mT, ends)):
+        assert why_not(*args) is None
+        y = grouped_gemm_scaled(*args)
+        check(y, *args)
+        assert torch.equal(y, grouped_gemm_scaled(*args)) and not y[sum(counts) :].any()
+    exact = torch.repeat_interleave(torch.repeat_interleave(s, F // of_f, 1), D // of_d, 2).double() * w.double()
+    torch.testing.assert_close(
+        grouped_gemm_scaled_reference(x.double(), w, s, ends), unscaled.grouped_gemm_reference(x.double(), exact, ends)
+    )
+    if (F // of_f) % 16 == 0:
+        dy = random(*y.shape, dtype=dtype, seed=3)
+        check(grouped_gemm_scaled(dy, w.mT, s.mT, ends), dy, w.mT, s.mT, ends)
+
+
+def test_steps_within_blocks() -> None:
+    """A setting whose steps are wider than a block is made narrower; one of several steps a block is taken."""
+    x, w, ends = random(9, 96), weights(2, 16, 96), offsets(4, 5)
+    for of_d in (1, 2, 3):  # blocks of 96, 48 and 32
+        s = 0.01 * random(2, 2, of_d, seed=2)
+        for block_k in (16, 32, 64, 128):
+            with settings.pinned("grouped_gemm_scaled", "d packed", (16, 16, block_k, 4, 2)):
+                check(grouped_gemm_scaled(x, w, s, ends), x, w, s, ends)
+    assert why_not(x, w, random(2, 2, 12), ends) == "scales of blocks 8 wide, expected a multiple of 16"
+
+
+def test_scales_of_other_blocks_do_not_leak() -> None:
+    """NaN in one block: in the columns of its features, for rows of its expert."""
+    x, w, ends = random(9, 64), weights(2, 32, 64), offsets(4, 5)
+    s = 0.01 * random(2, 2, 4, seed=2)
+    s[1, 0, 2] = float("nan")
+    nan = grouped_gemm_scaled(x, w, s, ends).isnan()
+    assert nan[4:, :16].all() and not nan[:4].any() and not nan[:, 16:].any()
 
 
 def test_every_number_of_float8() -> None:
@@ -122,7 +177,7 @@ def test_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_not(x, w[:0], None, ends) == "0 experts, expected 1 to 1022"
     other = "weights are torch.float32, expected one of float8_e4m3fn, float8_e5m2"
     assert why_not(x, w.float(), None, ends) == other
-    assert why_not(x, w, torch.ones(3), ends) == "scales are (3,), expected (2,) or (2, 6)"
+    assert why_not(x, w, torch.ones(3), ends) == "scales are (3,), expected (2,) or (2, 6), or of blocks of (2, 6, 8)"
     with pytest.raises(ValueError, match="expected int32"):
         grouped_gemm_scaled(x, w, None, ends.long())
     if not ON_GPU:

@@ -115,16 +115,18 @@ def test_gated_gemm_backward(apart: bool, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @late
-@pytest.mark.parametrize("gathered", [False, True], ids=["rows", "gathered"])
-def test_grouped_gemm_dw(gathered: bool) -> None:
+@pytest.mark.parametrize("how", ["rows", "gathered", "described"])
+def test_grouped_gemm_dw(how: str) -> None:
     """Far rows, for the second of two experts; its one program is the second."""
     (dy, far_dy), (x, far_x) = rows(0), rows(1)
     _, (_, order) = routing()
     wanted = grouped_gemm_dw_file.grouped_gemm_dw(dy, x, offsets(0, ROWS))[1]
-    dw, K = torch.zeros(2, D, D, dtype=torch.float16), int(gathered)
+    dw, K, operands = torch.zeros(2, D, D, dtype=torch.float16), int(how == "gathered"), (far_dy, far_x)
+    if how == "described":
+        operands = grouped_gemm_dw_file.described(*operands, 0, 0, (16, 16, 16))
     with programs_from(1):
         run(grouped_gemm_dw_file._grouped_gemm_dw_kernel, 1)(
-            far_dy, far_x, order, offsets(FAR, ROWS), dw, D, D, K, K, 16, 16, 16
+            *operands, order, offsets(FAR, ROWS), dw, 2, D, D, K, K, 16, 16, 16, 8, how == "described", False
         )
     assert torch.equal(dw[1], wanted) and not dw[0].any()
 
@@ -138,7 +140,9 @@ def test_grouped_gemm_dw_of_a_late_expert() -> None:
     dw, ends = reserved(e + 1, width, width), reserved(e + 1, dtype=torch.int32)
     ends[e - 1], ends[e] = 0, ROWS
     with programs_from(e):
-        run(grouped_gemm_dw_file._grouped_gemm_dw_kernel, 1)(dy, x, ends, ends, dw, width, width, 0, 0, 16, 16, 16)
+        run(grouped_gemm_dw_file._grouped_gemm_dw_kernel, 1)(
+            dy, x, ends, ends, dw, e + 1, width, width, 0, 0, 16, 16, 16, 8, False, False
+        )
     assert torch.equal(dw[e], wanted)
 
 

@@ -141,4 +141,4 @@ def test_what_a_persistent_grid_may_be() -> None:
         with pytest.raises(MoeCompileError, match=why):
             settings.checked("gated_gemm", (*tile, *rest))
     with pytest.raises(MoeCompileError):
-        settings.checked("grouped_gemm_dw", (*tile, 0))
+        settings.checked("grouped_gemm_scaled", (*tile, 0))

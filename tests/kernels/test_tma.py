@@ -7,14 +7,20 @@ import torch
 from torch import Tensor
 
 from moe_compile.kernels import gated_gemm as gated_gemm_file
+from moe_compile.kernels import gated_gemm_backward as gated_gemm_backward_file
 from moe_compile.kernels import grouped_gemm as grouped_gemm_file
+from moe_compile.kernels import grouped_gemm_dw as grouped_gemm_dw_file
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import sort_by_expert
 from moe_compile.kernels.weights import by_descriptor, separate, stacked
 
 from .conftest import DEVICE, ON_GPU, offsets, random
+from .test_gated_gemm import GPT_OSS
+from .test_gated_gemm import SHAPES as ROUTED
+from .test_gated_gemm_backward import check
 
 TILES = (16, 32, 32, 4, 2)
+TILES_IN_PARTS = (16, 32, 32, 2, 4, 2)
 HALF = torch.float16
 pytestmark = pytest.mark.skipif(
     ON_GPU and torch.cuda.get_device_capability()[0] < 9, reason="TMA is that of Hopper and later"
@@ -31,8 +37,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         found.append(descriptor is not None)
         return descriptor
 
-    for file in (grouped_gemm_file, gated_gemm_file):
+    for file in (grouped_gemm_file, gated_gemm_file, gated_gemm_backward_file):
         monkeypatch.setattr(file, "by_descriptor", note)
+    described = grouped_gemm_dw_file.described
+    monkeypatch.setattr(grouped_gemm_dw_file, "described", lambda *args: (
+        found.append(described(*args) is not None), described(*args))[1])  # fmt: skip
     return found
 
 
@@ -40,7 +49,8 @@ def both_ways(kernel: str, form: str, call: Any) -> list[Any]:
     """By pointers, and by descriptors."""
     found = []
     for tma in (0, 1):
-        with settings.pinned(kernel, form, (*TILES, tma)):
+        tiles = TILES_IN_PARTS if kernel == "gated_gemm_backward" else TILES
+        with settings.pinned(kernel, form, (*tiles, tma)):
             found.append(call())
     return found
 
@@ -132,16 +142,94 @@ def test_off_unless_a_setting_says_so(asked: list[bool]) -> None:
     assert not asked
     from moe_compile import MoeCompileError
 
-    for kernel, setting in (("grouped_gemm", (*TILES, 2)), ("grouped_gemm_dw", (*TILES, 1))):
+    for kernel, setting in (("grouped_gemm", (*TILES, 2)), ("grouped_gemm_scaled", (*TILES, 1))):
         with pytest.raises(MoeCompileError, match=r"TMA is|each at least 1"):
             settings.checked(kernel, setting)
 
 
-def test_tuning_tries_descriptors_on_hopper_alone() -> None:
+# -- the backward ---------------------------------------------------------------------------
+
+IDS = torch.tensor([[0, 3], [3, 0], [9, 3]] * 3 + [[1, 0], [3, 3]])  # of 4 experts: one is nobody's, one has no rows
+
+
+@pytest.mark.parametrize("packed", ["f", "d"])
+@pytest.mark.parametrize("form", ["gated", "apart", "pairs", "plain"])
+@pytest.mark.parametrize(("D", "F"), [(32, 32), (40, 56), (72, 24)])
+def test_gated_gemm_backward(D: int, F: int, form: str, packed: str, asked: list[bool]) -> None:
+    gated, how = form != "plain", GPT_OSS if form == "pairs" else "silu"
+    order, ends = sort_by_expert(IDS.to(DEVICE), 4)
+    dout, down = random(11, D, dtype=HALF), random(4, D, F, dtype=HALF, seed=1) / D**0.5
+    down = down if packed == "f" else down.mT.contiguous().mT
+    h = random(22, 2 * F if gated else F, dtype=HALF, seed=2)
+    h[int(ends[-1]) :] = 0
+    args = dout, down, h, random(11, 2, dtype=HALF, seed=3), ends, order, 2
+    pointers, tma = both_ways(
+        "gated_gemm_backward", "gated" if gated else "plain",
+        lambda: gated_gemm_backward_file.gated_gemm_backward(*args, how, gated, form == "apart", True, True),
+    )  # fmt: skip
+    assert all(map(torch.equal, pointers, tma)) and asked == [True]
+    if form != "pairs":  # a rounding may cross a limit
+        check(tma, args, how, gated, scaled=True)
+
+
+@pytest.mark.parametrize("gathered", ["neither", "dy", "x", "both"])
+@pytest.mark.parametrize("shape", ["odd sizes", "whole tiles", "empty experts", "one takes all", "no rows", "nobody's"])
+def test_grouped_gemm_dw(shape: str, gathered: str, asked: list[bool]) -> None:
+    """Rows of tokens that are gathered come by pointers, others by a descriptor, if there are any."""
+    ids, E, D, F = ROUTED[shape]
+    (T, K), R, D, F = ids.shape, ids.numel(), -(-D // 8) * 8, -(-F // 8) * 8
+    order, ends = sort_by_expert(ids.to(DEVICE), E)
+    dy_k, x_k = K if gathered in ("dy", "both") else 0, K if gathered in ("x", "both") else 0
+    dy, x = random(T if dy_k else R, F, dtype=HALF), random(T if x_k else R, D, dtype=HALF, seed=1)
+    args = dy, x, ends, order if dy_k or x_k else None, dy_k, x_k
+    form = "rows" if gathered == "neither" else "gathered"
+    pointers, tma = both_ways("grouped_gemm_dw", form, lambda: grouped_gemm_dw_file.grouped_gemm_dw(*args))
+    assert torch.equal(pointers, tma) and asked == [R > 0 and gathered != "both"]
+    dy_RF, x_RD = dy[order // K] if dy_k else dy, x[order // K] if x_k else x
+    exact = grouped_gemm_dw_file.grouped_gemm_dw_reference(dy_RF.double(), x_RD.double(), ends)
+    torch.testing.assert_close(tma, exact.half(), rtol=2e-3, atol=2e-3)  # one rounding of the result
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_of_others_do_not_leak_into_a_gradient(bad: float, asked: list[bool]) -> None:
+    """A tile of rows ends where the expert ends, also where the next one's rows are no numbers."""
+    dy, x, ends = random(50, 24, dtype=HALF), random(50, 40, dtype=HALF, seed=1), offsets(3, 7, 0, 20)
+    dy[3:10] = x[3:10] = dy[30:] = x[30:] = bad  # the second expert, and the rows behind the last
+    pointers, tma = both_ways(
+        "grouped_gemm_dw", "rows", lambda: grouped_gemm_dw_file.grouped_gemm_dw(dy, x, ends)
+    )  # fmt: skip
+    assert torch.equal(pointers.nan_to_num(), tma.nan_to_num()) and asked == [True]
+    assert tma[[0, 2, 3]].isfinite().all() and not tma[1].isfinite().any() and not tma[2].any()
+
+
+def test_no_descriptor_in_the_backward(asked: list[bool]) -> None:
+    """Of f32, of an odd address, of rows of 20 bytes, of separate weights."""
+    ends = offsets(3, 4, 2)
+    rows = random(9, 16, dtype=HALF)
+    for dy, x in ((rows.float(), rows.float()), (odd(rows), rows), (rows, odd(rows)), (rows, rows[:, :10])):
+        pointers, tma = both_ways(
+            "grouped_gemm_dw", "rows", lambda dy=dy, x=x: grouped_gemm_dw_file.grouped_gemm_dw(dy, x, ends)
+        )
+        assert torch.equal(pointers, tma)
+    order, ends = sort_by_expert(torch.arange(9, device=DEVICE).view(9, 1) % 3, 3)
+    down = random(3, 16, 24, dtype=HALF, seed=1)
+    args = random(9, 24, dtype=HALF, seed=2), None, ends, order, 1, "relu", False, False, True, False
+    each = [v.clone() for v in down]
+    for w in (stacked(down), separate(each)):
+        pointers, tma = both_ways(
+            "gated_gemm_backward", "plain", lambda w=w: gated_gemm_backward_file.launch(rows, w, *args)
+        )
+        assert all(map(torch.equal, pointers, tma))
+    assert asked == [False] * 4 + [True, False]
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel, names in settings.NAMES.items() if "TMA" in names])
+def test_tuning_tries_descriptors_on_hopper_alone(kernel: str) -> None:
     from benchmarks.tune import Job, candidates
 
     for device, tried in (("sm_80", False), ("sm_90", True), ("sm_100", True), ("gfx942", False)):
-        problem = settings.Problem("grouped_gemm", "d packed", device, "bf16", 256, 2048, 768)
-        found = candidates(Job(problem, (128, 128, 64, 8, 3), []), 232448)
-        assert any(s[5:6] == (1,) for s in found) == tried
-        assert all(settings.checked("grouped_gemm", s) == s for s in found)
+        problem = settings.Problem(kernel, "d packed", device, "bf16", 256, 2048, 768)
+        seed = (128, 128, 64, 4, 8, 3) if kernel == "gated_gemm_backward" else (128, 128, 64, 8, 3)
+        found = candidates(Job(problem, seed, []), 232448)
+        assert any(s[-2] == 1 for s in found) == tried and any(s[-1] == 2 for s in found)
+        assert all(len(s) == len(settings.NAMES[kernel]) and settings.checked(kernel, s) == s for s in found)

@@ -295,6 +295,94 @@ FoldWeightScales: 0 applied, 1 refused
   - grouped_gemm: no kernel on meta""",
         )
 
+    def test_scales_of_blocks(self):
+        """Blocks of 5 by 2, in whatever form, also of weights that are transposed later, or whose scales are cast."""
+
+        def whole(s):
+            return s.repeat_interleave(5, 1).repeat_interleave(2, -1)
+
+        def parts(x, w, s, o):
+            return grouped_gemm(x, [(s.view(E, 2, 1, 2, 1) * w.float().view(E, 2, 5, 2, 2)).view(E, 10, 4)], o)
+
+        forms = {
+            "interleaved": lambda x, w, s, o: grouped_gemm(x, [w.to(F32) * whole(s)], o),
+            "cast": lambda x, w, s, o: grouped_gemm(x, [w.to(F32) * whole(s.to(BF16)).to(F32)], o),
+            "in parts": parts,
+            "unflattened": lambda x, w, s, o: grouped_gemm(
+                x, [w.float() * s.flatten(1).unflatten(1, (2, 2)).repeat_interleave(2, 2).repeat_interleave(5, 1)], o
+            ),
+            "a matrix an expert": lambda x, w, s, o: grouped_gemm(
+                x, [v.float() * s[e].repeat_interleave(5, 0).repeat_interleave(2, 1) for e, v in enumerate(w)], o
+            ),
+        }
+        x, _, s, o = values((E, 2, 2))
+        w = (40 * torch.randn(E, 10, D, generator=torch.Generator().manual_seed(1))).to(E4M3)
+        for name, fn in forms.items():
+            with self.subTest(name):
+                self.assertIn("aten.reshape(", graph_text(self.check(fn, [x, w, s, o]).graph))
+        late = lambda x, w, s, o: grouped_gemm(x, [(w.to(F32) * whole(s)).transpose(1, 2)], o)  # noqa: E731
+        gm = self.check(late, [torch.randn(R, 10), w, s, o])
+        self.assertExpectedInline(
+            graph_text(gm.graph),
+            """\
+x_1: f32[7, 10]
+w_1: torch.float8_e4m3fn[3, 10, 4]
+s_1: f32[3, 2, 2]
+o_1: i32[3]
+transpose_int: torch.float8_e4m3fn[3, 4, 10] = aten.transpose.int(w_1, -2, -1)
+reshape_default: f32[3, 2, 2] = aten.reshape(s_1, [3, 2, 2])
+transpose_int_1: f32[3, 2, 2] = aten.transpose.int(reshape_default, -2, -1)
+grouped_gemm_scaled_default: f32[7, 4] = moe_ep.grouped_gemm_scaled(x_1, [transpose_int], transpose_int_1, o_1)
+return grouped_gemm_scaled_default""",
+        )
+
+    def test_declines_scales_that_are_not_of_blocks(self):
+        def changed(x, w, s, o):
+            full = s.repeat_interleave(5, 1).repeat_interleave(2, 2)
+            full.mul_(2)
+            return grouped_gemm(x, [w.to(F32) * full], o)
+
+        def changed_after_it_was_read(x, w, s, o):
+            full = s.repeat_interleave(5, 1).repeat_interleave(2, 2)
+            s.mul_(2)
+            return grouped_gemm(x, [w.to(F32) * full], o)
+
+        def changed_as_a_view(x, w, s, o):
+            full = s.repeat_interleave(5, 1).repeat_interleave(2, 2)
+            full[0].mul_(2)
+            return grouped_gemm(x, [w.to(F32) * full], o)
+
+        forms = {
+            "tiled": lambda x, w, s, o: grouped_gemm(x, [w.to(F32) * s.repeat(1, 5, 2)], o),
+            "tiled columns": lambda x, w, s, o: grouped_gemm(
+                x, [w.to(F32) * s.repeat_interleave(5, 1).repeat(1, 1, 2)], o
+            ),
+            "in turn": lambda x, w, s, o: grouped_gemm(
+                x, [w.to(F32) * s.mT.reshape(E, 2, 2).repeat_interleave(5, 1).repeat_interleave(2, 2)], o
+            ),
+            "flipped": lambda x, w, s, o: grouped_gemm(
+                x, [w.to(F32) * s.repeat_interleave(5, 1).flip(1).repeat_interleave(2, 2)], o
+            ),
+            "of all experts": lambda x, w, s, o: grouped_gemm(
+                x, [w.to(F32) * s[:1].repeat_interleave(5, 1).repeat_interleave(2, 2)], o
+            ),
+            "no repetition along rows": lambda x, w, s, o: grouped_gemm(
+                x, [w.to(F32) * s.repeat_interleave(5, 1).repeat_interleave(2, 2).cumsum(2)], o
+            ),
+            "changed": changed,
+            "changed after it was read": changed_after_it_was_read,
+            "changed as a view": changed_as_a_view,
+        }
+        for name, fn in forms.items():
+            x, _, s, o = values((E, 2, 2))
+            w = (40 * torch.randn(E, 10, D, generator=torch.Generator().manual_seed(1))).to(E4M3)
+            with self.subTest(name):
+                gm = trace(fn, [x, w, s.clone(), o])
+                report = FoldWeightScales()(gm)
+                # what was transposed, or flipped, has the scales of these blocks, or of blocks of 1 by 2
+                self.assertEqual(len(report.applied), 1 if name in ("in turn", "flipped") else 0)
+                torch.testing.assert_close(gm(x, w, s.clone(), o), fn(x, w, s.clone(), o))
+
     def test_near_misses(self):
         """Not of the form; a square is, with a scale that is none."""
         forms = {
