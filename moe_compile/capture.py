@@ -532,6 +532,7 @@ def capture(
     by_number: bool = False,
     longer: bool = False,
     bounded: bool = False,
+    lines: bool = True,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
     be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
@@ -612,7 +613,7 @@ def capture(
 
     like = twins(module, numbers.FEW)
     with watch(module, kept, like), _unset(module, kept), world.mode, _compiling(), _refusals(answers):
-        gm = make_fx(run_on_fakes, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
+        gm = make_fx(run_on_fakes, pre_dispatch=True, record_stack_traces=lines, _allow_non_fake_inputs=True)(
             inputs, state_fakes, lengths, indices
         )
     gm.graph.set_codegen(torch.fx.graph.CodeGen())
