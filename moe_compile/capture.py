@@ -541,7 +541,8 @@ def capture(
     loop began is noted, not a refusal; `visited`: the experts that such a loop visits, or the first one over numbers if
     `by_number`; `visit`: all functions that can run, if one visit may stand for many experts (visits.py); `known`: what
     the caller's graph shows of the tensors; `longer`: with one more number than `Capture.open_counts`, where an
-    IndexError is noted too; `bounded`: it is a refusal to see how many of these numbers there are.
+    IndexError is noted too; `bounded`: it is a refusal to see how many of these numbers there are; `lines`: nodes
+    know the user's lines, which nobody reads in a graph that is only compared.
 
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
