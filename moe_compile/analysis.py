@@ -128,7 +128,7 @@ def _proven(
                 again = functools.partial(
                     capture, fn, module, args, kwargs, truth=nonempty, classes=apart.classes, visited=few,
                     rows=SYMBOLIC if apart.sees_rows else EXAMPLE, selections=apart.selections, known=known,
-                    by_number=main.by_number,
+                    by_number=main.by_number, lines=False,
                 )  # fmt: skip
                 worlds.check(seen, apart, known.distinct, again, few)
         _nothing_left(main)
@@ -192,8 +192,9 @@ def _trace(
     `by_number`: as in `capture`.
     """
     trace = functools.partial(
-        capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, known=known, by_number=by_number
-    )
+        capture, fn, module, args, kwargs, truth=truth, visited=visited, visit=visit, known=known, by_number=by_number,
+        lines=visited is None,
+    )  # fmt: skip
     found = trace(may_fail=visited is None)
     bound, reason = _beyond_counts(found, trace) if found.open_counts is not None and visited is None else (None, None)
     last = found.fails_at  # `worlds.check` shows that it always fails there
@@ -211,10 +212,10 @@ def _beyond_counts(found: Capture, trace: Callable[..., Capture]) -> tuple[int |
     (None, None) if it is nobody's, since nobody sees that there are more numbers; else the reason to refuse it."""
     if found.visits:
         raise OneByOne("bincount has more numbers where an id is out of range")
-    if (fails_at := trace(longer=True, visit=None).fails_at) is not None:
+    if (fails_at := trace(longer=True, visit=None, lines=False).fails_at) is not None:
         return fails_at, None
     try:
-        trace(bounded=True, visit=None)
+        trace(bounded=True, visit=None, lines=False)
     except Refusal:
         return None, (
             f"bincount(minlength={found.open_counts}) gives more numbers where an id is greater, and the function sees "

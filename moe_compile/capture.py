@@ -546,6 +546,7 @@ def capture(
     by_number: bool = False,
     longer: bool = False,
     bounded: bool = False,
+    lines: bool = True,
 ) -> Capture:
     """Trace `fn(module, *args, **kwargs)`.  Tensors among the arguments say shapes, dtypes and devices only: sizes may
     be symbols of another `ShapeEnv`.  `rows`: how many rows a selection gets, `SYMBOLIC` for numbers that may be
@@ -554,7 +555,8 @@ def capture(
     loop began is noted, not a refusal; `visited`: the experts that such a loop visits, or the first one over numbers if
     `by_number`; `visit`: all functions that can run, if one visit may stand for many experts (visits.py); `known`: what
     the caller's graph shows of the tensors; `longer`: with one more number than `Capture.open_counts`, where an
-    IndexError is noted too; `bounded`: it is a refusal to see how many of these numbers there are.
+    IndexError is noted too; `bounded`: it is a refusal to see how many of these numbers there are; `lines`: nodes
+    know the user's lines, which nobody reads in a graph that is only compared.
 
     Raises `Refusal` with the reason if the function cannot be run out of band, `OneByOne` if a visit stands for one.
     """
@@ -626,7 +628,7 @@ def capture(
 
     like = twins(module, numbers.FEW)
     with watch(module, kept, like), _unset(module, kept), world.mode, _compiling(), _refusals(answers):
-        gm = make_fx(run_on_fakes, pre_dispatch=True, record_stack_traces=True, _allow_non_fake_inputs=True)(
+        gm = make_fx(run_on_fakes, pre_dispatch=True, record_stack_traces=lines, _allow_non_fake_inputs=True)(
             inputs, state_fakes, lengths, indices
         )
     gm.graph.set_codegen(torch.fx.graph.CodeGen())

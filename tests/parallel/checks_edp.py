@@ -38,6 +38,7 @@ from tests.parallel.ranks import Ranks
 from tests.parallel.strategies import WAYS, way
 from tests.tiny import FF, Block, D, Net, close, compiled, regions
 
+EP, OVER_ALL = 2, ("checkpoints", "fitting")
 SPLIT: dict[str, Any] = {"ep": 2, "dp_shard": 4, "experts": "sharded"}
 
 

@@ -50,6 +50,8 @@ from tests.parallel.ranks import Ranks
 from tests.parallel.strategies import WAYS, way
 from tests.tiny import Block, D, Experts, Net, close, compiled
 
+EP, OVER_ALL = 2, ("clip_and_states", "clip_and_states_with_fsdp", "misfits")
+
 
 class Attention(nn.Module):
     """Two heads, one for each rank along "tp"; queries are normed as they are in Qwen."""

@@ -3,6 +3,9 @@
 A check is a function of `Ranks` in a module such as checks.py that raises on the rank that finds a fault.  The first
 fault ends the run, for ranks that left a collective half done cannot go on together; every wait has a time limit.
 
+There are as many experts as a check needs for uneven shards.  `EP` in its module says over how many ranks experts are
+split, if that is not all of them; `OVER_ALL` names the checks of such a module that split them over all besides.
+
 MOE_COMPILE_TEST_TIMES names a file to which rank 0 appends what each check took: seconds, and those of its processor.
 """
 
@@ -30,6 +33,7 @@ PRELOAD = [
     "torch._inductor.select_algorithm", "torch._export.db",
     "torch._dynamo.testing", "torch.export._trace", "torch.utils.cpp_extension", "torch.distributed.fsdp",
     "transformers.models.mixtral.modeling_mixtral",
+    "tests.parallel.warm",
 ]  # fmt: skip
 
 
@@ -91,16 +95,18 @@ def _work(rank: int, size: int, port: int, names: list[str], module: str, result
 
     from tests.parallel import checks, checks_flat, checks_together, strategies
 
-    checks.E = max(3, 2 * size - 1)  # the last rank holds fewer
+    home = importlib.import_module(module)
     torch.set_num_threads(1)
     gc.freeze()  # what was imported, so that no collection walks over it while graphs are traced
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=COLLECTIVE_S))
     for name in names:
+        ep = size if name in getattr(home, "OVER_ALL", ()) else min(size, getattr(home, "EP", size))
+        checks.E = max(3, 2 * ep - 1)  # the last rank holds fewer
         torch._dynamo.reset()
         torch.manual_seed(0)
         start = time.monotonic(), time.process_time()
         try:
-            places = (importlib.import_module(module), strategies, checks_flat, checks_together)
+            places = (home, strategies, checks_flat, checks_together)
             check: Callable[[Ranks], None] = next(getattr(m, name) for m in places if hasattr(m, name))
             check(Ranks(rank, size))
             dist.barrier()
