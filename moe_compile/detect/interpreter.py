@@ -368,7 +368,9 @@ class Interpreter:
 
     def _note_copy(self, node: Node) -> None:
         source = node.args[0] if op_of(node) in MAY_COPY and node.args else None
-        if isinstance(source, Node) and not self.values[source].plain and storages(source).isdisjoint(storages(node)):
+        if not isinstance(source, Node) or (self.values[source].plain and not isinstance(self.values[source], Sorted)):
+            return
+        if storages(source).isdisjoint(storages(node)):
             self._copies.note(name_of(node), storages(source), storages(node))
 
     def _made(self, node: Node, value: Value) -> Value:

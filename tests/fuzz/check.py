@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from moe_compile import numbers
 from moe_compile.arguments import Known
@@ -108,13 +109,9 @@ class Run:
 
     def _plain(self) -> dict[str, Any]:
         """What Python holds: attributes that programs set, a global list."""
-        found = {
-            f"{n} of {i}": v.detach() if isinstance(v, Tensor) else v
-            for i, m in enumerate(self.model.modules())
-            for n, v in vars(m).items()
-            if n in STATE
-        }
-        return copy.deepcopy({**found, "CALLS": self.module.CALLS})
+        held = {f"{n} of {i}": v for i, m in enumerate(self.model.modules()) for n, v in vars(m).items() if n in STATE}
+        held["CALLS"] = self.module.CALLS
+        return copy.deepcopy(tree_map_only(Tensor, Tensor.detach, held))  # type: ignore[no-any-return]
 
     def restore(self) -> None:
         for name, p in self._tensors():
@@ -136,11 +133,11 @@ class Run:
 
         try:
             found = outcome(call, self.model, args)
+            plain = self._plain()
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         found |= {f"argument {i}": a.detach().clone() for i, a in enumerate(passed)}
         found |= {f"value of {n}": p.detach().clone() for n, p in self.model.named_parameters()}
-        plain = self._plain()
         found |= {f"attribute {n}": v for n, v in plain.items() if isinstance(v, Tensor)}
         state = repr({n: v for n, v in plain.items() if not isinstance(v, Tensor)})
         return found | {"python": torch.tensor(list(state.encode()))}

@@ -90,7 +90,10 @@ def check(case: Case) -> str:
 
 def _check(module: ModuleType, case: Case) -> str:
     torch.manual_seed(0)
-    model = case.subject.make(getattr(module, case.subject.cls.__name__))
+    try:
+        model = case.subject.make(getattr(module, case.subject.cls.__name__))
+    except Exception:
+        return "invalid"
     for m in model.modules():  # what edits may change
         if type(m).__module__ == module.__name__:
             m.seen, m.last = 0, 0

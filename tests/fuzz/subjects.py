@@ -26,7 +26,6 @@ from tests.fuzz.check import DTYPE, arguments, routings
 
 KINDS = ("families", "idioms", "layers", "mutants")
 TESTS = "tests.detect."
-REGISTERS = {"idiom", "mutant"}  # decorators of the tests' own tables
 Calls = Sequence[tuple[Tensor, ...]]
 
 
@@ -96,24 +95,21 @@ def _is_own(made: Any, cls: type) -> bool:
         return False
     if made.__module__ != cls.__module__ and not (isinstance(made, type) and made.__module__.startswith(TESTS)):
         return False
-    if made.__name__ in REGISTERS or made.__name__ not in _written(made.__module__):
+    if made.__name__ not in _written(made.__module__):
         return False
     return not issubclass(made, torch.autograd.Function) if isinstance(made, type) else made.__closure__ is None
 
 
 @functools.cache
 def _written(module: str) -> dict[str, str]:
-    """The classes and functions of a file, without the decorators that put them into tables."""
+    """The classes and functions of a file; those of tests without the decorators that put them into tables."""
     found = {}
     for node in ast.parse(inspect.getsource(sys.modules[module])).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            node.decorator_list = [d for d in node.decorator_list if not _registers(d)]
+            if isinstance(node, ast.ClassDef) and module.startswith("tests."):
+                node.decorator_list = []
             found[node.name] = ast.unparse(node)
     return found
-
-
-def _registers(decorator: ast.expr) -> bool:
-    return isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) in REGISTERS
 
 
 # -- the subjects ---------------------------------------------------------------------------
