@@ -184,7 +184,7 @@ def along(call: Call) -> Value | None:
     dims = call.arg(position, name, default)
     rank = call.val(next(n for n in _nodes(call.node.args) if isinstance(n, Node))).dim()
     rank += op == "unsqueeze"
-    if dims is None or dims == []:
+    if dims is None or dims == [] or isinstance(dims, bool):  # std(True): of all, unbiased
         return Unknown(f"{op} reduces over all rows")
     if op == "slice" and dims % rank == 0 and whole_slice(call):
         return call.arg(0)

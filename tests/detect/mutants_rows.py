@@ -15,6 +15,14 @@ class MeanOverRows(Listed):
         return self.experts[e](x - x.mean(0, keepdim=True))
 
 
+@mutant("std reduces over all rows")
+class DeviationOfAll(Listed):
+    """The argument says how it is estimated, and not along what."""
+
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return self.experts[e](x / x.std(False))
+
+
 @mutant("softmax along dimension 0 lets rows depend on each other")
 class SoftmaxOverRows(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
