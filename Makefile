@@ -36,6 +36,7 @@ check: test
 bench: setup         ## step times, CPU kernels and first calls beside the peers, on this machine
 	$(BIN)/python -m benchmarks.step --out benchmarks/results
 	$(BIN)/python -m benchmarks.kernels_cpu --out benchmarks/results
+	$(BIN)/python -m benchmarks.experts_cpu --out benchmarks/results
 	$(BIN)/python -m benchmarks.first_call --out benchmarks/results
 
 cross-compile: setup ## every kernel and setting for sm_80, sm_90, sm_100 and gfx942, without a GPU
