@@ -86,7 +86,9 @@ def distance(a: Tensor, b: Tensor) -> float:
 def in_float64(model: nn.Module, ids: Tensor, **kwargs: Any) -> dict[str, Tensor]:
     """All gradients of the unmodified model in double precision, by its own loop: `grouped_mm` knows no float64."""
     reference: Any = original(model).double()
-    reference.set_experts_implementation("eager")
+    for module in reference.modules():
+        if isinstance(module, transformers.PreTrainedModel) and hasattr(module, "set_experts_implementation"):
+            module.set_experts_implementation("eager")
     return step(reference, reference, ids, **kwargs)[1]
 
 
