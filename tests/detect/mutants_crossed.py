@@ -187,6 +187,22 @@ class TableKept(Crossed):
         return (mask * weights[..., None]).sum(1)
 
 
+@mutant(NOTHING)
+class TableByEquality(Crossed):
+    """An id out of range is nobody's, where that of a one-hot is an error."""
+
+    def table(self, ids: Tensor, weights: Tensor) -> Tensor:
+        return ((ids[..., None] == torch.arange(E)) * weights[..., None]).sum(1)
+
+
+@mutant(NOTHING)
+class TableOfOneMore(Crossed):
+    """The same of a class that is cut off."""
+
+    def table(self, ids: Tensor, weights: Tensor) -> Tensor:
+        return (F.one_hot(ids, E + 1)[..., :E] * weights[..., None]).sum(1)
+
+
 @mutant(NOT_ZERO.format("aten.einsum"))
 class Heads(nn.Module):
     """No experts: all that is computed counts."""
