@@ -5,34 +5,14 @@ here, at import, and stays set for the process.  That harms no other test: witho
 else runs Triton kernels, and tests that compile them start a process without the variable.
 """
 
-import os
-import sys
-
 import pytest
 import torch
 
+from tests.interpreter import interpret
+
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-# `tl.dot` on bf16 operands is wrong in the interpreter (triton 3.6 and 3.7).
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-
-
-def interpret() -> None:
-    """Choose the interpreter, also where Triton is loaded already (torch._dynamo imports it)."""
-    loaded = "triton" in sys.modules
-    late = ("triton.language", "moe_compile.kernels")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    os.environ["TRITON_INTERPRET"] = "1"
-    if loaded:  # then these modules may hold functions that are meant for the compiler
-        from triton.runtime.interpreter import InterpretedFunction
-        from triton.runtime.jit import JITFunction
-
-        for name in [n for n in sys.modules if n.startswith(late)]:
-            for attribute, function in list(vars(sys.modules[name]).items()):
-                if isinstance(function, JITFunction):
-                    setattr(sys.modules[name], attribute, InterpretedFunction(function.fn))
-
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 if not ON_GPU:
     interpret()
