@@ -78,8 +78,7 @@ class ChooseKernels(RewritePass[Site]):
         with graph.inserting_before(node):
             if op in ("grouped_gemm", "grouped_gemm_scaled"):
                 weights: Any = args[1]
-                stack = weights[0] if len(weights) == 1 else emit(graph, aten.stack.default, list(weights), like=node)
-                args[1] = stack
+                args[1] = weights[0] if len(weights) == 1 else _stacked(graph, weights, like=node)
             reason = _why_not_triton(op, map_arg(tuple(args), lambda n: n.meta["val"]))
             lacking = f"triton: {reason}" if reason else ""
             if op == "grouped_gemm" and reason is None and _timed(*args[:2]):
@@ -143,7 +142,7 @@ def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
     def stack(w: Any) -> Any:
         if not w:
             return None
-        return w[0] if value(w[0]).dim() == 3 else emit(graph, aten.stack.default, list(w), like=node)
+        return w[0] if value(w[0]).dim() == 3 else _stacked(graph, w, like=node)
 
     def part(of: Node, index: int) -> Node:
         return emit(graph, operator.getitem, of, index, like=node)
@@ -166,6 +165,12 @@ def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
     else:
         y, name = emit(graph, triton.grouped_gemm.default, a, last, offsets, None, tiles, rows, like=node), "triton"
     return emit(graph, triton.combine.default, y, weights, order, offsets, top_k, like=node), name
+
+
+def _stacked(graph: Graph, weights: Any, like: Node) -> Node:
+    """One stack of matrices, by ops that Inductor takes behind its decompositions."""
+    matrices = [emit(graph, aten.unsqueeze.default, w, 0, like=like) for w in weights]
+    return emit(graph, aten.cat.default, matrices, like=like)
 
 
 def _rows_of_tiles(x: Any, gate: Node | None, up: Node, order: Node, gated: Any) -> int:
@@ -213,13 +218,17 @@ def _grouped_mm(graph: Graph, node: Node, x: Any, w: Any, offsets: Any) -> Node:
     """aten._grouped_mm, with the rows behind the last offset, which it leaves unset, as zeros."""
     transposed = emit(graph, aten.permute.default, w, [0, 2, 1], like=node)
     product = emit(graph, aten._grouped_mm.default, x, transposed, offsets, like=node, val=value(node))
-    rows = emit(graph, aten.arange.default, value(node).shape[0], like=node, val=_rows(node))
-    rows.kwargs = {"dtype": torch.int32, "device": value(node).device}
+    # behind Inductor's decompositions: it takes no `arange` here
+    rows = emit(graph, torch.ops.prims.iota.default, value(node).shape[0], like=node, val=_rows(node))
+    rows.kwargs = {**_IOTA, "device": value(node).device}
     stop = emit(graph, aten.select.int, offsets, 0, -1, like=node)
     kept = emit(graph, aten.unsqueeze.default, emit(graph, aten.lt.Tensor, rows, stop, like=node), 1, like=node)
     zero = emit(graph, aten.full.default, [], 0.0, like=node, val=value(node).new_empty(()))
     zero.kwargs = {"dtype": value(node).dtype, "device": value(node).device}
     return emit(graph, aten.where.self, kept, product, zero, like=node)
+
+
+_IOTA: dict[str, Any] = {"start": 0, "step": 1, "dtype": torch.int32, "requires_grad": False}
 
 
 def _rows(node: Node) -> Tensor:

@@ -26,7 +26,8 @@ def _replace_compiled() -> None:
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    for name in [n for n in sys.modules if n.startswith(("triton.language", "moe_compile.kernels"))]:
+    late = ("triton.language", "torch._inductor.runtime.triton_helpers", "moe_compile.kernels")
+    for name in [n for n in sys.modules if n.startswith(late)]:
         for attribute, function in list(vars(sys.modules[name]).items()):
             if isinstance(function, JITFunction):
                 setattr(sys.modules[name], attribute, InterpretedFunction(function.fn))

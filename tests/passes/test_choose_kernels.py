@@ -61,8 +61,8 @@ return grouped_gemm_scaled_default""",
         self.assertExpectedInline(
             "\n".join(graph_text(gm.graph).splitlines()[-3:]),
             """\
-stack_default: torch.float8_e4m3fn[2, 48, 32] = aten.stack([a_1, b_1])
-grouped_gemm_scaled_default: bf16[64, 48] = moe_ep_triton.grouped_gemm_scaled(x_1, stack_default, None, o_1)
+cat_default: torch.float8_e4m3fn[2, 48, 32] = aten.cat([unsqueeze_default, unsqueeze_default_1])
+grouped_gemm_scaled_default: bf16[64, 48] = moe_ep_triton.grouped_gemm_scaled(x_1, cat_default, None, o_1)
 return grouped_gemm_scaled_default""",
         )
         wide = ((T, D), torch.float64)
@@ -129,8 +129,10 @@ a_1: f32[48, 32]
 b_1: f32[32, 48]
 offsets_1: i32[2]
 t: f32[48, 32] = aten.t(b_1)
-stack_default: f32[2, 48, 32] = aten.stack([a_1, t])
-grouped_gemm_default: f32[64, 48] = moe_ep_triton.grouped_gemm(x_1, stack_default, offsets_1)
+unsqueeze_default: f32[1, 48, 32] = aten.unsqueeze(a_1, 0)
+unsqueeze_default_1: f32[1, 48, 32] = aten.unsqueeze(t, 0)
+cat_default: f32[2, 48, 32] = aten.cat([unsqueeze_default, unsqueeze_default_1])
+grouped_gemm_default: f32[64, 48] = moe_ep_triton.grouped_gemm(x_1, cat_default, offsets_1)
 return grouped_gemm_default""",
         )
 
@@ -152,9 +154,9 @@ w_1: bf16[8, 1536, 2048]
 o_1: i32[8]
 permute_default: bf16[8, 2048, 1536] = aten.permute(w_1, [0, 2, 1])
 _grouped_mm_default: bf16[65536, 1536] = aten._grouped_mm(x_1, permute_default, o_1)
-arange_default: i32[65536] = aten.arange(65536, dtype=torch.int32, device=cuda:0)
+iota_default: i32[65536] = prims.iota(65536, start=0, step=1, dtype=torch.int32, requires_grad=False, device=cuda:0)
 select_int: i32[] = aten.select.int(o_1, 0, -1)
-lt_tensor: b8[65536] = aten.lt(arange_default, select_int)
+lt_tensor: b8[65536] = aten.lt(iota_default, select_int)
 unsqueeze_default: b8[65536, 1] = aten.unsqueeze(lt_tensor, 1)
 full_default: bf16[] = aten.full([], 0.0, dtype=torch.bfloat16, device=cuda:0)
 where_self: bf16[65536, 1536] = aten.where.self(unsqueeze_default, _grouped_mm_default, full_default)
