@@ -9,7 +9,8 @@ rows are those of an expert, on average; D and F the inner and outer width of th
 kernel, form, device, dtype and widths, and for rows from half to twice its own; the nearest one is taken.  Settings
 change times, never numbers' meaning: sums may be rounded in another order.
 
-MOE_COMPILE_SETTINGS names a file of the same form that goes before the table; `pinned` goes before both.
+MOE_COMPILE_SETTINGS names a file of the same form that goes before the table; `pinned` goes before both.  Where there
+is no device to ask what it is, as when graphs for a GPU are compiled elsewhere, no entry counts.
 """
 
 import functools
@@ -18,7 +19,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,7 @@ does not gather, come by tensor descriptors, where the device and the tensors al
 by pointers.  PROGRAMS: how many for each multiprocessor, each of which computes tiles until none is left; 0, or left
 out, for one a tile."""
 
-Pins = Mapping[tuple[str, str], Setting]
-_pinned: ContextVar[Pins] = ContextVar("pinned settings", default={})  # noqa: B039  (never changed in place)
+_pinned: Mapping[tuple[str, str], Setting] = {}  # never changed in place; of the process: backwards have threads
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ def choose(
 
     Raises `MoeCompileError` if a table cannot be read.
     """
-    if (kernel, form) in (pins := _pinned.get()):
-        return pins[kernel, form]
+    if (kernel, form) in _pinned:
+        return _pinned[kernel, form]
     tables = [read(path) for path in _paths()]
     if not any(tables):
         return seed
@@ -95,36 +94,38 @@ def choose(
 
 @contextmanager
 def pinned(kernel: str, form: str, setting: Setting) -> Iterator[None]:
-    """Launch this form of a kernel by this setting only; for measurements."""
-    token = _pinned.set({**_pinned.get(), (kernel, form): checked(kernel, setting)})
+    """Launch this form of a kernel by this setting only, in all threads; for measurements."""
+    global _pinned
+    before = _pinned
+    _pinned = {**before, (kernel, form): checked(kernel, setting)}
     try:
         yield
     finally:
-        _pinned.reset(token)
+        _pinned = before
 
 
 def device_name(device: torch.device) -> str:
-    """The kind of device that an entry names: "sm_90", "gfx942", or "cpu" for the interpreter."""
-    if device.type != "cuda":
+    """The kind of device that an entry names: "sm_90", "gfx942"; "cpu" for the interpreter, "cuda" if there is none."""
+    if device.type != "cuda" or not torch.cuda.is_available():
         return device.type
     if torch.version.hip is not None:
         return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def read(path: Path) -> tuple[Entry, ...]:
+def read(path: Path | str) -> tuple[Entry, ...]:
     """The entries of a table.  Raises `MoeCompileError` naming the file and the line, for what is not one."""
     try:
-        changed = path.stat().st_mtime_ns
+        changed = os.stat(path).st_mtime_ns
     except OSError as error:
         raise MoeCompileError(f"settings of kernels: {path}: {error.strerror}; {VARIABLE} names it") from error
     return _read(path, changed)
 
 
 @functools.cache
-def _read(path: Path, changed: int) -> tuple[Entry, ...]:
+def _read(path: Path | str, changed: int) -> tuple[Entry, ...]:
     entries = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             if line.strip():
                 found: dict[str, Any] = json.loads(line)
@@ -162,12 +163,12 @@ def table_texts() -> tuple[str, ...]:
     """
     for path in _paths():
         read(path)
-    return tuple(path.read_text() for path in _paths())
+    return tuple(Path(path).read_text() for path in _paths())
 
 
-def _paths() -> list[Path]:
+def _paths() -> list[Path | str]:
     """The user's table, if there is one, and ours."""
-    return [Path(path) for path in (os.environ.get(VARIABLE), TABLE) if path]
+    return [path for path in (os.environ.get(VARIABLE), TABLE) if path]
 
 
 def _nearest(table: tuple[Entry, ...], problem: Problem) -> Entry | None:

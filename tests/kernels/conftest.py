@@ -29,8 +29,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(allocate):
         def allocate_poisoned(*args, **kwargs):
             out = allocate(*args, **kwargs)
-            floating = out.is_floating_point()
-            return out.fill_(float("nan") if floating else torch.iinfo(out.dtype).max)
+            if out.dtype == torch.bool:
+                return out.fill_(True)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
 
         return allocate_poisoned
 

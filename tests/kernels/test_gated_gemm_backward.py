@@ -81,7 +81,10 @@ def test_pairs_and_limits(shape: str, dtype: torch.dtype) -> None:
     same = gated_gemm_backward(*halves, GPT_OSS.removesuffix(" pairs"), True, False, True, True)
     F = down.shape[2]
     assert torch.equal(found[0][0], torch.stack(same[0][0].split(F, 1), 2).flatten(1))
-    assert all(map(torch.equal, found[1:], same[1:]))
+    assert torch.equal(found[1], same[1])
+    torch.testing.assert_close(
+        found[2], same[2], rtol=1e-5, atol=1e-5
+    )  # a GPU adds the columns of a row in another order
 
 
 @pytest.mark.parametrize("shape", ["odd sizes", "nobody's", "several tiles"])

@@ -1,5 +1,6 @@
 """The table of launch settings: which entry counts, what is no entry, and how the fastest is found."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,21 @@ def test_what_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with settings.pinned("grouped_gemm", "d packed", (16, 64, 16, 4, 2)):
         assert chosen(256)[0] == 16
     assert chosen(256)[0] == 32
+
+
+def test_a_pin_holds_in_all_threads() -> None:
+    """The backward of tensors on a GPU is run by a thread of autograd's."""
+    with settings.pinned("grouped_gemm", "d packed", (16, 64, 16, 4, 2)), ThreadPoolExecutor(1) as other:
+        assert other.submit(chosen, 256).result()[0] == 16
+    assert chosen(256) == SEED
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to ask")
+def test_a_table_for_a_device_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of fake tensors for a GPU are compiled as without the table."""
+    monkeypatch.setattr(settings, "TABLE", table(tmp_path / "t.jsonl", entry(256, 128, device="sm_90")))
+    there = torch.device("cuda", 0)
+    assert settings.choose("grouped_gemm", "d packed", there, torch.float32, 256, 32, 48, seed=SEED) == SEED
 
 
 @pytest.mark.parametrize(
