@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 import torch._inductor.compile_fx
+import torch.utils._triton
 import triton
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config
@@ -59,6 +60,8 @@ def install() -> None:
 
 def _have_a_device() -> None:
     """What Inductor and Triton ask about the device, and no more."""
+    for answer in vars(torch.utils._triton).values():  # given before
+        getattr(answer, "cache_clear", lambda: None)()
     torch._C._ensureCUDADeviceGuardSet()
     triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
     answers: dict[str, Any] = dict(
