@@ -37,3 +37,13 @@ def abs(x):
 @triton.jit
 def erf(x):
     return tl.erf(x)
+
+
+@triton.jit
+def cos(x):
+    return tl.cos(x)
+
+
+@triton.jit
+def sin(x):
+    return tl.sin(x)
