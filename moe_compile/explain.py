@@ -76,7 +76,7 @@ def rewrite(gm: GraphModule) -> Report:
         (n, n.args[6], n.args[0].meta["val"].shape) for n in gm.graph.find_nodes(op="call_function", target=experts)
     ]  # type: ignore[union-attr]
     regions = [RegionReport(False, "", "", "", 0, None, reason, before) for _, reason in report.refused]
-    reports = pipeline.canonicalise(gm)
+    reports = [*pipeline.narrow(gm), *pipeline.canonicalise(gm)]
     declined = {site: reason for r in reports for site, reason in r.refused if r.name == "DispatchExperts"}
     _keep_names(gm, outputs)
     after = graph_text(gm.graph)

@@ -28,7 +28,7 @@ from moe_compile.graph_text import graph_text
 from moe_compile.parallel.agree import agree
 from moe_compile.parallel.shards import Placement, dense, placement
 from moe_compile.parts import listed, parts
-from moe_compile.pipeline import Placed, canonicalise, place
+from moe_compile.pipeline import Placed, canonicalise, narrow, place
 from moe_compile.read_walk import plain_attributes, reads
 from moe_compile.reads import SIMPLE, TORCH_OWN, Read, hold
 from moe_compile.region import experts
@@ -169,8 +169,9 @@ def _prove(
         body = getattr(found.gm, str(node.args[5].target))  # type: ignore[union-attr]
         flops = product_flops(node, found.form)
         detected = graph_text(found.gm.graph)
+        narrowed = narrow(found.gm, how.skip)
         placed = _place(found, module, how)
-        reports = [placed.report, *canonicalise(found.gm, how.skip)]
+        reports = [*narrowed, placed.report, *canonicalise(found.gm, how.skip)]
         for done in reports:
             if done.refused and done.name == "DispatchExperts":
                 raise Refusal(done.refused[0][1])

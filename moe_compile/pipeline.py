@@ -19,12 +19,17 @@ from moe_compile.passes.dispatch_experts import DispatchExperts
 from moe_compile.passes.fold_routing_weights import FoldRoutingWeights
 from moe_compile.passes.fold_weight_scales import FoldWeightScales
 from moe_compile.passes.fuse_experts import FuseExperts
+from moe_compile.passes.narrow_tokens import NarrowTokens
 from moe_compile.passes.overlap_collectives import OverlapCollectives
 from moe_compile.passes.place_experts import PlaceExperts
 from moe_compile.passes.regather_weights import RegatherWeights
 from moe_compile.passes.save_collectives import SaveCollectives
 from moe_compile.passes.split_tokens import SplitTokens
 from moe_compile.rewrite import PassReport, RewritePass
+
+NARROW: tuple[type[RewritePass], ...] = (
+    NarrowTokens,  # before anything is done with the rows
+)
 
 PLACE: tuple[type[RewritePass], ...] = (
     SplitTokens,  # first: what is placed is the part of the tokens that a rank runs
@@ -59,13 +64,18 @@ def name_of(cls: type[RewritePass]) -> str:
     return cls.__module__.rsplit(".", 1)[-1]
 
 
-ALL: tuple[type[RewritePass], ...] = (DetectExperts, *PLACE, *CANONICALISE, *SCHEDULE, *LOWER)
+ALL: tuple[type[RewritePass], ...] = (DetectExperts, *NARROW, *PLACE, *CANONICALISE, *SCHEDULE, *LOWER)
 PASS_NAMES = tuple(map(name_of, ALL))
 
 
 def detect(gm: GraphModule, facts: Facts | None = None) -> PassReport:
     """Find the experts of an ATen graph; one `experts` node each."""
     return DetectExperts(facts)(gm)
+
+
+def narrow(gm: GraphModule, skip: frozenset[str] = frozenset()) -> list[PassReport]:
+    """Let `experts` nodes take what their bodies work with."""
+    return [cls()(gm) for cls in NARROW if name_of(cls) not in skip]
 
 
 @dataclass(frozen=True)

@@ -110,13 +110,16 @@ class Batcher:
         stacks = [self.emit(aten.to.dtype, self.stack(node), dtype)] if cast else list(self.separate(node))
         return self.emit(target, rows, [self.transposed(s) for s in stacks] if transposed else stacks, offsets)
 
-    def rows(self, node: Any, rank: int) -> Node:
-        """A value as an operand of a row-wise op of `rank` dimensions: a param is gathered by row."""
+    def rows(self, node: Any, rank: int, dtype: torch.dtype | None = None) -> Node:
+        """A value as an operand of a row-wise op of `rank` dimensions, in `dtype` if given; a param by row."""
         batched = self.env[node]
+        source = self.stack(node) if batched.level == "param" else batched.node
+        assert isinstance(source, Node)
+        if dtype is not None and value(source).dtype != dtype:
+            source = self.emit(aten.to.dtype, source, dtype)
         if batched.level != "param":
-            assert isinstance(batched.node, Node)
-            return batched.node
-        gathered = self.emit(aten.index.Tensor, self.stack(node), [self.expert_R()])
+            return source
+        gathered = self.emit(aten.index.Tensor, source, [self.expert_R()])
         shape = value(gathered).shape[1:]
         missing = rank - 1 - len(shape)
         if missing == 0:
@@ -180,9 +183,7 @@ def _grouped(b: Batcher, node: Node, x: Any, w: Any, transposed: bool) -> Node:
 
 def _plus_bias(b: Batcher, node: Node, product: Node, bias: list[Any]) -> Batched:
     if bias and isinstance(bias[0], Node):
-        rows = b.rows(bias[0], value(product).dim())
-        if value(rows).dtype != value(product).dtype:
-            rows = b.emit(aten.to.dtype, rows, value(product).dtype)
+        rows = b.rows(bias[0], value(product).dim(), value(product).dtype)
         product = b.emit(aten.add.Tensor, product, rows)
     return Batched("row", product)
 

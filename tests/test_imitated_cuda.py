@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 INFERENCE = "combine gated_gemm grouped_gemm row_tiles sort_by_expert"
 TRAINING = "expert_mlp expert_mlp_backward"
-UNFUSED = "combine dispatch grouped_gemm", "combine combine_backward dispatch grouped_gemm grouped_gemm_dw"
+
 FORMS = {  # the ops of an inference, and of a training step
     "stacked": (INFERENCE, TRAINING),
     "separate": ("expert_mlp_result", TRAINING),
@@ -35,7 +35,7 @@ FORMS = {  # the ops of an inference, and of a training step
     "f16": (INFERENCE, TRAINING),
     "bf16, by torch": ("_grouped_mm combine gated_gemm row_tiles sort_by_expert", TRAINING),
     "bf16, by torch, any number": ("_grouped_mm combine gated_gemm row_tiles sort_by_expert", TRAINING),
-    "autocast": UNFUSED,
+    "autocast": (INFERENCE, TRAINING),
     "any number of tokens": (INFERENCE, TRAINING),
     "one token": (INFERENCE, TRAINING),
     "no tokens": ("", TRAINING),

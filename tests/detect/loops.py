@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from moe_compile import region
 from moe_compile.analysis import analyse
 from moe_compile.arguments import Known
-from moe_compile.pipeline import canonicalise
+from moe_compile.pipeline import canonicalise, narrow
 
 T, K, E, D, FF = 11, 2, 4, 6, 10
 
@@ -185,8 +185,8 @@ class Proof:
         if edit is not None:
             edit(found.gm)
         self.detected = found.gm.graph.find_nodes(op="call_function", target=region.experts)
-        self.reports = canonicalise(found.gm, skip)
-        assert not found.gm.graph.find_nodes(op="call_function", target=region.experts), str(self.reports[0])
+        self.reports = [*narrow(found.gm, skip), *canonicalise(found.gm, skip)]
+        assert not found.gm.graph.find_nodes(op="call_function", target=region.experts), str(self.reports)
         self.gm, self.state = found.gm, found.capture.state
         self.single = found.capture.out_spec.is_leaf()
         self.kept = found.capture.kept
