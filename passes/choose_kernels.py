@@ -11,6 +11,7 @@ After:
     # on CUDA, `expert_mlp` whose products before the activation nobody keeps is written as its kernels;
     # otherwise it stays one call of the op, which runs them (moe_compile/cuda.py); so does any product with separate
     # weights, [w0, w1, ...], which it reads where they are: `moe_ep_triton.expert_mlp_result` if nobody keeps them
+    # `check_ids` becomes ATen's comparisons and an assertion, for Inductor to write as one kernel
     # on a CPU the nodes stay: each op has its CPU form (moe_compile/ops.py, moe_compile/cpu.py)
 
 Stage      lower; runs on Inductor's forward and backward graphs, after autograd and the partitioner.
@@ -39,6 +40,7 @@ aten, moe_ep = torch.ops.aten, torch.ops.moe_ep
 
 OPS = ("dispatch", "grouped_gemm", "grouped_gemm_scaled", "grouped_gemm_dw", "combine", "combine_backward")
 FUSED = ("expert_mlp", "expert_mlp_backward")
+CHECK = "check_ids"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class ChooseKernels(RewritePass[Site]):
         self.chosen: list[tuple[str, str, str]] = []  # (node, implementation, why not the others)
 
     def find(self, graph: Graph) -> Iterator[tuple[Node, Site]]:
-        for op in (*OPS, *FUSED):
+        for op in (*OPS, *FUSED, CHECK):
             for node in graph.find_nodes(op="call_function", target=getattr(moe_ep, op).default):
                 yield node, Site(node, op)
 
@@ -62,11 +64,29 @@ class ChooseKernels(RewritePass[Site]):
         node = site.node
         device = next(value(n).device.type for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
         if device == "cuda":
-            (self._on_cuda if site.op in OPS else self._fused_on_cuda)(graph, site)
+            how = {CHECK: self._check_on_cuda} | dict.fromkeys(OPS, self._on_cuda)
+            how.get(site.op, self._fused_on_cuda)(graph, site)
         else:
             self.chosen.append((node.name, "moe_ep", ""))
 
     # -- CUDA -------------------------------------------------------------------------------
+
+    def _check_on_cuda(self, graph: Graph, site: Site) -> None:
+        """An assertion on the device, which Inductor writes into a kernel, and the ids themselves: where its kernels
+        have assertions.  The op is a launch for each of its steps, and a copy."""
+        ids, num_classes = site.node.args
+        assert isinstance(ids, Node)
+        if torch.version.hip or not inductor_config.assert_indirect_indexing:
+            self.chosen.append((site.node.name, "moe_ep", "Inductor: its kernels have no assertions here"))
+            return
+        with graph.inserting_before(site.node):
+            low = emit(graph, aten.lt.Scalar, ids, 0, like=ids)
+            high = emit(graph, aten.ge.Scalar, ids, num_classes, like=ids)
+            wrong = emit(graph, aten.any.default, emit(graph, aten.logical_or.default, low, high, like=ids), like=ids)
+            right = emit(graph, aten.logical_not.default, wrong, like=ids)
+            graph.call_function(aten._assert_async.msg, (right, f"an expert's id is outside [0, {num_classes})"))
+        site.node.replace_all_uses_with(ids)
+        self.chosen.append((site.node.name, "Inductor", ""))
 
     def _on_cuda(self, graph: Graph, site: Site) -> None:
         node, op = site.node, site.op

@@ -29,6 +29,7 @@ from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
+from triton.runtime.interpreter import InterpreterOptions, interpreter_builder
 
 from moe_compile import cuda
 from moe_compile.passes import fuse_experts
@@ -50,6 +51,7 @@ sources: list[str] = []  # what Inductor wrote, a program a graph
 def install() -> None:
     interpret()
     _have_a_device()
+    interpreter_builder.options = InterpreterOptions(debug=True)  # as Inductor asks for: assertions count
     config.compile_threads, config.fx_graph_cache = 1, False
     torch._functorch.config.enable_autograd_cache = False
     fuse_experts.FuseExperts.refuse = lambda self, found: fuse_experts._why_not_cuda(found)  # type: ignore[assignment,method-assign]

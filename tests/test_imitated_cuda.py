@@ -39,6 +39,7 @@ FORMS = {  # the ops of an inference, and of a training step
     "any number of tokens": (INFERENCE, TRAINING),
     "one token": (INFERENCE, TRAINING),
     "no tokens": ("", TRAINING),
+    "ids of nobody": (INFERENCE, "raises"),
     "float8": ("combine dispatch grouped_gemm_scaled", ""),
 }
 FAMILIES = ("gpt_oss", "nemotron_h", "muse_spark", "deepseek_v4", "openai_privacy_filter")  # those of different ops
@@ -64,13 +65,17 @@ def test_families(request: pytest.FixtureRequest) -> None:
 # -- in the other process -----------------------------------------------------------------------
 
 
-def ops_written() -> str:
-    """The ops of experts that Inductor calls in what it wrote since the last time."""
+def sources_written() -> list[str]:
     from tests.imitated_cuda import sources
 
-    names = set(re.findall(r"ops\.moe_ep\w*\.(\w+)|aten\.(_grouped_mm)", "\n".join(sources)))
-    sources.clear()
-    return " ".join(sorted({a or b for a, b in names} - {"check_ids"}))
+    return sources
+
+
+def ops_written() -> str:
+    """The ops of experts that Inductor calls in what it wrote since the last time."""
+    names = set(re.findall(r"ops\.moe_ep\w*\.(\w+)|aten\.(_grouped_mm)", "\n".join(sources_written())))
+    sources_written().clear()
+    return " ".join(sorted(a or b for a, b in names))
 
 
 def check(model: nn.Module, *inputs: Tensor, rtol: float = 1e-5, train: bool = True, **settings: Any) -> str:
@@ -89,6 +94,26 @@ def check(model: nn.Module, *inputs: Tensor, rtol: float = 1e-5, train: bool = T
     if train:
         check_same(run, reference, model, reference, *inputs, rtol=rtol)
     return f"{inference} | {ops_written()}"
+
+
+def check_of_ids() -> str:
+    """What `one_hot` cannot take is an error on the device, as it was."""
+    from tests.tiny import E, Experts, routed
+
+    x, ids, weights = routed()
+    run = torch.compile(Experts(), backend="moe_ep", fullgraph=True)
+    with torch.no_grad():
+        run(x, ids, weights)
+        for wrong in (E, -1):
+            ids[3, 1] = wrong
+            try:
+                run(x, ids, weights)
+            except Exception as error:
+                assert f"an expert's id is outside [0, {E})" in str(error), error
+            else:
+                raise AssertionError(f"nobody objects to {wrong}")
+    assert all("tl.device_assert" in source and "check_ids" not in source for source in sources_written())
+    return f"{ops_written()} | raises"
 
 
 class Autocast(nn.Module):
@@ -133,6 +158,7 @@ def forms() -> Iterator[tuple[str, str]]:
     yield "any number of tokens", check(Net(1), x, dynamic=True)
     yield "one token", check(Net(1), x[:1])
     yield "no tokens", check(Net(1), x[:0])
+    yield "ids of nobody", check_of_ids()
     scaled = float8_models.LAYERS["chosen"]()
     yield "float8", check(scaled, *float8_models.routed(torch.float32), train=False)
 

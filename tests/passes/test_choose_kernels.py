@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import moe_compile.ops  # noqa: F401  registers torch.ops.moe_ep
 from moe_compile.cost import grouped_gemm_us
 from moe_compile.graph_text import graph_text
-from moe_compile.passes.choose_kernels import FUSED, OPS, ChooseKernels
+from moe_compile.passes.choose_kernels import CHECK, FUSED, OPS, ChooseKernels
 
 moe_ep = torch.ops.moe_ep
 T, K, E, D, F = 64, 2, 4, 32, 48
@@ -163,6 +163,30 @@ where_self: bf16[65536, 1536] = aten.where.self(unsqueeze_default, _grouped_mm_d
 return where_self""",
         )
 
+    def test_writes_checks_of_ids_for_inductor(self):
+        """Where its kernels have assertions; on a CPU the op reads the ids."""
+        layer = lambda ids: moe_ep.check_ids(ids, E) + 1  # noqa: E731
+        gm = trace(layer, IDS)
+        self.assertEqual(choose(gm).chosen[0][1], "Inductor")
+        self.assertExpectedInline(
+            graph_text(gm.graph),
+            """\
+ids_1: i64[64, 2]
+lt_scalar: b8[64, 2] = aten.lt.Scalar(ids_1, 0)
+ge_scalar: b8[64, 2] = aten.ge.Scalar(ids_1, 4)
+logical_or_default: b8[64, 2] = aten.logical_or(lt_scalar, ge_scalar)
+any_default: b8[] = aten.any(logical_or_default)
+logical_not_default: b8[] = aten.logical_not(any_default)
+_assert_async_msg: none = aten._assert_async.msg(logical_not_default, an expert's id is outside [0, 4))
+add: i64[64, 2] = aten.add(ids_1, 1)
+return add""",
+        )
+        for device, asserts in (("cpu", True), ("cuda", False)):
+            gm = trace(layer, IDS, device=device)
+            with inductor_config.patch(assert_indirect_indexing=asserts):
+                self.assertEqual(choose(gm).chosen[0][1], "moe_ep")
+            self.assertIn("moe_ep.check_ids(", graph_text(gm.graph))
+
     def test_leaves_the_choice_to_inductor_under_max_autotune(self):
         def layer(x, w, o):
             return moe_ep.grouped_gemm(x, [w], o)
@@ -282,9 +306,9 @@ combine_default: bf16[64, 32] = moe_ep_triton.combine(grouped_gemm_default, None
         )
 
     def test_decides_every_op_that_carries_values(self):
-        one_form = {"check_ids", "check_messages", "fit_rows", "of_equal_sizes", "of_same_experts", "sort_by_expert"}
+        one_form = {"check_messages", "fit_rows", "of_equal_sizes", "of_same_experts", "sort_by_expert"}
         one_form |= {"check_shared", "join_shards", "joined", "own_rows", "read_by_parts", "token_message"}
-        decided = {*OPS, *FUSED, *one_form}
+        decided = {*OPS, *FUSED, CHECK, *one_form}
         mine = {
             str(name).split("::")[1]
             for name in torch._C._dispatch_get_all_op_names()
