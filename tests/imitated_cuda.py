@@ -25,6 +25,7 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.triton_heuristics import GridExpr
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -46,6 +47,7 @@ IN_FORMS_FOR_CUDA = {"expert_mlp": cuda.mlp, "expert_mlp_backward": cuda.mlp_bac
     for name in ("dispatch", "grouped_gemm", "grouped_gemm_scaled", "grouped_gemm_dw", "combine", "combine_backward")
 }
 sources: list[str] = []  # what Inductor wrote, a program a graph
+uncapturable: list[str] = []  # nodes for which Inductor would make no CUDA graph of their graph
 
 
 def install() -> None:
@@ -97,7 +99,10 @@ def _on_cuda(compile_graph: Any) -> Any:
             ]
             FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*there)
         with config.patch(joint_graph_constant_folding=False):  # it computes on the device
-            return compile_graph(gm, there, [], **kwargs)
+            compiled = compile_graph(gm, there, [], **kwargs)
+        if (node := get_first_incompatible_cudagraph_node(gm)) is not None:
+            uncapturable.append(str(node))
+        return compiled
 
     return compile_there
 
