@@ -20,7 +20,6 @@ constexpr int64_t LONGEST = 1024; // depth of a panel: it stays in the second ca
 constexpr int64_t SHORTEST = NARROW ? 256 : 128; // of what is read where it lies, or laid out as rows
 constexpr int LINE = 64;          // bytes
 constexpr int64_t STRIP = 512;    // columns of narrow numbers laid out at a time
-constexpr int FEW_ROWS = 4;       // lines fetched ahead a step where one tile is all that a panel is used for
 
 // -- words ----------------------------------------------------------------------------------
 
@@ -147,8 +146,14 @@ static void copy_words(int64_t rows, int64_t depth, const number* from, int64_t 
 // What is needed next, so many lines of it fetched with every step of the inner loop.
 struct Ahead {
   const char *at, *stop;
-  int64_t lines = 1;  // 1 or FEW_ROWS
+  int64_t lines = 1;
 };
+
+// Lines to fetch a step for as much as a panel holds to be there once m rows were multiplied by one.
+static int64_t lines_a_step(int64_t m) {
+  const int64_t lines = N * V * int64_t(sizeof(word)) / LINE, tiles = (m + M - 1) / M;
+  return lines > tiles ? (lines + tiles - 1) / tiles : 1;
+}
 
 // The word a[i, k] lies at p + i * row + k * column; row and column in bytes.
 struct Matrix {
@@ -186,8 +191,7 @@ static void tile(int64_t k, Matrix a, const word* b, int64_t ldb, Result c, From
   for (int64_t at = 0; at < k; at++) {
     __builtin_prefetch(next, 0, 2);
     next += line;
-    if (ahead.lines > 1)
-      for (int i = 1; i < FEW_ROWS; i++, next += line) __builtin_prefetch(next, 0, 2);
+    for (int64_t i = 1; i < ahead.lines; i++, next += line) __builtin_prefetch(next, 0, 2);
     words y[C];
     for (int j = 0; j < C; j++) y[j] = read<words>(b + at * ldb + j * V);
     for (int i = 0; i < R; i++) {
@@ -310,7 +314,7 @@ static void product_transposed(int64_t m, int64_t n, int64_t k, Matrix a, const 
       lay_out(columns, depth, b + j * ldb + at, ldb, scratch.panel.data());
       product(m, columns, words_of(depth), {a.p + at / STEP * a.column, a.row, a.column}, scratch.panel.data(), PANEL,
               to, at ? SUMS : first, at + DEPTH < k ? KEEP : STORE,
-              {(const char*)next, (const char*)(next + PANEL * ldb), m <= M ? FEW_ROWS : 1});
+              {(const char*)next, (const char*)(next + PANEL * ldb), lines_a_step(m)});
     }
   }
 }
