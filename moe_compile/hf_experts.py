@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_compile import expert_mlp, ops
+from moe_compile import cuda, expert_mlp, ops
 
 NAME = "moe_ep"
 HOME = "transformers.integrations.moe"
@@ -84,14 +84,19 @@ def _cast(x: Tensor) -> Tensor:
 
 def _fused(experts: Any, x_TD: Tensor, weights_TK: Tensor) -> str | None:
     """The activation between the two products, if the whole is one op that this device has a kernel for."""
-    if x_TD.device.type != "cpu" or torch.is_autocast_enabled("cpu") or experts.has_bias:
+    device = x_TD.device.type
+    if device not in ("cpu", "cuda") or torch.is_autocast_enabled(device) or experts.has_bias:
         return None
     if getattr(experts, "has_post_expert_norm", False) or (experts.has_gate and not _gates_by_default(experts)):
         return None
     dtypes = (x_TD.dtype, getattr(experts, _first(experts)).dtype, experts.down_proj.dtype)
-    if dtypes != (x_TD.dtype,) * 3 or not expert_mlp.has_kernel(x_TD.dtype, weights_TK.dtype):
+    if dtypes != (x_TD.dtype,) * 3 or (activation := _activation(experts.act_fn)) is None:
         return None
-    return _activation(experts.act_fn)
+    if device == "cpu":
+        return activation if expert_mlp.has_kernel(x_TD.dtype, weights_TK.dtype) else None
+    up, down = (_weight(experts, name) for name in (_first(experts), "down_proj"))
+    sizes = (experts.num_experts, weights_TK.shape[1], activation, experts.has_gate)
+    return activation if cuda.why_not_mlp(x_TD, weights_TK, [], [up], [down], *sizes) is None else None
 
 
 def _gates_by_default(experts: Any) -> bool:

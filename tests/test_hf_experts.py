@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_compile
 from tests.families import EXPERTS, Family, build, representatives
@@ -68,6 +69,25 @@ def test_products_are_fused_where_the_class_is_plain(monkeypatch: pytest.MonkeyP
     with Record(), torch.no_grad():
         ours(*routed())
     assert heard and "expert_mlp" not in calls
+
+
+@pytest.mark.parametrize(("dtype", "op"), [(torch.bfloat16, "expert_mlp"), (torch.float64, "grouped_gemm")])
+def test_on_cuda_where_kernels_take_it(dtype: torch.dtype, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of a device that need not be there: which op is asked."""
+    pytest.importorskip("triton", reason="no kernels without it")
+    calls: list[str] = []
+    for module, name in ((moe_compile.expert_mlp, "expert_mlp"), (moe_compile.ops, "grouped_gemm")):
+        op_itself = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=op_itself, n=name: calls.append(n) or f(*a))
+    _, ours = with_ours(next(f for f in representatives() if f.name in ("mixtral", "afmoe")))
+    with FakeTensorMode(), torch.no_grad():  # autograd would ask for the device
+        there = lambda t: torch.empty(t.shape, dtype=dtype if t.is_floating_point() else t.dtype, device="cuda")  # noqa: E731
+        for module in ours.modules():
+            module._parameters.update(
+                {n: nn.Parameter(there(p)) for n, p in module._parameters.items() if p is not None}
+            )
+        out = ours(*map(there, routed()))
+    assert out.device.type == "cuda" and out.dtype == dtype and calls[0] == op, calls
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
