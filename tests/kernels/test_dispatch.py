@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe_compile.kernels.counting_sort import BLOCK
 from moe_compile.kernels.dispatch import (
-    BLOCK,
     dispatch,
     dispatch_reference,
     sort_by_expert,
