@@ -145,13 +145,13 @@ def launch(ids_TK: Tensor, num_experts: int, tile_rows: int = 0) -> tuple[Tensor
     ids_TK, R, E = ids_TK.contiguous(), ids_TK.shape[0] * ids_TK.shape[1], num_experts
     order_R, offsets_E, position_R, tiles = outputs(ids_TK, E, tile_rows)
     num_blocks, bins = torch.sym_max((R + BLOCK - 1) // BLOCK, 1), num_bins(E)
-    launches, counts = num_launches(num_blocks, bins), order_R
+    launches, counts = num_launches(num_blocks, bins), ids_TK
     if launches > 1:
-        counts = ids_TK.new_empty(num_blocks, bins, dtype=torch.int32)
+        counts = ids_TK.new_empty(num_blocks * bins, dtype=torch.int32)  # flat: PyTorch would ask if there is one block
         count: Any = wrap_triton(_count_kernel) if compiled(_count_kernel) else _count_kernel
         count[(num_blocks,)](ids_TK, counts, R, E, bins, BLOCK, num_warps=4)
     if launches > 2:
-        sums = ids_TK.new_empty(num_blocks + 1, bins, dtype=torch.int32)
+        sums = ids_TK.new_empty((num_blocks + 1) * bins, dtype=torch.int32)
         add: Any = wrap_triton(_sum_kernel) if compiled(_sum_kernel) else _sum_kernel
         add[(bins // KEYS,)](counts, sums, num_blocks, bins, KEYS, ROWS, num_warps=8)
         counts = sums

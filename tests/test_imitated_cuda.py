@@ -20,7 +20,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton", reason="triton has no build for this platform")
 ROOT = Path(__file__).resolve().parent.parent
 
-INFERENCE = "combine gated_gemm grouped_gemm row_tiles sort_by_expert"
+INFERENCE = "combine gated_gemm grouped_gemm route_rows"
 TRAINING = "expert_mlp expert_mlp_backward"
 UNFUSED = "combine dispatch grouped_gemm", "combine combine_backward dispatch grouped_gemm grouped_gemm_dw"
 FORMS = {  # the ops of an inference, and of a training step
@@ -33,8 +33,8 @@ FORMS = {  # the ops of an inference, and of a training step
     ),
     "bf16": (INFERENCE, TRAINING),
     "f16": (INFERENCE, TRAINING),
-    "bf16, by torch": ("_grouped_mm combine gated_gemm row_tiles sort_by_expert", TRAINING),
-    "bf16, by torch, any number": ("_grouped_mm combine gated_gemm row_tiles sort_by_expert", TRAINING),
+    "bf16, by torch": ("_grouped_mm combine gated_gemm route_rows", TRAINING),
+    "bf16, by torch, any number": ("_grouped_mm combine gated_gemm route_rows", TRAINING),
     "autocast": UNFUSED,
     "any number of tokens": (INFERENCE, TRAINING),
     "one token": (INFERENCE, TRAINING),
