@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_compile import cuda, expert_mlp, ops
 from moe_compile.activations import ACTIVATIONS
-from moe_compile.kernels import gated_gemm, grouped_gemm, settings
 from moe_compile.kernels import dispatch as dispatch_file
+from moe_compile.kernels import gated_gemm, grouped_gemm, settings
 
 from .conftest import DEVICE, DTYPES, random
 
