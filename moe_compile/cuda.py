@@ -161,8 +161,7 @@ def mlp(
         rows = gated_gemm.tile_rows(x_TD, *first, ids_TK.numel(), gated)
         order_R, offsets_E, position_R, tiles = counting_sort.launch(ids_TK, num_experts, rows)
         made = made_of(tiles, rows)
-        routing = (offsets_E, order_R, K, activation, gated, keep_h, bias_EG, made)
-        a_RF, h_RG = gated_gemm.launch(x_TD, *first, *routing)
+        a_RF, h_RG = gated_gemm.launch(x_TD, *first, offsets_E, order_R, K, activation, gated, keep_h, bias_EG, made)
         y_RD = grouped_gemm.launch(a_RF, _weights(down)[0], offsets_E, bias_ED, made)
         out_TD = combine.launch(y_RD, weights_TK, position_R, offsets_E, K)
     return out_TD, h_RG, offsets_E, order_R

@@ -92,11 +92,10 @@ def test_positions_and_row_tiles(case: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("launches", [2, 3])
-@pytest.mark.parametrize("block", [8, 64, BLOCK])
 @pytest.mark.parametrize("case", CASES)
-def test_by_more_launches(case: str, block: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_more_launches(case: str, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same by counts, and by sums, of any number of blocks; as many as are added at a time, and more."""
-    monkeypatch.setattr(counting_sort, "BLOCK", block)
+    monkeypatch.setattr(counting_sort, "BLOCK", 32)
     monkeypatch.setattr(counting_sort, "ROWS", 16)
     monkeypatch.setattr(counting_sort, "num_launches", lambda *_: launches)
     monkeypatch.setattr(counting_sort, "rows_at_a_time", lambda _: 4)
