@@ -56,6 +56,8 @@ def route_rows(ids_TK: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor
     tiles: i32[tiles, 3], the row tiles of `tile_rows` rows, at least 1.
     """
     _check(ids_TK, num_experts)
+    if tile_rows < 1:
+        raise ValueError(f"moe_ep_triton.route_rows: tiles of {tile_rows} rows, expected at least 1")
     return counting_sort.launch(ids_TK, num_experts, tile_rows)
 
 

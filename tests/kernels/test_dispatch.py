@@ -178,3 +178,5 @@ def test_says_why_not() -> None:
     assert why_not(x, ids[:, :0], 4) == "ids have 0 experts per token"
     with pytest.raises(ValueError, match="2000 experts"):
         dispatch(x, ids, 2000)
+    with pytest.raises(ValueError, match="tiles of 0 rows"):
+        route_rows(ids, 4, 0)
