@@ -11,7 +11,7 @@ Launches   1, if there is one block (as in decoding): a pair compares itself wit
            2, up to MAX_CELLS counts of MAX_BLOCKS blocks: `count` writes how often each key is in each block; `order`
              sums all counts in every program, and writes the rest.  A program reads 256 KiB of L2 at most, which takes
              some 2 us: about as long as the device needs for one more launch, and less than the host.
-           3, with more counts, or if nobody knows R yet: `sum` adds them up between the two, a few keys a program, so
+           3, with more counts, or where R is symbolic: `sum` adds them up between the two, a few keys a program, so
              that `order` reads two rows of sums.  Two launches would read counts as often as the square of the blocks.
 Letters    T tokens, K experts per token, R = T*K pairs, E experts.
 Types      ids: any integer but bool.  All results: i32.
