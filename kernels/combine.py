@@ -7,7 +7,7 @@ Letters    T tokens, K experts per token, R = T*K rows, E experts, D model width
 Types      y, weights: bf16 | f16 | f32; out: the dtype of y * weights.  order, offsets: i32.
            The sum runs in f32, in the order of k.
 Layout     All row-major; other strides are copied first.
-Cost       Memory bound: R*D elements read, T*D written, 12*R bytes for the positions.
+Cost       Memory bound: R*D elements read, T*D written, 12*R bytes for the positions, unless the sort gave them.
            No atomics, no host read.
 Gradient   None here: `moe_ep.combine` has it (`moe_ep.combine_backward` where there are weights).
 """
@@ -69,11 +69,24 @@ def _combine_kernel(
 
 
 @triton_op("moe_ep_triton::combine", mutates_args=())
-def combine(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
-    if reason := why_not(y_RD, weights_TK, order_R, offsets_E, top_k):
+def combine(
+    y_RD: Tensor,
+    weights_TK: Tensor | None,
+    order_R: Tensor,
+    offsets_E: Tensor,
+    top_k: int,
+    position_R: Tensor | None = None,
+) -> Tensor:
+    """out_TD.  position_R: the inverse of `order_R`, if the sort gave it; else it is made, by one more launch."""
+    if reason := why_not(y_RD, weights_TK, order_R, offsets_E, top_k, position_R):
         raise ValueError(f"moe_ep_triton.combine: {reason}")
-    out_TD = _output(y_RD, weights_TK, order_R, top_k)
-    y_RD, position_R, (T, D) = y_RD.contiguous(), positions(order_R), out_TD.shape
+    return launch(y_RD, weights_TK, positions(order_R) if position_R is None else position_R, offsets_E, top_k)
+
+
+def launch(y_RD: Tensor, weights_TK: Tensor | None, position_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
+    """out_TD, of arguments that `why_not` does not object to."""
+    out_TD = _output(y_RD, weights_TK, position_R, top_k)
+    y_RD, position_R, (T, D) = y_RD.contiguous(), position_R.contiguous(), out_TD.shape
     weights = y_RD if weights_TK is None else weights_TK.contiguous()
     block, warps = _launch_config(int(D))
     kernel: Any = wrap_triton(_combine_kernel) if compiled(_combine_kernel) else _combine_kernel
@@ -110,18 +123,32 @@ def _launch_config(D: int) -> tuple[int, int]:
 
 
 @combine.register_fake
-def _(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
+def _(
+    y_RD: Tensor,
+    weights_TK: Tensor | None,
+    order_R: Tensor,
+    offsets_E: Tensor,
+    top_k: int,
+    position_R: Tensor | None = None,
+) -> Tensor:
     return _output(y_RD, weights_TK, order_R, top_k)
 
 
-def _output(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, top_k: int) -> Tensor:
+def _output(y_RD: Tensor, weights_TK: Tensor | None, pairs_R: Tensor, top_k: int) -> Tensor:
     if weights_TK is None:
-        return y_RD.new_empty(order_R.shape[0] // top_k, y_RD.shape[1])
+        return y_RD.new_empty(pairs_R.shape[0] // top_k, y_RD.shape[1])
     dtype = torch.promote_types(y_RD.dtype, weights_TK.dtype)
     return y_RD.new_empty(weights_TK.shape[0], y_RD.shape[1], dtype=dtype)
 
 
-def why_not(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> str | None:
+def why_not(
+    y_RD: Tensor,
+    weights_TK: Tensor | None,
+    order_R: Tensor,
+    offsets_E: Tensor,
+    top_k: int,
+    position_R: Tensor | None = None,
+) -> str | None:
     """Return why these kernels cannot take these arguments, or None if they can."""
     if y_RD.dtype not in FLOATS:
         return f"y is {y_RD.dtype}, expected bf16, f16 or f32"
@@ -135,6 +162,8 @@ def why_not(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E:
         return f"top_k is {top_k}, weights have {weights_TK.shape[1]} per token"
     if offsets_E.shape[0] < 1:
         return "offsets are for 0 experts"
+    if position_R is not None and (position_R.dtype != torch.int32 or position_R.dim() != 1):
+        return f"positions are {position_R.dtype} with {position_R.dim()} dimensions, expected int32 with 1"
     return None
 
 

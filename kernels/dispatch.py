@@ -1,18 +1,12 @@
 """Triton kernels for `moe_ep.dispatch`: sort the routed pairs by expert, gather their tokens.
 
-    key[p]    = ids_TK[p // K, p % K] where that is in [0, E), else E, for the pair p = t*K + k
-    order_R   = the pairs p by (key[p], p); offsets_E[e] = how many pairs have key[p] <= e
-    x_RD[r]   = x_TD[order_R[r] // K]
-
-A counting sort in two passes over blocks of BLOCK pairs.  Pass one counts each key in each block;
-a running sum over (key, block) says where the pairs of one key in one block begin; pass two adds
-the number of earlier pairs of the block with the same key.  Every row is written by one pair.
+    order_R, offsets_E   as counting_sort.py says
+    x_RD[r]              = x_TD[order_R[r] // K]
 
 Letters    T tokens, K experts per token, R = T*K pairs, E experts, D model width.
 Types      x: bf16 | f16 | f32.  ids: any integer but bool.  order, offsets: i32.
 Layout     All row-major; x and ids of other strides are copied first.  R < 2**31.
-Cost       Memory bound: 2*R*D elements moved, and about 20*R bytes + 12*bins*R/BLOCK for the sort,
-           bins = next power of two of E+2.  No host read, no atomics on global memory.
+Cost       Memory bound: 2*R*D elements moved, and the sort, of one to three launches.  No host read, no atomics.
 Gradient   None here: `moe_ep.dispatch` has it (an unweighted `combine`).
 """
 
@@ -23,62 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
-from triton.runtime.jit import JITFunction
 
 import moe_compile.ops
+from moe_compile.kernels import counting_sort
+from moe_compile.kernels.tiles import compiled
 
 MAX_EXPERTS = 1022  # two bins are ours: 1024 counters per block
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-BLOCK, CHUNK = 512, 16  # pairs of a block; how many of them are compared with all at a time
 
 # -- kernels --------------------------------------------------------------------------------
-
-
-@triton.jit
-def _load_key(ids_ptr, pair, R, E: tl.constexpr):
-    """The key of each pair; E + 1 behind the last pair, which therefore sorts last."""
-    ids = tl.load(ids_ptr + pair, mask=pair < R, other=0).to(tl.int64)
-    key = tl.where((ids >= 0) & (ids < E), ids, E).to(tl.int32)
-    return tl.where(pair < R, key, E + 1)
-
-
-@triton.jit(do_not_specialize=["R", "num_blocks"])
-def _count_kernel(ids_ptr, counts_ptr, R, num_blocks, E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """counts[key, block], one block of pairs per program."""
-    block = tl.program_id(0)
-    key = _load_key(ids_ptr, block * BLOCK + tl.arange(0, BLOCK), R, E)
-    counts = tl.histogram(key, BINS)
-    tl.store(counts_ptr + tl.arange(0, BINS) * num_blocks + block, counts)
-
-
-@triton.jit(do_not_specialize=["R", "num_blocks"])
-def _order_kernel(
-    ids_ptr,
-    counts_ptr,
-    ends_ptr,
-    order_ptr,
-    R,
-    num_blocks,
-    E: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """order[start of (key, block) + rank in the block] = pair."""
-    block = tl.program_id(0)
-    index = tl.arange(0, BLOCK)
-    pair = block * BLOCK + index
-    key = _load_key(ids_ptr, pair, R, E)
-    rank = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, BLOCK, CHUNK):
-        other_index = first + tl.arange(0, CHUNK)
-        other = _load_key(ids_ptr, block * BLOCK + other_index, R, E)
-        same = key[:, None] == other[None, :]
-        earlier = other_index[None, :] < index[:, None]
-        rank += tl.sum((same & earlier).to(tl.int32), axis=1)
-    cell = key * num_blocks + block
-    start = tl.load(ends_ptr + cell) - tl.load(counts_ptr + cell)
-    tl.store(order_ptr + start + rank, pair, mask=pair < R)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -97,7 +45,20 @@ def _gather_kernel(x_ptr, order_ptr, out_ptr, R, K: tl.constexpr, D: tl.constexp
 @triton_op("moe_ep_triton::sort_by_expert", mutates_args=())
 def sort_by_expert(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """(order_R, offsets_E), both i32."""
-    return _sort(ids_TK, num_experts)
+    _check(ids_TK, num_experts)
+    return counting_sort.launch(ids_TK, num_experts)[:2]
+
+
+@triton_op("moe_ep_triton::route_rows", mutates_args=())
+def route_rows(ids_TK: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(order_R, offsets_E, position_R, tiles): all that `gated_gemm`, `grouped_gemm` and `combine` want of a routing.
+
+    tiles: i32[tiles, 3], the row tiles of `tile_rows` rows, at least 1.
+    """
+    _check(ids_TK, num_experts)
+    if tile_rows < 1:
+        raise ValueError(f"moe_ep_triton.route_rows: tiles of {tile_rows} rows, expected at least 1")
+    return counting_sort.launch(ids_TK, num_experts, tile_rows)
 
 
 @triton_op("moe_ep_triton::dispatch", mutates_args=())
@@ -105,7 +66,7 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
     """(x_RD, offsets_E, order_R)."""
     if reason := why_not(x_TD, ids_TK, num_experts):
         raise ValueError(f"moe_ep_triton.dispatch: {reason}")
-    order_R, offsets_E = _sort(ids_TK, num_experts)
+    order_R, offsets_E, *_ = counting_sort.launch(ids_TK, num_experts)
     x_TD, R, D, K = x_TD.contiguous(), order_R.shape[0], int(x_TD.shape[1]), int(ids_TK.shape[1])
     x_RD = x_TD.new_empty(R, D)
     block, warps = _launch_config(D)
@@ -115,25 +76,9 @@ def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Te
     return x_RD, offsets_E, order_R
 
 
-def _sort(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def _check(ids_TK: Tensor, num_experts: int) -> None:
     if reason := why_not_sort(ids_TK, num_experts):
         raise ValueError(f"moe_ep_triton.sort_by_expert: {reason}")
-    ids_TK, R, E = ids_TK.contiguous(), ids_TK.shape[0] * ids_TK.shape[1], num_experts
-    num_blocks, bins = torch.sym_max((R + BLOCK - 1) // BLOCK, 1), triton.next_power_of_2(E + 2)
-    counts = ids_TK.new_empty(bins, num_blocks, dtype=torch.int32)
-    order_R = ids_TK.new_empty(R, dtype=torch.int32)
-    count: Any = wrap_triton(_count_kernel) if compiled(_count_kernel) else _count_kernel
-    count[(num_blocks,)](ids_TK, counts, R, num_blocks, E, bins, BLOCK, num_warps=4)
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-    order: Any = wrap_triton(_order_kernel) if compiled(_order_kernel) else _order_kernel
-    args = (ids_TK, counts, ends, order_R, R, num_blocks)
-    order[(num_blocks,)](*args, E, BLOCK, CHUNK, num_warps=8)
-    return order_R, ends.view(bins, num_blocks).narrow(0, 0, E).select(1, -1).clone()
-
-
-def compiled(kernel: object) -> bool:
-    """Not so under TRITON_INTERPRET=1, where `wrap_triton` of torch 2.11 refuses the kernel."""
-    return isinstance(kernel, JITFunction)
 
 
 def _launch_config(D: int) -> tuple[int, int]:
@@ -143,16 +88,18 @@ def _launch_config(D: int) -> tuple[int, int]:
 
 @sort_by_expert.register_fake
 def _(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    R = ids_TK.shape[0] * ids_TK.shape[1]
-    order_R, offsets_E = (ids_TK.new_empty(n, dtype=torch.int32) for n in (R, num_experts))
-    return order_R, offsets_E
+    return counting_sort.outputs(ids_TK, num_experts, 0)[:2]
+
+
+@route_rows.register_fake
+def _(ids_TK: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return counting_sort.outputs(ids_TK, num_experts, tile_rows)
 
 
 @dispatch.register_fake
 def _(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    R = ids_TK.shape[0] * ids_TK.shape[1]
-    order_R, offsets_E = (ids_TK.new_empty(n, dtype=torch.int32) for n in (R, num_experts))
-    return x_TD.new_empty(R, x_TD.shape[1]), offsets_E, order_R
+    order_R, offsets_E, *_ = counting_sort.outputs(ids_TK, num_experts, 0)
+    return x_TD.new_empty(order_R.shape[0], x_TD.shape[1]), offsets_E, order_R
 
 
 def why_not(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> str | None:
@@ -174,14 +121,7 @@ def why_not_sort(ids_TK: Tensor, num_experts: int) -> str | None:
 
 def compile_cases(hip: bool = False) -> list[tuple]:
     """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
-    ids, i32 = {"ids_ptr": "*i64"}, {"counts_ptr": "*i32", "R": "i32", "num_blocks": "i32"}
     cases: list[tuple] = []
-    for E in (8, 512):
-        setting, sizes = f"{E} experts", {"E": E, "BLOCK": BLOCK}
-        constants, args = sizes | {"BINS": triton.next_power_of_2(E + 2)}, ids | i32
-        cases.append((setting, _count_kernel, args, constants, 4, 3))
-        args = args | {"ends_ptr": "*i32", "order_ptr": "*i32"}
-        cases.append((setting, _order_kernel, args, sizes | {"CHUNK": CHUNK}, 8, 3))
     for D in (768, 4096):
         block, warps = _launch_config(D)
         args = {"x_ptr": "*bf16", "order_ptr": "*i32", "out_ptr": "*bf16", "R": "i32"}

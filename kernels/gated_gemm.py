@@ -265,15 +265,16 @@ def _setting(x_TD: Tensor, E: int, F: int, R: int | torch.SymInt, gated: bool) -
     return settings.choose("gated_gemm", form, x_TD.device, x_TD.dtype, rows, int(x_TD.shape[1]), F, seed=seed)
 
 
-def tile_rows(x_TD: Tensor, gate_EFD: Tensor | None, up_EGD: Tensor, order_R: Tensor, gated: bool) -> int:
-    """How many rows the tiles of this product have.  The tensors may be fakes."""
-    F = _width(gate_EFD, up_EGD, gated)
-    return _setting(x_TD, int(up_EGD.shape[0]), F, order_R.shape[0], gated)[0]
+def tile_rows(
+    x_TD: Tensor, gate: Tensor | Weights | None, up: Tensor | Weights, R: int | torch.SymInt, gated: bool
+) -> int:
+    """How many rows the tiles of this product have, with R rows.  The tensors may be fakes."""
+    return _setting(x_TD, int(up.shape[0]), _width(gate, up, gated), R, gated)[0]
 
 
-def _width(gate_EFD: Tensor | None, up_EGD: Tensor, gated: bool) -> int:
+def _width(gate: Tensor | Weights | None, up: Tensor | Weights, gated: bool) -> int:
     """F."""
-    return int(up_EGD.shape[1]) // (2 if gated and gate_EFD is None else 1)
+    return int(up.shape[1]) // (2 if gated and gate is None else 1)
 
 
 def _outputs(x_TD: Tensor, F: int, order_R: Tensor, gated: bool, keep_h: bool) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Row tiles: how the grouped products share rows of experts out among programs.
 
-A small kernel writes the expert and the rows of each tile of BLOCK_M rows; a tile has rows of one expert only, tiles
-left over do nothing, and the rows behind the last offset are a group of their own, with number E.  Of n groups that
+The sort (counting_sort.py), or a small kernel, writes the expert and the rows of each tile of BLOCK_M rows; a tile has
+rows of one expert only, tiles left over do nothing, and the rows behind the last offset are a group of their own, with
+number E.  Of n groups that
 have rows no routing makes more than n + (R - n) // BLOCK_M tiles, and n is R or E + 1 at most.  No host read; the
 number of tiles depends on R and E alone, and with few rows it is R.
 
@@ -15,33 +16,53 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
-
-from moe_compile.kernels.dispatch import compiled
+from torch.library import wrap_triton
+from triton.runtime.jit import JITFunction
 
 GROUP_M = 8  # row tiles that take turns before the next column tile
 FILL = 264  # programs: two for each of 132 multiprocessors
+TILES = 32  # that a program of the table writes, if experts have as many rows
 
 # -- kernels --------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["R"])
-def _row_tiles_kernel(offsets_ptr, tiles_ptr, R, E: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """tiles[i] = (expert, first row, end of its rows) of row tile i; expert > E: no such tile."""
-    i = tl.program_id(0)
+@triton.jit
+def store_row_tiles(
+    tiles_ptr, start, end, program, num_programs, num_row_tiles, E: tl.constexpr, GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """tiles[i] = (expert, first row, end of its rows) of row tile i; expert > E: no such tile.
+
+    start, end: the rows of each of GROUPS groups, of which E + 1 are meant.  The programs write every tile once, taking
+    turns at those of a group; what is left over, at most one tile for each group that has rows, is for the first.
+    """
     e = tl.arange(0, GROUPS)  # group E: the rows behind the last offset
+    count = tl.where(e <= E, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+    last = tl.cumsum(count, 0)
+    for turn in range(program, tl.max(count, 0), num_programs):
+        tile, mine = tiles_ptr + 3 * (last - count + turn), turn < count
+        tl.store(tile, e, mask=mine)
+        tl.store(tile + 1, start + turn * BLOCK_M, mask=mine)
+        tl.store(tile + 2, end, mask=mine)
+    i = tl.sum(count, 0) + e
+    left_over = (i < num_row_tiles) & (program == 0)
+    tl.store(tiles_ptr + 3 * i, E + 1, mask=left_over)
+    tl.store(tiles_ptr + 3 * i + 1, 0, mask=left_over)
+    tl.store(tiles_ptr + 3 * i + 2, 0, mask=left_over)
+
+
+@triton.jit(do_not_specialize=["R", "num_row_tiles"])
+def _row_tiles_kernel(
+    offsets_ptr, tiles_ptr, R, num_row_tiles, E: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """The tiles of a routing that is sorted."""
+    e = tl.arange(0, GROUPS)
     end = tl.load(offsets_ptr + e, mask=e < E, other=0)
     end = tl.where(e < E, end, R)
     start = tl.load(offsets_ptr + e - 1, mask=(e > 0) & (e <= E), other=0)
-    start = tl.where(e <= E, start, R)
-    num_tiles = (end - start + BLOCK_M - 1) // BLOCK_M
-    last = tl.cumsum(num_tiles, 0)
-    mine = (i < last) & (i >= last - num_tiles)
-    first_row = start + (i - last + num_tiles) * BLOCK_M
-    found = tl.sum(mine.to(tl.int32), 0)
-    tl.store(tiles_ptr + 3 * i, tl.where(found > 0, tl.sum(tl.where(mine, e, 0), 0), E + 1))
-    tl.store(tiles_ptr + 3 * i + 1, tl.sum(tl.where(mine, first_row, 0), 0))
-    tl.store(tiles_ptr + 3 * i + 2, tl.sum(tl.where(mine, end, 0), 0))
+    store_row_tiles(
+        tiles_ptr, start, end, tl.program_id(0), tl.num_programs(0), num_row_tiles, E, GROUPS, BLOCK_M
+    )  # fmt: skip
 
 
 @triton.jit
@@ -135,6 +156,11 @@ def sum_described_products(
 # -- launching ------------------------------------------------------------------------------
 
 
+def compiled(kernel: object) -> bool:
+    """Not so under TRITON_INTERPRET=1, where `wrap_triton` of torch 2.11 refuses the kernel."""
+    return isinstance(kernel, JITFunction)
+
+
 Made = dict[int, tuple[Tensor, int | torch.SymInt]]
 """Row tiles of one routing that other launches made, by BLOCK_M."""
 
@@ -149,32 +175,26 @@ def row_tiles(
     if made is not None and block_m in made:
         return made[block_m]
     E = int(offsets_E.shape[0])
-    groups_with_rows = torch.sym_min(R, E + 1)
-    num_row_tiles = torch.sym_max(groups_with_rows + (R - groups_with_rows) // block_m, 1)
+    num_row_tiles = num_tiles(R, E, block_m)
     tiles = offsets_E.new_empty(num_row_tiles, 3)
     make: Any = wrap_triton(_row_tiles_kernel) if compiled(_row_tiles_kernel) else _row_tiles_kernel
-    groups = triton.next_power_of_2(E + 1)
-    make[(num_row_tiles,)](offsets_E.contiguous(), tiles, R, E, groups, block_m, num_warps=4)
+    groups, programs = triton.next_power_of_2(E + 1), (num_row_tiles + TILES - 1) // TILES
+    make[(programs,)](offsets_E.contiguous(), tiles, R, num_row_tiles, E, groups, block_m, num_warps=4)
     if made is not None:
         made[block_m] = tiles, num_row_tiles
     return tiles, num_row_tiles
 
 
-@triton_op("moe_ep_triton::row_tiles", mutates_args=())
-def make_row_tiles(offsets_E: Tensor, order_R: Tensor, block_m: int) -> Tensor:
-    """The tiles of `row_tiles`, for several products of one routing."""
-    return row_tiles(offsets_E, order_R.shape[0], block_m)[0]
-
-
-@make_row_tiles.register_fake
-def _(offsets_E: Tensor, order_R: Tensor, block_m: int) -> Tensor:
-    R, E = order_R.shape[0], int(offsets_E.shape[0])
+def num_tiles(R: int | torch.SymInt, E: int, block_m: int) -> int | torch.SymInt:
+    """How many tiles of so many rows always suffice; at least one, so that grids are not empty.  None without rows."""
+    if not block_m:
+        return 0
     groups_with_rows = torch.sym_min(R, E + 1)
-    return offsets_E.new_empty(torch.sym_max(groups_with_rows + (R - groups_with_rows) // block_m, 1), 3)
+    return torch.sym_max(groups_with_rows + (R - groups_with_rows) // block_m, 1)
 
 
 def made_of(tiles: Tensor | None, block_m: int) -> Made:
-    """As `row_tiles` takes what `make_row_tiles` gave."""
+    """As `row_tiles` takes what the sort gave."""
     return {} if tiles is None else {block_m: (tiles, tiles.shape[0])}
 
 
@@ -209,6 +229,6 @@ def fills(R: int | torch.SymInt, E: int, F: int, block_n: int) -> bool:
 def compile_cases(hip: bool = False) -> list[tuple]:
     """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
     E = 128
-    args = {"offsets_ptr": "*i32", "tiles_ptr": "*i32", "R": "i32"}
+    args = {"offsets_ptr": "*i32", "tiles_ptr": "*i32", "R": "i32", "num_row_tiles": "i32"}
     constants = {"E": E, "GROUPS": triton.next_power_of_2(E + 1), "BLOCK_M": 128}
     return [("row tiles", _row_tiles_kernel, args, constants, 4, 3)]

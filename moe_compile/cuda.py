@@ -151,16 +151,20 @@ def mlp(
         x_TD, weights_TK, gate, up, down, num_experts, ids_TK.shape[1], *how
     ):
         return expert_mlp.reference(x_TD, ids_TK, weights_TK, gate, up, down, num_experts, *how)
-    from moe_compile.kernels import combine, dispatch, gated_gemm, grouped_gemm
+    from moe_compile.kernels import combine, counting_sort, gated_gemm, grouped_gemm
+    from moe_compile.kernels.tiles import made_of
 
-    K, made = ids_TK.shape[1], {}  # type: ignore[var-annotated]
-    order_R, offsets_E = dispatch.sort_by_expert(ids_TK, num_experts)
+    K = ids_TK.shape[1]
     with set_wrap_triton_enabled(False):
-        first = _weights(gate, up)
-        routing = (offsets_E, order_R, K, activation, gated, keep_h, bias_EG, made)
-        a_RF, h_RG = gated_gemm.launch(x_TD, first[0] if gate else None, first[-1], *routing)
+        weights = _weights(gate, up)
+        first = weights[0] if gate else None, weights[-1]
+        rows = gated_gemm.tile_rows(x_TD, *first, ids_TK.numel(), gated)
+        order_R, offsets_E, position_R, tiles = counting_sort.launch(ids_TK, num_experts, rows)
+        made = made_of(tiles, rows)
+        a_RF, h_RG = gated_gemm.launch(x_TD, *first, offsets_E, order_R, K, activation, gated, keep_h, bias_EG, made)
         y_RD = grouped_gemm.launch(a_RF, _weights(down)[0], offsets_E, bias_ED, made)
-    return combine.combine(y_RD, weights_TK, order_R, offsets_E, K), h_RG, offsets_E, order_R
+        out_TD = combine.launch(y_RD, weights_TK, position_R, offsets_E, K)
+    return out_TD, h_RG, offsets_E, order_R
 
 
 def mlp_result(

@@ -167,11 +167,10 @@ def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
     def part(of: Node, index: int) -> Node:
         return emit(graph, operator.getitem, of, index, like=node)
 
-    routing = emit(graph, triton.sort_by_expert.default, ids, num_experts, like=node)
-    order, offsets = part(routing, 0), part(routing, 1)
     first = stack(gate), stack(up)
-    rows: Any = _rows_of_tiles(x, *first, order, gated)
-    tiles = emit(graph, triton.row_tiles.default, offsets, order, rows, like=node)
+    rows: Any = _rows_of_tiles(x, *first, ids, gated)
+    routing = emit(graph, triton.route_rows.default, ids, num_experts, rows, like=node)
+    order, offsets, position, tiles = (part(routing, i) for i in range(4))
     arguments = (x, *first, offsets, order, top_k, activation, gated, False, bias_EG, tiles, rows)
     a, last = part(emit(graph, triton.gated_gemm.default, *arguments, like=node), 0), stack(down)
     if bias_ED is not None:  # added where our product ends
@@ -184,7 +183,7 @@ def _inference(graph: Graph, node: Node) -> tuple[Node, str]:
         graph.erase_node(product)
     else:
         y, name = emit(graph, triton.grouped_gemm.default, a, last, offsets, None, tiles, rows, like=node), "triton"
-    return emit(graph, triton.combine.default, y, weights, order, offsets, top_k, like=node), name
+    return emit(graph, triton.combine.default, y, weights, order, offsets, top_k, position, like=node), name
 
 
 def _stacked(graph: Graph, weights: Any, like: Node) -> Node:
@@ -193,10 +192,11 @@ def _stacked(graph: Graph, weights: Any, like: Node) -> Node:
     return emit(graph, aten.cat.default, matrices, like=like)
 
 
-def _rows_of_tiles(x: Any, gate: Node | None, up: Node, order: Node, gated: Any) -> int:
+def _rows_of_tiles(x: Any, gate: Node | None, up: Node, ids: Any, gated: Any) -> int:
     from moe_compile.kernels.gated_gemm import tile_rows
 
-    return tile_rows(value(x), None if gate is None else value(gate), value(up), value(order), gated)
+    R = value(ids).shape[0] * value(ids).shape[1]
+    return tile_rows(value(x), None if gate is None else value(gate), value(up), R, gated)
 
 
 def _why_not_triton(op: str, vals: tuple[Any, ...]) -> str | None:

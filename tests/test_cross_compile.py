@@ -26,6 +26,7 @@ KERNELS = {
     "invert",
     "order",
     "row_tiles",
+    "sum",
     "table",
 }
 

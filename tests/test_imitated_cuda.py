@@ -20,9 +20,8 @@ from torch import Tensor, nn
 pytest.importorskip("triton", reason="triton has no build for this platform")
 ROOT = Path(__file__).resolve().parent.parent
 
-INFERENCE = "combine gated_gemm grouped_gemm row_tiles sort_by_expert"
+INFERENCE = "combine gated_gemm grouped_gemm route_rows"
 TRAINING = "expert_mlp expert_mlp_backward"
-
 FORMS = {  # the ops of an inference, and of a training step
     "stacked": (INFERENCE, TRAINING),
     "separate": ("expert_mlp_result", TRAINING),
@@ -33,8 +32,8 @@ FORMS = {  # the ops of an inference, and of a training step
     ),
     "bf16": (INFERENCE, TRAINING),
     "f16": (INFERENCE, TRAINING),
-    "bf16, by torch": ("_grouped_mm combine gated_gemm row_tiles sort_by_expert", TRAINING),
-    "bf16, by torch, any number": ("_grouped_mm combine gated_gemm row_tiles sort_by_expert", TRAINING),
+    "bf16, by torch": ("_grouped_mm combine gated_gemm route_rows", TRAINING),
+    "bf16, by torch, any number": ("_grouped_mm combine gated_gemm route_rows", TRAINING),
     "autocast": (INFERENCE, TRAINING),
     "any number of tokens": (INFERENCE, TRAINING),
     "one token": (INFERENCE, TRAINING),

@@ -7,6 +7,7 @@ else runs Triton kernels, and tests that compile them start a process without th
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.interpreter import interpret
 
@@ -38,6 +39,27 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of Triton kernels, as they are launched from now on."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+
+    def noting(run):
+        def run_noted(self, *args, **kwargs):
+            names.append(self.fn.__name__)
+            with _disable_current_modes():  # the interpreter runs ops of PyTorch's
+                return run(self, *args, **kwargs)
+
+        return run_noted
+
+    for kind in (InterpretedFunction, JITFunction):
+        monkeypatch.setattr(kind, "run", noting(kind.run))
+    return names
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:

@@ -69,6 +69,18 @@ def test_positions_invert_the_order() -> None:
     assert torch.equal(order[positions(order).long()], torch.arange(63, device=DEVICE).int())
 
 
+def test_takes_positions(launched: list[str]) -> None:
+    """The same bits, without a launch for them."""
+    y, weights, order, ends = operands("odd sizes", torch.float32)
+    position = positions(order)
+    for w in (weights, None):
+        launched.clear()
+        out = combine(y, w, order, ends, 3, position)
+        assert launched == ["_combine_kernel"]
+        assert torch.equal(out, combine(y, w, order, ends, 3))
+        assert launched[1:] == ["_invert_kernel", "_combine_kernel"]
+
+
 def test_shapes_without_a_gpu() -> None:
     with FakeTensorMode():
         y, weights = (torch.empty(*s, device="cuda") for s in ((6, 8), (3, 2)))
@@ -88,5 +100,9 @@ def test_says_why_not() -> None:
     assert why_not(y, None, order, ends, 0) == "top_k is 0, expected 1 to 64"
     assert why_not(y, weights, order, ends, 4) == "top_k is 4, weights have 2 per token"
     assert why_not(y, None, order, ends[:0], 2) == "offsets are for 0 experts"
+    reason = "positions are torch.int64 with 1 dimensions, expected int32 with 1"
+    assert why_not(y, None, order, ends, 2, order.long()) == reason
+    with pytest.raises(ValueError, match=r"positions are torch\.int64"):
+        combine(y, None, order, ends, 2, order.long())
     with pytest.raises(ValueError, match="top_k is 100"):
         combine(y, None, order, ends, 100)

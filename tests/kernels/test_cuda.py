@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_compile import cuda, expert_mlp, ops
 from moe_compile.activations import ACTIVATIONS
-from moe_compile.kernels import gated_gemm, grouped_gemm, settings, tiles
+from moe_compile.kernels import dispatch as dispatch_file
+from moe_compile.kernels import gated_gemm, grouped_gemm, settings
 
 from .conftest import DEVICE, DTYPES, random
 
@@ -198,35 +199,31 @@ def test_an_inference_writes_no_products_before_the_activation(form: str, monkey
         assert torch.ops.moe_ep_triton.expert_mlp_result(*fake).shape == (7, 24)
 
 
-def test_row_tiles_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For both products of a forward, and for both of a backward; again where tiles have other sizes."""
-    made: list[int] = []
-    kernel = tiles._row_tiles_kernel
+def test_row_tiles_are_made_once(launched: list[str]) -> None:
+    """For both products of a forward, by the sort, and for both of a backward; again where tiles have other sizes."""
 
-    class Noted:
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **kwargs: (made.append(args[-1]), kernel[grid](*args, **kwargs))[1]
+    def made() -> int:
+        number = launched.count("_row_tiles_kernel")
+        launched.clear()
+        return number
 
-    monkeypatch.setattr(tiles, "_row_tiles_kernel", Noted())
     args = mlp_arguments("mixed", "one stack", torch.float32, torch.float32)
+    cuda.mlp(*args)
+    assert made() == 0
     wanted = everything(*OURS, args)
-    assert made == [16, 16]
-    made.clear()
+    assert made() == 1
     with settings.pinned("grouped_gemm", "d packed", (32, 32, 16, 4, 2)):
         again = everything(*OURS, args)
-    assert made == [16, 32, 16]  # in the backward the last weight is packed the other way
+    assert made() == 2  # in the backward the last weight is packed the other way
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(again, wanted, strict=True))
-    x, w, (offsets, order, K) = args[0], args[4][0], (*ops.dispatch_reference(args[0], args[1], E)[1:], 2)
-    table = tiles.make_row_tiles(offsets, order, 16)
+    x, ids, w = args[0], args[1], args[4][0]
+    order, offsets, _, table = dispatch_file.route_rows(ids, E, 16)
+    first = gated_gemm.gated_gemm(x, None, w, offsets, order, K, "silu", True, False)[0]
+    assert made() == 1
     for rows, count in ((16, 0), (64, 1)):  # of another size: not taken
-        made.clear()
         how = "silu", True, False, None, table, rows
-        assert torch.equal(gated_gemm.gated_gemm(x, None, w, offsets, order, K, *how)[0], cuda_a(x, w, offsets, order))
-        assert len(made) == count + 1
-
-
-def cuda_a(x: Tensor, w: Tensor, offsets: Tensor, order: Tensor) -> Tensor:
-    return gated_gemm.gated_gemm(x, None, w, offsets, order, 2, "silu", True, False)[0]
+        assert torch.equal(gated_gemm.gated_gemm(x, None, w, offsets, order, K, *how)[0], first)
+        assert made() == count
 
 
 def test_mlp_only_what_is_asked() -> None:

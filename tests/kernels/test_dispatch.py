@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe_compile.kernels import counting_sort
+from moe_compile.kernels.counting_sort import BLOCK, MAX_BLOCKS, num_bins, num_launches
 from moe_compile.kernels.dispatch import (
-    BLOCK,
     dispatch,
     dispatch_reference,
+    route_rows,
     sort_by_expert,
     sort_by_expert_reference,
     why_not,
@@ -66,6 +68,73 @@ def test_order_and_offsets(case: str) -> None:
     assert torch.equal(ends, ends_ref)
 
 
+def check_routing(ids: torch.Tensor, E: int, rows: int) -> None:
+    """All that `route_rows` gives, the tiles by a loop over groups."""
+    order, ends, position, tiles = route_rows(ids, E, rows)
+    order_ref, ends_ref = sort_by_expert_reference(ids.long(), E)
+    assert torch.equal(order, order_ref) and torch.equal(ends, ends_ref)
+    R = ids.numel()
+    assert torch.equal(position[order.long()], torch.arange(R, device=DEVICE).int())
+    wanted, first = [], 0
+    for e, end in enumerate([*ends.tolist(), R]):
+        wanted += [[e, r, end] for r in range(first, end, rows)]
+        first = end
+    groups = min(R, E + 1)
+    unused = max(groups + (R - groups) // rows, 1) - len(wanted)
+    assert tiles.tolist() == wanted + [[E + 1, 0, 0]] * unused
+    assert all(t.dtype == torch.int32 for t in (order, ends, position, tiles))
+
+
+@pytest.mark.parametrize("rows", [16, 128])
+@pytest.mark.parametrize("case", CASES)
+def test_positions_and_row_tiles(case: str, rows: int) -> None:
+    check_routing(*ids_of(case), rows)
+
+
+@pytest.mark.parametrize("launches", [2, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_by_more_launches(case: str, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same by counts, and by sums, of any number of blocks; as many as are added at a time, and more."""
+    monkeypatch.setattr(counting_sort, "BLOCK", 32)
+    monkeypatch.setattr(counting_sort, "ROWS", 16)
+    monkeypatch.setattr(counting_sort, "num_launches", lambda *_: launches)
+    monkeypatch.setattr(counting_sort, "rows_at_a_time", lambda _: 4)
+    check_routing(*ids_of(case), 16)
+
+
+def test_how_many_launches() -> None:
+    """One for a block; two while a program reads 256 KiB of counts at most, and all blocks run at once."""
+    assert num_launches(1, 1024) == 1
+    assert num_launches(2, 1024) == num_launches(64, 1024) == 2 and num_launches(65, 1024) == 3
+    assert num_launches(MAX_BLOCKS, num_bins(8)) == 2 and num_launches(MAX_BLOCKS + 1, num_bins(8)) == 3
+    assert [num_bins(E) for E in (1, 14, 15, 1022)] == [16, 16, 32, 1024]
+
+
+@pytest.mark.parametrize(("tokens", "names"), [
+    (BLOCK // 2, ["_order_kernel"]),
+    (BLOCK // 2 + 1, ["_count_kernel", "_order_kernel"]),
+])  # fmt: skip
+def test_launches(tokens: int, names: list[str], launched: list[str]) -> None:
+    ids = (torch.arange(2 * tokens, device=DEVICE) % 5).view(tokens, 2)
+    launched.clear()
+    check = sort_by_expert(ids, 5)
+    assert launched == names
+    launched.clear()
+    assert torch.equal(route_rows(ids, 5, 16)[0], check[0])
+    assert launched == names
+
+
+def test_third_launch(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting_sort, "MAX_BLOCKS", 1)
+    sort_by_expert(torch.zeros(BLOCK + 1, 1, dtype=torch.int64, device=DEVICE), 5)
+    assert launched == ["_count_kernel", "_sum_kernel", "_order_kernel"]
+
+
+def test_outputs_share_no_memory() -> None:
+    results = route_rows(torch.zeros(40, 2, dtype=torch.int64, device=DEVICE), 5, 16)
+    assert len({t.untyped_storage().data_ptr() for t in results}) == 4
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ["odd sizes", "no tokens", "ids out of range"])
 @pytest.mark.parametrize("D", [1, 96, 2049])
@@ -87,7 +156,10 @@ def test_strided_tokens() -> None:
 def test_shapes_without_a_gpu() -> None:
     with FakeTensorMode():
         x = torch.empty(6, 16, dtype=torch.bfloat16, device="cuda")
-        x_R, ends, order = dispatch(x, torch.empty(6, 2, dtype=torch.int64, device="cuda"), 5)
+        ids = torch.empty(6, 2, dtype=torch.int64, device="cuda")
+        x_R, ends, order = dispatch(x, ids, 5)
+        routing = route_rows(ids, 5, 16)
+    assert [(*t.shape, t.dtype) for t in routing] == [(*s, torch.int32) for s in ((12,), (5,), (12,), (6, 3))]
     assert (x_R.shape, x_R.dtype, x_R.device.type) == ((12, 16), torch.bfloat16, "cuda")
     assert (ends.shape, ends.dtype, order.shape, order.dtype) == (
         (5,),
@@ -106,3 +178,5 @@ def test_says_why_not() -> None:
     assert why_not(x, ids[:, :0], 4) == "ids have 0 experts per token"
     with pytest.raises(ValueError, match="2000 experts"):
         dispatch(x, ids, 2000)
+    with pytest.raises(ValueError, match="tiles of 0 rows"):
+        route_rows(ids, 4, 0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_compile.kernels import combine as combine_file
 from moe_compile.kernels import combine_backward as combine_backward_file
+from moe_compile.kernels import counting_sort as sort_file
 from moe_compile.kernels import dispatch as dispatch_file
 from moe_compile.kernels import gated_gemm as gated_gemm_file
 from moe_compile.kernels import gated_gemm_backward as gated_gemm_backward_file
@@ -161,6 +162,29 @@ def test_grouped_gemm_dw_of_a_late_expert() -> None:
 
 def run(kernel: Any, *grid: int) -> Any:
     return kernel[grid]
+
+
+@late
+def test_sort() -> None:
+    """Counts and sums of 1024 keys past 2**31, of blocks of 16 pairs; only the last two blocks have any."""
+    bins, block, last = 1024, 16, 2**21 + 1
+    pairs = (last + 1) * block - 3
+    ids, counts = reserved(pairs, dtype=torch.int16), reserved(last + 1, bins, dtype=torch.int32)
+    ids[-29:] = torch.arange(29, dtype=torch.int16) % 7
+    with programs_from(last - 1):
+        run(sort_file._count_kernel, 2)(ids, counts, pairs, 1021, bins, block)
+    counts = counts[last - 1 :]
+    for row, some in zip(counts, (ids[-29:-13], ids[-13:]), strict=True):
+        assert torch.equal(row[:1022], torch.bincount(some.long(), minlength=1022).int())
+    sums, order = reserved(last + 2, bins, dtype=torch.int32), reserved(29, dtype=torch.int32)
+    ends = reserved(1021, dtype=torch.int32)
+    run(sort_file._sum_kernel, bins // 16)(counts, sums[last - 1 :], 2, bins, 16, 16)
+    assert not sums[last - 1].any() and torch.equal(sums[last:], counts.cumsum(0).int())
+    with programs_from(last - 1):
+        run(sort_file._order_kernel, 2)(
+            ids, sums, order, ends, order, order, pairs, last + 1, 0, 1021, bins, block, 16, 4, 3, 0
+        )
+    assert torch.equal(order, torch.argsort(ids[-29:], stable=True).int() + (pairs - 29))
 
 
 @late

@@ -199,7 +199,7 @@ return add""",
         gm = trace(lambda *args: mlp(*args)[0], (T, D), IDS, (E, 2 * F, D), (E, D, F), (T, K), dtype=torch.bfloat16)
         with inductor_config.patch(max_autotune=True):
             self.assertEqual(choose(gm).chosen[0][1], "triton and the faster one, by Inductor")
-        self.assertIn("= moe_ep_timed.grouped_gemm(getitem_6, arg3_1, getitem_5)", graph_text(gm.graph))
+        self.assertIn("= moe_ep_timed.grouped_gemm(getitem_8, arg3_1, getitem_5)", graph_text(gm.graph))
 
     def test_says_what_a_kernel_lacks_and_leaves_the_op(self):
         gm = trace(lambda x, w, o: moe_ep.grouped_gemm(x, [w], o), (T, D), (E, F, D), OFFSETS, dtype=torch.float64)
@@ -228,14 +228,15 @@ arg1_1: i64[64, 2]
 arg2_1: bf16[4, 96, 32]
 arg3_1: bf16[4, 32, 48]
 arg4_1: bf16[64, 2]
-sort_by_expert_default: tuple = moe_ep_triton.sort_by_expert(arg1_1, 4)
-getitem_4: i32[128] = sort_by_expert_default[0]
-getitem_5: i32[4] = sort_by_expert_default[1]
-row_tiles_default: i32[6, 3] = moe_ep_triton.row_tiles(getitem_5, getitem_4, 64)
-gated_gemm_default: tuple = moe_ep_triton.gated_gemm(arg0_1, None, arg2_1, getitem_5, getitem_4, 2, silu, True, False, None, row_tiles_default, 64)
-getitem_6: bf16[128, 48] = gated_gemm_default[0]
-grouped_gemm_default: bf16[128, 32] = moe_ep_triton.grouped_gemm(getitem_6, arg3_1, getitem_5, None, row_tiles_default, 64)
-combine_default: bf16[64, 32] = moe_ep_triton.combine(grouped_gemm_default, arg4_1, getitem_4, getitem_5, 2)
+route_rows_default: tuple = moe_ep_triton.route_rows(arg1_1, 4, 64)
+getitem_4: i32[128] = route_rows_default[0]
+getitem_5: i32[4] = route_rows_default[1]
+getitem_6: i32[128] = route_rows_default[2]
+getitem_7: i32[6, 3] = route_rows_default[3]
+gated_gemm_default: tuple = moe_ep_triton.gated_gemm(arg0_1, None, arg2_1, getitem_5, getitem_4, 2, silu, True, False, None, getitem_7, 64)
+getitem_8: bf16[128, 48] = gated_gemm_default[0]
+grouped_gemm_default: bf16[128, 32] = moe_ep_triton.grouped_gemm(getitem_8, arg3_1, getitem_5, None, getitem_7, 64)
+combine_default: bf16[64, 32] = moe_ep_triton.combine(grouped_gemm_default, arg4_1, getitem_4, getitem_5, 2, getitem_6)
 return combine_default""",
         )
         self.assertEqual(chooser.chosen, [("expert_mlp", "triton", "")])
@@ -292,10 +293,10 @@ return combine_default""",
         self.assertExpectedInline(
             "\n".join(line for line in graph_text(gm.graph).splitlines() if "_gemm" in line),
             """\
-gated_gemm_default: tuple = moe_ep_triton.gated_gemm(x_1, None, up_1, getitem_5, getitem_4, 2, silu alpha=1.702 limit=7.0 shift=1.0 pairs, True, False, up_bias_1, row_tiles_default, 64)
-getitem_6: bf16[128, 48] = gated_gemm_default[0]
-grouped_gemm_default: bf16[128, 32] = moe_ep_triton.grouped_gemm(getitem_6, down_1, getitem_5, down_bias_1, row_tiles_default, 64)
-combine_default: bf16[64, 32] = moe_ep_triton.combine(grouped_gemm_default, None, getitem_4, getitem_5, 2)""",
+gated_gemm_default: tuple = moe_ep_triton.gated_gemm(x_1, None, up_1, getitem_5, getitem_4, 2, silu alpha=1.702 limit=7.0 shift=1.0 pairs, True, False, up_bias_1, getitem_7, 64)
+getitem_8: bf16[128, 48] = gated_gemm_default[0]
+grouped_gemm_default: bf16[128, 32] = moe_ep_triton.grouped_gemm(getitem_8, down_1, getitem_5, down_bias_1, getitem_7, 64)
+combine_default: bf16[64, 32] = moe_ep_triton.combine(grouped_gemm_default, None, getitem_4, getitem_5, 2, getitem_6)""",
         )
 
     def test_says_what_the_fused_kernels_lack(self):
