@@ -23,7 +23,8 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.kernels_gpu import SHAPES, time_us, why_wrong
+from benchmarks.kernels_gpu import SHAPES
+from benchmarks.timing import time_us, why_wrong
 from moe_compile.kernels import settings
 from moe_compile.kernels.settings import Entry, Problem, Setting
 
