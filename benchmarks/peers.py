@@ -97,7 +97,7 @@ def loop(ids: Tensor, E: int) -> Way:
 
 
 def transformers_experts(
-    ids: Tensor, E: int, form: str, backend: str | None, options: dict[str, str] | None = None
+    ids: Tensor, E: int, form: str, backend: str | None, options: dict[str, Any] | None = None
 ) -> Way:
     """transformers' own experts of Qwen3-MoE: its loop ("eager") or its default ("grouped_mm"), compiled or not."""
     try:

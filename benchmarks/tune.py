@@ -331,7 +331,7 @@ def main() -> int:
         if os.environ.get("TRITON_INTERPRET") != "1":  # Triton asked for it when it was imported
             os.environ["TRITON_INTERPRET"] = "1"
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tune", *sys.argv[1:]])
-        machine, shared, clock, most = Machine("cpu", torch.float32), 232448, wall_us, 2
+        machine, shared, most = Machine("cpu", torch.float32), 232448, 2
     elif not torch.cuda.is_available():
         print("benchmarks.tune needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
@@ -340,7 +340,8 @@ def main() -> int:
 
         driver: Any = triton.runtime.driver.active
         shared = driver.utils.get_device_properties(0)["max_shared_mem"]
-        machine, clock, most = Machine(), timing.time_us, None
+        machine, most = Machine(), None
+    clock: Clock = wall_us if chosen.dry else timing.time_us
     table = chosen.out or settings.TABLE
     name = settings.device_name(torch.device(machine.device))
     beside = table.with_suffix(".log") if chosen.dry else Path(f"benchmarks/results/tuning_{name}.jsonl")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peers, slices
+from benchmarks import peers, slices, timing
 
 pytest.importorskip("triton", reason="triton has no build for this platform")
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ def test_time_that_is_up_is_said() -> None:
 
 @pytest.mark.parametrize("wrong", ["forward", "gradient", "raises"])
 def test_a_wrong_way_is_red(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks import kernels_gpu
+    from benchmarks import gpu_rows
 
     def layer(x, weights, up, down):
         if wrong == "raises":
@@ -54,9 +54,9 @@ def test_a_wrong_way_is_red(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None
         out = right(x, weights, up, down)
         return out * 1.05 if wrong == "forward" else right(x, weights.detach(), up, down) + 0 * weights.sum()
 
-    machine = kernels_gpu.Machine("cpu", torch.float32)
-    rows = kernels_gpu.Rows("12,32,16,4,2", "zipf", machine)
-    monkeypatch.setattr(kernels_gpu, "layer_ways", lambda *_: {"it": peers.Way(layer)})
+    machine = timing.Machine("cpu", torch.float32)
+    rows = gpu_rows.Rows("12,32,16,4,2", "zipf", machine)
+    monkeypatch.setattr(gpu_rows, "layer_ways", lambda *_: {"it": peers.Way(layer)})
     forward, both = rows.layers()
     assert bool(forward["red"]) == (wrong != "gradient"), forward
     assert both["red"] and both["time_us"] is None
@@ -64,14 +64,14 @@ def test_a_wrong_way_is_red(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_gate_last() -> None:
     """A way that wants the gate's rows last gets them so, and its gradient is put back."""
-    from benchmarks import kernels_gpu
+    from benchmarks import gpu_rows
 
-    rows = kernels_gpu.Rows("12,32,16,4,2", "balanced", kernels_gpu.Machine("cpu", torch.float32))
+    rows = gpu_rows.Rows("12,32,16,4,2", "balanced", timing.Machine("cpu", torch.float32))
     right = peers.torchs(rows.ids, rows.E).layer
     assert right is not None
     way = peers.Way(lambda x, w, up, down: right(x, w, torch.cat(up.chunk(2, 1)[::-1], 1), down), up_first=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels_gpu, "layer_ways", lambda *_: {"it": way, "not": way._replace(up_first=False)})
+        patch.setattr(gpu_rows, "layer_ways", lambda *_: {"it": way, "not": way._replace(up_first=False)})
         assert [bool(row["red"]) for row in rows.layers()] == [False, False, True, True]
 
 
@@ -114,13 +114,13 @@ STAND_INS: dict[str, Any] = {
 @pytest.mark.parametrize("package", STAND_INS)
 def test_optional_peers_are_called_as_they_want(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also with other parameters after the first."""
-    from benchmarks import kernels_gpu
+    from benchmarks import gpu_rows
 
     name, module = STAND_INS[package]
     monkeypatch.setitem(sys.modules, name, module)
-    rows = kernels_gpu.Rows("12,32,16,4,2", "zipf", kernels_gpu.Machine("cpu", torch.float32))
+    rows = gpu_rows.Rows("12,32,16,4,2", "zipf", timing.Machine("cpu", torch.float32))
     way = getattr(peers, package)(rows.ids, rows.E)
-    monkeypatch.setattr(kernels_gpu, "layer_ways", lambda *_: {"it": way, "other order": way._replace(
+    monkeypatch.setattr(gpu_rows, "layer_ways", lambda *_: {"it": way, "other order": way._replace(
         up_first=not way.up_first)})  # fmt: skip
     assert [row["red"] for row in rows.layers(["it"])] == [None, None]
     assert all("relative error" in row["red"] for row in rows.layers(["other order"]))

@@ -84,23 +84,23 @@ def test_a_second_run_goes_on(tmp_path: Path) -> None:
 
 
 def rows_of(way: peers.Way, monkeypatch: pytest.MonkeyPatch, *, name: str = "moe_compile it", **limit: Any) -> list:
-    from benchmarks import kernels_gpu
+    from benchmarks import gpu_rows
 
-    rows = kernels_gpu.Rows("12,32,16,4,2", "zipf", limit.pop("machine", CPU), kernels_gpu.Limits(**limit))
-    monkeypatch.setattr(kernels_gpu, "layer_ways", lambda *_: {name: way})
+    rows = gpu_rows.Rows("12,32,16,4,2", "zipf", limit.pop("machine", CPU), gpu_rows.Limits(**limit))
+    monkeypatch.setattr(gpu_rows, "layer_ways", lambda *_: {name: way})
     return list(rows.layers())
 
 
 def right(monkeypatch: pytest.MonkeyPatch, routing: str = "zipf") -> Any:
-    from benchmarks import kernels_gpu
+    from benchmarks import gpu_rows
 
-    rows = kernels_gpu.Rows("12,32,16,4,2", routing, CPU)
+    rows = gpu_rows.Rows("12,32,16,4,2", routing, CPU)
     return peers.ours(rows.ids, rows.E)["moe_compile fused"].layer
 
 
 def test_a_way_that_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """With its reason; what is over after the time of the whole command is no row of it."""
-    from benchmarks.kernels_gpu import NoTime
+    from benchmarks.gpu_rows import NoTime
 
     def slow(*leaves: Tensor) -> Tensor:
         with contextlib.suppress(Exception):  # as compilers do
@@ -155,10 +155,10 @@ def test_ours_gives_the_same_bits_twice(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("routing", peers.ROUTINGS)
 def test_our_error_beside_a_loop_in_bf16(routing: str) -> None:
     """Ours is at most as far off as the loop; a result rounded once too often is red, where that of a peer is not."""
-    from benchmarks import kernels_gpu
+    from benchmarks import gpu_rows
 
     machine = Machine("cpu", torch.bfloat16, "aot_eager")
-    rows = kernels_gpu.Rows("96,128,64,5,2", routing, machine)
+    rows = gpu_rows.Rows("96,128,64,5,2", routing, machine)
     fused = peers.ours(rows.ids, rows.E)["moe_compile fused"].layer
     assert fused is not None
     found = {
@@ -167,7 +167,7 @@ def test_our_error_beside_a_loop_in_bf16(routing: str) -> None:
         "HF": peers.Way(rough(fused)),
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels_gpu, "layer_ways", lambda *_: found)
+        patch.setattr(gpu_rows, "layer_ways", lambda *_: found)
         for row in rows.layers():
             if row["way"] == "moe_compile rough":
                 assert row["red"].startswith("error ") and row["error_ratio"] > timing.BOUND_OF_RATIO
@@ -204,11 +204,11 @@ def test_bounds_are_those_of_roundings() -> None:
 
 def test_what_a_layer_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused op keeps what the formula says, whatever K is at one K * I; the general ops keep more, and would be red."""
-    from benchmarks import kernels_gpu
+    from benchmarks import gpu_rows
 
     kept = {}
     for shape in ("64,32,64,8,1", "64,32,16,8,4"):
-        rows = kernels_gpu.Rows(shape, "zipf", Machine("cpu", torch.float32, "aot_eager"))
+        rows = gpu_rows.Rows(shape, "zipf", Machine("cpu", torch.float32, "aot_eager"))
         T, H, W, E, K = map(int, shape.split(","))
         for name in ("moe_compile fused", "moe_ep", "moe_compile"):
             both = next(row for row in rows.layers([name]) if row["what"] == "layer f+b")
@@ -218,7 +218,7 @@ def test_what_a_layer_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kept["moe_compile fused", K] == formula
         assert kept["moe_ep", K] <= timing.BOUND_OF_KEPT * formula + 8 * T * K < kept["moe_compile", K]
     general = peers.ours(rows.ids, rows.E)["moe_compile"]._replace(lean=True)
-    monkeypatch.setattr(kernels_gpu, "layer_ways", lambda *_: {"moe_compile": general})
+    monkeypatch.setattr(gpu_rows, "layer_ways", lambda *_: {"moe_compile": general})
     forward, both = rows.layers()
     assert forward["red"] is None and "bytes for its backward, expected" in both["red"]
 
