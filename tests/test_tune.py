@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="triton has no build for this platform")
 
 from benchmarks import timing, tune
 from benchmarks.records import LEFT_OUT
-from benchmarks.tune import DeviceLost, Job, Log, best, candidates
+from benchmarks.tried import Job, candidates, crossed, whole
+from benchmarks.tune import DeviceLost, Log, best
 from moe_compile.kernels import settings
 from moe_compile.kernels.settings import Problem, Setting
 
@@ -89,9 +90,9 @@ def test_the_second_round_decides() -> None:
 def test_the_best_tile_in_the_best_way_of_launching() -> None:
     plain, fast = (64, 64, 16, 8, 2, 0, 0), (32, 64, 32, 4, 2, 0, 0)
     times = {plain: 3.0, fast: 2.0, (64, 64, 16, 8, 2, 1, 1): 2.5, (64, 64, 16, 8, 2, 0, 1): 2.7}
-    assert tune.crossed(job([]), times) == (32, 64, 32, 4, 2, 1, 1)
-    assert tune.crossed(job([]), times | {(32, 64, 32, 4, 2, 1, 1): float("inf")}) is None
-    assert tune.crossed(job([]), {plain: float("inf")}) is None and tune.crossed(job([]), {plain: 1.0}) is None
+    assert crossed(job([]), times) == (32, 64, 32, 4, 2, 1, 1)
+    assert crossed(job([]), times | {(32, 64, 32, 4, 2, 1, 1): float("inf")}) is None
+    assert crossed(job([]), {plain: float("inf")}) is None and crossed(job([]), {plain: 1.0}) is None
 
 
 def test_a_run_goes_on(tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_what_is_tried(kernel: str, form: str, rows: int) -> None:
     it = Job(problem, SEEDS.get(kernel, (128, 128, 64, 8, 3)), [])
     tried = candidates(it, 232448)
     assert 14 <= len(tried) == len(set(tried)) <= 45
-    assert tune.whole(it, it.seed) not in tried
+    assert whole(it, it.seed) not in tried
     for setting in tried:
         assert settings.checked(kernel, setting) == setting
         named = dict(zip(settings.NAMES[kernel], setting, strict=True))
@@ -156,6 +157,8 @@ def test_what_is_tried(kernel: str, form: str, rows: int) -> None:
         buffers = (named["num_stages"] + 1) // 2 if kernel == "grouped_gemm_dw" else named["num_stages"]
         assert buffers * (m + n) * named["BLOCK_K"] * 2 <= 232448
         assert kernel == "grouped_gemm_dw" or m <= max(16, 2 * rows)
+    amd = candidates(it._replace(problem=Problem(kernel, form, "gfx942", "bf16", rows, 2048, 768)), 65536)
+    assert 5 <= len(amd) <= 45 and not any("TMA" in settings.NAMES[kernel] and s[-2] for s in amd)
 
 
 def dry(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
