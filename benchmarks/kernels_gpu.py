@@ -79,8 +79,9 @@ def measured(todo: list[Job], machine: Machine, limits: Limits, only: list[str] 
         except NoTime:
             left_out = {"no_time": True, "skipped": "left out: no time"}
             yield {"shape": job.shape, "routing": job.routing, "what": job.what, "way": ""} | left_out
-        except Exception as error:  # operands that do not fit, say
-            yield {"shape": job.shape, "routing": job.routing, "what": job.what, "way": "", "red": first_line(error)}
+        except Exception as error:  # operands that do not fit, say: nothing of ours was measured, which is red
+            way, red = "moe_compile, beside any row", first_line(error)
+            yield {"shape": job.shape, "routing": job.routing, "what": job.what, "way": way, "red": red}
         torch._dynamo.reset()  # and the memory of what it compiled
         if machine.device == "cuda":
             torch.cuda.empty_cache()

@@ -152,6 +152,18 @@ def test_ours_gives_the_same_bits_twice(monkeypatch: pytest.MonkeyPatch) -> None
     assert [row["red"] for row in peer] == [None] * 2
 
 
+def test_a_job_that_cannot_begin_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import gpu_rows, kernels_gpu
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_rows, "layer_ways", fails)
+    todo = kernels_gpu.jobs(["12,32,16,4,2"], ["zipf"], ["any"])
+    (row,) = kernels_gpu.measured(todo, CPU, gpu_rows.Limits())
+    assert row["red"] == "RuntimeError: CUDA out of memory" and records.is_ours(row["way"])
+
+
 @pytest.mark.parametrize("routing", peers.ROUTINGS)
 def test_our_error_beside_a_loop_in_bf16(routing: str) -> None:
     """Ours is at most as far off as the loop; a result rounded once too often is red, where that of a peer is not."""
