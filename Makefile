@@ -8,7 +8,7 @@ TORCH  ?= torch==2.13.0
 TRITON ?= triton>=3.7,<3.8
 NUMPY  ?= numpy
 
-.PHONY: setup demo demo-ep test check bench gpu tune cross-compile coverage test-4x clean
+.PHONY: setup demo demo-ep test check bench gpu gpu-tests gpu-kernels gpu-slices gpu-tune gpu-summary tune cross-compile coverage test-4x clean
 
 setup: $(VENV)/.ready
 
@@ -50,14 +50,31 @@ test-4x: setup       ## whole models of transformers 4.57, installed beside the 
 	    "tokenizers>=0.22,<=0.23.0" requests urllib3 charset_normalizer idna certifi
 	PYTHONPATH=$(VENV)/transformers-4:. $(BIN)/python -m pytest tests/test_families_4x.py $(ARGS)
 
-gpu:                 ## on a machine with CUDA and its own torch, from a plain checkout: tests, then benchmarks
-	PYTHONPATH=. $(PYTHON) -m pytest tests/kernels -q
-	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels_gpu --out benchmarks/results
-	for model in mixtral qwen3_moe deepseek_v3; do \
-	    PYTHONPATH=. $(PYTHON) -m benchmarks.slices --model $$model --out benchmarks/results || exit 1; done
+# On a machine with CUDA and its own torch, from a plain checkout, without `setup`. Each part takes under ten minutes;
+# results go into benchmarks/results/<machine>.json. SINCE="2026-11-22 10:00:00": leave out what is there from then on.
+PART   ?= 1
+MODEL  ?= mixtral
+TESTS_PARTS   ?= 3
+KERNELS_PARTS ?= 14
+ON_GPU := PYTHONPATH=. $(PYTHON) -m
 
-tune:                ## the fastest launch settings on this GPU, into kernels/settings.jsonl; run it again until it is done
-	PYTHONPATH=. $(PYTHON) -m benchmarks.tune
+gpu:                 ## all of the following, part by part; status 1 at the end if anything was red
+	$(ON_GPU) benchmarks.gpu all $(ARGS)
+
+gpu-tests:           ## the kernels' tests, files of one part of three: make gpu-tests PART=2
+	$(ON_GPU) benchmarks.gpu tests --part $(PART)/$(TESTS_PARTS) $(ARGS)
+
+gpu-kernels:         ## kernels and layers beside their peers, one part of fourteen: make gpu-kernels PART=5
+	$(ON_GPU) benchmarks.kernels_gpu --part $(PART)/$(KERNELS_PARTS) $(if $(SINCE),--since "$(SINCE)") $(ARGS)
+
+gpu-slices:          ## steps of some layers of a model: make gpu-slices MODEL=qwen3_moe
+	$(ON_GPU) benchmarks.slices --model $(MODEL) $(if $(SINCE),--since "$(SINCE)") $(ARGS)
+
+gpu-tune tune:       ## the fastest launch settings on this GPU, into kernels/settings.jsonl; run it again until it is done
+	$(ON_GPU) benchmarks.tune $(ARGS)
+
+gpu-summary:         ## what is red in the results of this machine, and their tables in docs/performance.md
+	$(ON_GPU) benchmarks.gpu summary --page docs/performance.md $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info moe_compile_demo

@@ -6,6 +6,7 @@ first, and [E, H, I].  A package that is not installed gives the reason in place
 ScatterMoE and Liger are for whom installs them; docs/performance.md says which versions were checked, and how.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ class Way(NamedTuple):
     layer: Layer | None
     why_not: str = ""
     up_first: bool = False  # it wants the gate's rows of `up` last
+    last: bool = False  # it may take minutes to compile or to run: its turn is after all shapes of the others
+    lean: bool = False  # it is to keep no more for its backward than tokens, products before the activation and routing
 
 
 def routed(routing: str, T: int, E: int, K: int, device: str) -> Tensor:
@@ -61,7 +64,7 @@ def ours(ids: Tensor, E: int) -> dict[str, Way]:
         g, u = ops.grouped_gemm(rows, [up], ends).chunk(2, 1)
         return ops.combine(ops.grouped_gemm(silu(g) * u, [down], ends), weights, order, ends, K)
 
-    return {"moe_compile fused": Way(fused), "moe_compile": Way(general)}
+    return {"moe_compile fused": Way(fused, lean=True), "moe_compile": Way(general)}
 
 
 def torchs(ids: Tensor, E: int) -> Way:
@@ -78,7 +81,24 @@ def torchs(ids: Tensor, E: int) -> Way:
     return Way(layer)
 
 
-def transformers_experts(ids: Tensor, E: int, form: str, backend: str | None) -> Way:
+def loop(ids: Tensor, E: int) -> Way:
+    """torch.nn.functional.linear, an expert at a time, and each result in the type of the weights; reads the host."""
+
+    def layer(x: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, (of_up, of_down) in enumerate(zip(up.unbind(), down.unbind(), strict=True)):
+            t, k = torch.where(ids == e)
+            gate, linear = torch.nn.functional.linear(x[t], of_up).chunk(2, -1)
+            y = torch.nn.functional.linear(torch.nn.functional.silu(gate) * linear, of_down)
+            out = out.index_add(0, t, (y * weights[t, k, None]).to(x.dtype))
+        return out
+
+    return Way(layer)
+
+
+def transformers_experts(
+    ids: Tensor, E: int, form: str, backend: str | None, options: dict[str, Any] | None = None
+) -> Way:
     """transformers' own experts of Qwen3-MoE: its loop ("eager") or its default ("grouped_mm"), compiled or not."""
     try:
         from transformers import Qwen3MoeConfig
@@ -99,7 +119,9 @@ def transformers_experts(ids: Tensor, E: int, form: str, backend: str | None) ->
             with torch.device("meta"):
                 experts = Qwen3MoeExperts(config)
             experts.gate_up_proj, experts.down_proj = up, down
-            built["run"] = experts if backend is None else torch.compile(experts, backend=backend)
+            built["run"] = experts
+            if backend is not None:
+                built["run"] = torch.compile(experts, backend=backend, options=options)
             built["of"] = id(up), id(down)  # both live as long as the experts that hold them
         return built["run"](x, ids, weights)  # type: ignore[no-any-return]
 
@@ -141,19 +163,20 @@ def liger(ids: Tensor, E: int) -> Way:
 
 
 def ways(ids: Tensor, E: int, backend: str = "inductor") -> dict[str, Way]:
-    """All ways to do a layer with this routing, ours first, those that take long to compile last."""
-    hf = {
-        "HF grouped_mm": ("grouped_mm", None),
-        "HF eager": ("eager", None),
-        f"HF grouped_mm, {backend}": ("grouped_mm", backend),
-        f"HF eager, {backend}": ("eager", backend),
-    }
+    """All ways to do a layer with this routing, ours first, those that take long last."""
+    import moe_compile  # noqa: F401  (the backend)
+
+    hf = functools.partial(transformers_experts, ids, E)
     return {
         **ours(ids, E),
+        "moe_ep": hf("eager", "moe_ep", {"inner": backend})._replace(lean=True),
         "torch._grouped_mm": torchs(ids, E),
+        "HF grouped_mm": hf("grouped_mm", None),
+        f"HF grouped_mm, {backend}": hf("grouped_mm", backend),
         "ScatterMoE": scattermoe(ids, E),
-        **{name: transformers_experts(ids, E, *how) for name, how in hf.items()},
-        "Liger": liger(ids, E),
+        "HF eager": hf("eager", None)._replace(last=True),
+        f"HF eager, {backend}": hf("eager", backend)._replace(last=True),
+        "Liger": liger(ids, E)._replace(last=True),
     }
 
 

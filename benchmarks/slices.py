@@ -1,17 +1,19 @@
 """Training steps of a few layers of Mixtral, Qwen3-30B-A3B and DeepSeek-V3, beside transformers and Inductor.
 
-    python -m benchmarks.slices [--model mixtral] [--minutes 9] [--out benchmarks/results]
+    python -m benchmarks.slices [--model mixtral] [--minutes 9] [--way-limit-s 240] [--since "2026-11-22 10:00:00"]
+                                [--out benchmarks/results] [--page docs/performance.md]
 
 Layers have the sizes of the published models, weights are random, in bf16; a step is forward, backward and plain SGD,
 whose time is the same for all ways.  Ways are built one after the other in one process, from equal seeds, and see equal
-tokens.  One whose losses differ from HF eager's is not timed.  What does not fit into the minutes is left out, and said
-to be.  --dry runs the same on a CPU, on tiny layers in f32, without times.
+tokens.  One whose losses differ from HF eager's is not timed.  Results go into one file for the machine, after each way
+(records.py).  A way that takes longer than its limit is left out, as red, and one that hangs ends the process, and is.
+--since leaves out what the results have from that time on: but for HF eager, whose losses are needed.  What does not
+fit into the minutes is left out, and said to be.  Exit status: 3 if something was left out, else 1 if ours is red.
+--dry runs the same on a CPU, on tiny layers in f32, without times, and writes nothing unless --out is given.
 """
 
 import argparse
 import gc
-import json
-import re
 import statistics
 import sys
 import time
@@ -21,6 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks import gpu_page, limits, records
+from benchmarks.timing import first_line
 
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {
@@ -56,6 +61,7 @@ WAYS = {
     "HF eager, inductor": ("eager", "inductor"),
 }
 CHECKED, TIMED = 3, 10  # steps whose losses are compared, the first of which compile; steps that are timed
+SLOW_S = 20.0  # steps are timed for as long as this, or TIMED times
 BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-4}  # relative, of a loss
 
 
@@ -100,7 +106,7 @@ def build(name: str, experts: str, device: str, dtype: torch.dtype, dry: bool) -
 
 
 def measure(name: str, way: str, tokens: Tensor, wanted: list[float], dry: bool) -> Found:
-    """Compare the first losses with `wanted`, if there are any, then time."""
+    """Compare the first losses with `wanted`, if there are any, then time.  May raise `limits.TimeUp`."""
     experts, backend = WAYS[way]
     found, device, dtype = Found(name, way), tokens.device.type, torch.float32 if dry else torch.bfloat16
     if not dry:
@@ -128,7 +134,7 @@ def measure(name: str, way: str, tokens: Tensor, wanted: list[float], dry: bool)
             found.tokens_per_s = 1e3 * tokens.numel() / found.step_ms
             found.peak_bytes = torch.cuda.max_memory_allocated()
     except Exception as error:  # a compiler may raise anything, memory may not suffice
-        found.red = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]}"
+        found.red = first_line(error)
     return found
 
 
@@ -140,14 +146,24 @@ def why_wrong(losses: list[float], wanted: list[float], bound: float) -> str:
 
 
 def timed_ms(step: Any) -> float:
-    """The median of TIMED steps, each between two events."""
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in "se"] for _ in range(TIMED)]
-    for start, end in pairs:
+    """The median of some steps, each between two events."""
+    taken: list[float] = []
+    while len(taken) < TIMED and sum(taken) < 1e3 * SLOW_S:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "se")
         start.record()
         step()
         end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+        end.synchronize()
+        taken.append(start.elapsed_time(end))
+    return statistics.median(taken)
+
+
+def free(device: str) -> None:
+    """Give back what a way had: compilers keep their models until they are told."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> int:
@@ -156,42 +172,63 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--way-limit-s", type=float, default=240.0)
+    parser.add_argument("--since", default=None, metavar="DATE")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny, without times")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=None, help="benchmarks/results, but for a dry run")
+    parser.add_argument("--page", type=Path, default=None, help="a page with a place for the tables")
     options = parser.parse_args()
+    stop = time.monotonic() + 60 * options.minutes
     if not options.dry and not torch.cuda.is_available():
         print("slices needs a CUDA machine; torch sees none", file=sys.stderr)
         return 2
     import moe_compile  # noqa: F401  (the backend)
 
-    stop, results = time.monotonic() + 60 * options.minutes, []
     device = "cpu" if options.dry else "cuda"
     name = "dry run" if options.dry else torch.cuda.get_device_name()
+    record = records.Record(options.out or (None if options.dry else Path("benchmarks/results")), name, "slices")
     print(f"{name}, torch {torch.__version__}")
+    left_out = False
     for model in options.model:
-        wanted: list[float] = []
         vocab, size = (64, (2, 8)) if options.dry else (32000, (options.batch_size, options.length))
         tokens = torch.randint(vocab, size, generator=torch.Generator().manual_seed(0)).to(device)
-        for way in WAYS:
-            if time.monotonic() >= stop:
-                print(f"{model:<13}{way:<31}left out: no time")
-                continue
-            torch._dynamo.reset()
-            found = measure(model, way, tokens, wanted, options.dry)
-            wanted = wanted or found.losses
-            results.append(found)
-            print(found.line(), flush=True)
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    if not options.dry:
-        options.out.mkdir(parents=True, exist_ok=True)
-        file = f"slices_{'_'.join(options.model)}_{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.json"
-        record = {"machine": name, "torch": torch.__version__, "batch_size": options.batch_size}
-        record |= {"length": options.length, "rows": [asdict(found) for found in results]}
-        (options.out / file).write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {options.out / file}")
-    return 1 if any(found.red for found in results if found.way.startswith("moe_compile")) else 0
+        left_out |= not steps_of(model, tokens, record, options, stop)
+    if options.page is not None:
+        gpu_page.write(options.page, name, record.rows())
+    return records.LEFT_OUT if left_out else records.RED if record.red() else 0
+
+
+def steps_of(model: str, tokens: Tensor, record: records.Record, options: argparse.Namespace, stop: float) -> bool:
+    """Measure a model by all ways, and keep what is found; whether there was time for all of them."""
+    wanted: list[float] = []
+    fields = {"shape": model, "routing": "x".join(map(str, tokens.shape)), "what": "step"}
+    todo = [way for way in WAYS if not record.has(options.since, **fields, way=way)]
+    ways = list(dict.fromkeys([*list(WAYS)[:1], *todo])) if todo else []
+    for count, way in enumerate(ways):
+        found, left = Found(model, way), stop - time.monotonic()
+        too_slow = f"no end after {options.way_limit_s:.0f} s"
+
+        def keep(found: Found) -> None:
+            record.add(fields | asdict(found))
+
+        def hung(found: Found = found, left: float = left, too_slow: str = too_slow, keep: Any = keep) -> None:
+            if left > options.way_limit_s:
+                found.red = f"{too_slow}, nor any way to stop it"
+                keep(found)
+
+        try:
+            with limits.limited(min(left, options.way_limit_s), hung):
+                found = measure(model, way, tokens, wanted, options.dry)
+        except limits.TimeUp:
+            if left <= options.way_limit_s:
+                print("\n".join(f"{model:<13}{rest:<31}left out: no time" for rest in ways[count:]))
+                return False
+            found.red = too_slow
+        wanted = wanted or found.losses
+        keep(found)
+        print(found.line(), flush=True)
+        free(tokens.device.type)
+    return True
 
 
 if __name__ == "__main__":

@@ -1,91 +1,70 @@
 """Find the fastest launch settings of the grouped products on this device, and add them to the kernels' table.
 
-    python -m benchmarks.tune [--shapes T,H,I,E,K ...] [--kernels NAME ...] [--limit-s 540] [--out FILE]
+    python -m benchmarks.tune [--shapes T,H,I,E,K ...] [--kernels NAME ...] [--limit-s 540] [--out FILE] [--log FILE]
 
-For each product of a gated bf16 expert layer of each shape (see benchmarks/kernels_gpu.py) every candidate is checked
-against the kernel's own guess and timed on balanced routing and on Zipf-skewed routing; the one with the smallest
-product of the two medians is kept.  What the table has for this device is left out, so that a run that
-ended at its limit goes on where it was.  A candidate that the device cannot run, or whose result differs, is
-passed over.
+For each product of a gated bf16 expert layer of each shape (see benchmarks/kernels_gpu.py) some 20 to 45 settings are
+tried: the kernel's own guess and its neighbours, by tiles, warps, stages, and ways of launching.  Each is checked
+against the guess on balanced and on Zipf-skewed routing and timed briefly on the first; then the best three, and the
+best tile launched in the best way, are timed longer on both, and the smallest product of the two medians is kept.
+
+Products of the forward come first, of all shapes, then those of the backward, then those with float8 weights.  The
+table gets a line as soon as a product is done, and the log one before and one after each try; so a run goes on where
+another ended, by its limit or by a crash, and does not try again what was under way then.  A setting that the device
+cannot run, that gives other numbers, or that takes too long, is passed over; an error after which the device runs
+nothing more ends the run.  Exit status: 0 if all is done, 3 if another run is to go on.
+
+--dry runs the same on a CPU, on a tiny shape in f32 with Triton's interpreter, with a few settings; it needs --out.
 """
 
 import argparse
 import functools
-import itertools
+import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from benchmarks.kernels_gpu import SHAPES, time_us, why_wrong
+from benchmarks import timing
+from benchmarks.kernels_gpu import DRY, SHAPES
+from benchmarks.limits import TimeUp, limited
+from benchmarks.peers import routed
+from benchmarks.records import LEFT_OUT
+from benchmarks.timing import Machine, first_line, why_wrong
+from benchmarks.tried import Job, candidates, crossed
 from moe_compile.kernels import settings
 from moe_compile.kernels.settings import Entry, Problem, Setting
 
-DTYPE = torch.bfloat16
-BLOCKS_M, BLOCKS_N, BLOCKS_K, WARPS, STAGES = (
-    (16, 32, 64, 128),
-    (32, 64, 128, 256),
-    (32, 64, 128, 256),
-    (4, 8),
-    (2, 3, 4, 5),
+ROUNDS = (
+    (("gated_gemm", "gated"), ("grouped_gemm", "d packed")),
+    (("gated_gemm_backward", "gated"), ("grouped_gemm_dw", "gathered"), ("grouped_gemm", "f packed")),
+    (("grouped_gemm_scaled", "d packed"), ("grouped_gemm_scaled", "f packed")),
 )
-ACCUMULATORS = 128  # registers of a thread that the sum may take
+"""What matters first: (kernel, form)."""
+
+QUICK = {"repeats": 5, "warm_up": 2}
+FINAL = 3  # settings that are timed longer
+TRY_S = 60.0  # for one setting: compile, check, time
 
 Call = Callable[[Tensor, Tensor], Tensor]
 """Called with offsets and order."""
 
 
-class Job(NamedTuple):
-    """One product: who computes it, for which problem, by `calls[routing]()`."""
-
-    problem: Problem
-    seed: Setting
-    calls: list[Callable[[], Tensor]]
+class DeviceLost(Exception):
+    """Nothing more runs on the device in this process."""
 
 
-def candidates(job: Job, shared_bytes: int) -> list[Setting]:
-    """Settings worth trying, nearest to the kernel's own guess first."""
-    ours = job.problem.device
-    names = settings.NAMES[job.problem.kernel]
-    tma = ours.startswith("sm_") and int(ours[3:]) >= 90
-    kernel, halves = job.problem.kernel, 2 if (job.problem.kernel, job.problem.form) == ("gated_gemm", "gated") else 1
-    found: list[Setting] = []
-    for m, n, k, warps, stages in itertools.product(BLOCKS_M, BLOCKS_N, BLOCKS_K, WARPS, STAGES):
-        if (n == 32 or k == 256) and m > 16:
-            continue  # for few rows: more programs, each with as many bytes on their way
-        if m * n > ACCUMULATORS * 32 * warps or stages * (m + n) * k * DTYPE.itemsize > shared_bytes:
-            continue
-        if kernel != "grouped_gemm_dw" and m > max(16, 2 * job.problem.rows):
-            continue  # most of a tile would be empty
-        # as many programs as fit a multiprocessor by their registers, where there are tiles enough for several turns
-        persistent = (0, 1, 2)[: 1 + min(2, 65536 // (32 * warps * 128))] if job.problem.rows >= 64 else (0,)
-        asked = [(t, p) for t in (0, 1)[: 1 + tma] for p in persistent] if "TMA" in names else [()]
-        parts = [(p,) for p in (1, 2, 4) if n // p >= 32] if "PARTS" in names else [()]
-        found += [(m, n // halves, k, *some, warps, stages, *rest) for some in parts for rest in asked]
-
-    def far(setting: Setting) -> float:
-        return sum(abs(math.log2(a / b)) for a, b in zip(setting, job.seed, strict=False))
-
-    return sorted((s for s in found if s != job.seed), key=far)
+# -- the products ---------------------------------------------------------------------------
 
 
-def routings(T: int, E: int, K: int) -> list[Tensor]:
-    """Ids [T, K] without repeats in a row: balanced, and by Zipf's law over the experts."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    balanced = torch.rand(T, E, device="cuda", generator=generator)
-    zipf = -torch.arange(1, E + 1, device="cuda").float().log()  # log of 1 / rank; Gumbel noise draws by it
-    noise = -(-torch.rand(T, E, device="cuda", generator=generator).log()).log()
-    return [balanced.topk(K)[1], (zipf + noise).topk(K)[1]]
-
-
-def jobs(shape: str) -> Iterator[Job]:
-    """The products of a layer, forward and backward."""
+def jobs(shape: str, machine: Machine, wanted: tuple[tuple[str, str], ...]) -> Iterator[Job]:
+    """The wanted products of a layer, forward and backward."""
     from moe_compile.kernels import gated_gemm as a
     from moe_compile.kernels import gated_gemm_backward as b
     from moe_compile.kernels import grouped_gemm as g
@@ -95,63 +74,129 @@ def jobs(shape: str) -> Iterator[Job]:
     from moe_compile.ops import dispatch
 
     T, H, W, E, K = map(int, shape.split(","))
-    R, hip = T * K, torch.version.hip is not None
-    device = torch.device("cuda")
+    R, hip, device, dtype = T * K, torch.version.hip is not None, torch.device(machine.device), machine.dtype
+    torch.manual_seed(0)
 
     def random(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, device=device, dtype=DTYPE) / sizes[-1] ** 0.5
+        return torch.randn(*sizes, device=device, dtype=dtype) / sizes[-1] ** 0.5
 
     x, dout, up, down, act, h = (random(*s) for s in ((T, H), (T, H), (E, 2 * W, H), (E, H, W), (R, W), (R, 2 * W)))
     weights, rows = torch.rand(T, K, device=device, dtype=torch.float32), R // E
-    sorted_by = [dispatch(x, ids, E)[1:] for ids in routings(T, E, K)]
+    sorted_by = [dispatch(x, routed(name, T, E, K, machine.device), E)[1:] for name in ("balanced", "zipf")]
 
-    def job(kernel: str, form: str, D: int, F: int, seed: Setting, call: Call) -> Job:
-        problem = Problem(kernel, form, settings.device_name(device), settings.DTYPES[DTYPE], rows, D, F)
-        return Job(problem, seed, [functools.partial(call, ends, order) for ends, order in sorted_by])
+    def job(kernel: str, form: str, D: int, F: int, seed: Setting, call: Call) -> Iterator[Job]:
+        problem = Problem(kernel, form, settings.device_name(device), settings.DTYPES[dtype], rows, D, F)
+        if (kernel, form) in wanted:
+            yield Job(problem, seed, [functools.partial(call, ends, order) for ends, order in sorted_by])
 
-    yield job("gated_gemm", "gated", H, W, a._seed(rows, DTYPE, True, hip, fills(R, E, W, 32)),
-              lambda ends, order: a.gated_gemm(x, None, up, ends, order, K, "silu", True, True)[0])  # fmt: skip
-    yield job("grouped_gemm", "d packed", W, H, g._seed(rows, DTYPE, hip, fills(R, E, H, 64)),
-              lambda ends, order: g.grouped_gemm(act, down, ends))  # fmt: skip
-    yield job("grouped_gemm", "f packed", 2 * W, H, g._seed(rows, DTYPE, hip, fills(R, E, H, 64)),
-              lambda ends, order: g.grouped_gemm(h, up.mT, ends))  # fmt: skip
+    of_product = g._seed(rows, dtype, hip, fills(R, E, H, 64))
+    yield from job("gated_gemm", "gated", H, W, a._seed(rows, dtype, True, hip, fills(R, E, W, 32)),
+                   lambda ends, order: a.gated_gemm(x, None, up, ends, order, K, "silu", True, True)[0])  # fmt: skip
+    yield from job("grouped_gemm", "d packed", W, H, of_product, lambda ends, order: g.grouped_gemm(act, down, ends))
+    yield from job("gated_gemm_backward", "gated", H, W, b._seed(rows, dtype, hip),
+                   lambda ends, order: b.gated_gemm_backward(dout, down, h, weights, ends, order, K, "silu", True,
+                                                             False, True, True)[0])  # fmt: skip
+    yield from job("grouped_gemm_dw", "gathered", H, 2 * W, w._seed(rows, dtype, hip, True),
+                   lambda ends, order: w.grouped_gemm_dw(h, x, ends, order, 0, K))  # fmt: skip
+    yield from job("grouped_gemm_dw", "gathered", W, H, w._seed(rows, dtype, hip, True),
+                   lambda ends, order: w.grouped_gemm_dw(dout, act, ends, order, K, 0))  # fmt: skip
+    yield from job("grouped_gemm", "f packed", 2 * W, H, of_product,
+                   lambda ends, order: g.grouped_gemm(h, up.mT, ends))  # fmt: skip
+    if not any(kernel == "grouped_gemm_scaled" for kernel, _ in wanted):
+        return
     kind = torch.float8_e5m2 if q.why_not_widened(torch.float8_e4m3fn, device) else torch.float8_e4m3fn
     down8, up8, scales = (16 * down).to(kind), (16 * up).to(kind), torch.rand(E, H, device=device)
-    yield job("grouped_gemm_scaled", "d packed", W, H, g._seed(rows, DTYPE, hip, fills(R, E, H, 64)),
-              lambda ends, order: q.grouped_gemm_scaled(act, down8, scales, ends))  # fmt: skip
-    yield job("grouped_gemm_scaled", "f packed", 2 * W, H, g._seed(rows, DTYPE, hip, fills(R, E, H, 64)),
-              lambda ends, order: q.grouped_gemm_scaled(h, up8.mT, None, ends))  # fmt: skip
-    yield job("gated_gemm_backward", "gated", H, W, b._seed(rows, DTYPE, hip),
-              lambda ends, order: b.gated_gemm_backward(dout, down, h, weights, ends, order, K, "silu", True, False,
-                                                        True, True)[0])  # fmt: skip
-    yield job("grouped_gemm_dw", "gathered", H, 2 * W, w._seed(rows, DTYPE, hip, True),
-              lambda ends, order: w.grouped_gemm_dw(h, x, ends, order, 0, K))  # fmt: skip
-    yield job("grouped_gemm_dw", "gathered", W, H, w._seed(rows, DTYPE, hip, True),
-              lambda ends, order: w.grouped_gemm_dw(dout, act, ends, order, K, 0))  # fmt: skip
+    yield from job("grouped_gemm_scaled", "d packed", W, H, of_product,
+                   lambda ends, order: q.grouped_gemm_scaled(act, down8, scales, ends))  # fmt: skip
+    yield from job("grouped_gemm_scaled", "f packed", 2 * W, H, of_product,
+                   lambda ends, order: q.grouped_gemm_scaled(h, up8.mT, None, ends))  # fmt: skip
 
 
-def best(
-    job: Job, settings_to_try: list[Setting], until: float, clock: Callable[..., float] = time_us
-) -> Setting | None:
-    """The fastest setting; None if time was up before all were tried."""
-    references = [call().clone() for call in job.calls]
+# -- trying ---------------------------------------------------------------------------------
 
-    def times(setting: Setting) -> float:
-        with settings.pinned(job.problem.kernel, job.problem.form, setting):
-            try:
-                if any(why_wrong(call(), ref) for call, ref in zip(job.calls, references, strict=True)):
-                    return math.inf
-                return math.prod(clock(call) for call in job.calls)
-            except Exception as error:  # too much shared memory, too many registers: the device says no
-                print(f"  {list(setting)}: {type(error).__name__}", file=sys.stderr)
-                return math.inf
 
-    fastest, shortest = job.seed, times(job.seed)
-    for setting in settings_to_try:
+class Log:
+    """What was tried: a line of JSON before and after.  What began and did not end is not tried again."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self.found: dict[str, dict[str, Any]] = {}
+        for line in filter(None, lines):
+            entry = json.loads(line)
+            self.found[_key(entry)] = entry
+
+    def add(self, **entry: Any) -> None:
+        """us: how long it takes, by round: null if it was passed over, and then `why`; missing before the try."""
+        self.found[_key(entry)] = entry
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def time_us(self, problem: Problem, setting: Setting, round: int) -> float | None:
+        """What a try gave, infinity if nothing; None if there was none."""
+        entry = self.found.get(_key({"problem": asdict(problem), "setting": list(setting), "round": round}))
+        return None if entry is None else math.inf if entry.get("us") is None else float(entry["us"])
+
+
+def _key(entry: dict[str, Any]) -> str:
+    return json.dumps([entry["problem"], list(entry["setting"]), entry["round"]])
+
+
+Clock = Callable[..., float]
+
+
+def best(job: Job, to_try: list[Setting], until: float, log: Log, clock: Clock, device: str = "cuda") -> Setting | None:
+    """The fastest setting; None if time was up before all were tried.
+
+    Raises `DeviceLost`; and `RuntimeError` if none of them runs, the kernel's own guess neither.
+    """
+    references = functools.cache(lambda: [call().clone() for call in job.calls])
+
+    def times(setting: Setting, round: int) -> float:
+        known = log.time_us(job.problem, setting, round)
+        if known is not None:
+            return known
+        entry = {"problem": asdict(job.problem), "setting": list(setting), "round": round}
+        why, took = None, None
+        try:
+            with limited(TRY_S, lambda: log.add(**entry, us=None, why="cannot be stopped")):
+                wanted = references()
+                log.add(**entry)
+                with settings.pinned(job.problem.kernel, job.problem.form, setting):
+                    found = [(call(), ref) for call, ref in zip(job.calls, wanted, strict=True)]
+                    why = next(filter(None, (why_wrong(value, ref, 2) for value, ref in found)), None)
+                    if why is None:
+                        calls = job.calls[:1] if round == 1 else job.calls
+                        took = math.prod(clock(call, **(QUICK if round == 1 else {})) for call in calls)
+        except TimeUp:
+            why = f"no end after {TRY_S:.0f} s"
+        except Exception as error:  # too much shared memory, too many registers: the device says no
+            why = first_line(error)
+        log.add(**entry, us=took, **({"why": why} if why else {}))
+        if why:
+            print(f"  {list(setting)}: {why}", file=sys.stderr)
+            if lost := timing.lost(device):
+                raise DeviceLost(f"{job.problem}, setting {list(setting)}: {lost}")
+        return math.inf if took is None else took
+
+    first: dict[Setting, float] = {}
+    for setting in [job.seed, *to_try]:
         if time.monotonic() > until:
             return None
-        if (took := times(setting)) < shortest:
-            fastest, shortest = setting, took
+        first[setting] = times(setting, 1)
+    if (more := crossed(job, first)) is not None:
+        first[more] = times(more, 1)
+    right = [setting for setting in sorted(first, key=lambda s: first[s]) if first[setting] < math.inf]
+    second: dict[Setting, float] = {}
+    for setting in right[:FINAL]:
+        if time.monotonic() > until:
+            return None
+        second[setting] = times(setting, 2)
+    fastest = min(second, key=lambda s: second[s], default=None)
+    if fastest is None or second[fastest] == math.inf:
+        raise RuntimeError(f"{job.problem}: no setting runs, the kernel's own guess {list(job.seed)} neither")
     return fastest
 
 
@@ -161,32 +206,87 @@ def add(entry: Entry, path: Path) -> None:
         file.write(entry.line() + "\n")
 
 
+def known(path: Path) -> set[Problem]:
+    """What the table has."""
+    return {entry.problem for entry in settings.read(path)} if path.exists() else set()
+
+
+def tune(
+    todo: Iterator[Job], table: Path, log: Log, until: float, shared_bytes: int, clock: Clock = timing.time_us,
+    most: int | None = None, device: str = "cuda",
+) -> bool:  # fmt: skip
+    """Add the fastest setting of each product that is not in the table; whether all are done.  Raises `DeviceLost`."""
+    for job in todo:
+        if job.problem in known(table):
+            continue
+        if time.monotonic() > until:
+            return False
+        try:
+            setting = best(job, candidates(job, shared_bytes)[:most], until, log, clock, device)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            continue
+        if setting is None:
+            print(f"time is up at {job.problem}; run it again to go on")
+            return False
+        entry = Entry(job.problem, setting)
+        add(entry, table)
+        print(f"{entry.line()}  (the kernel's own guess: {list(job.seed)})", flush=True)
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="T,H,I,E,K")
+    parser.add_argument("--shapes", nargs="+", default=None, metavar="T,H,I,E,K")
     parser.add_argument("--kernels", nargs="+", default=list(settings.NAMES), choices=settings.NAMES)
     parser.add_argument("--limit-s", type=float, default=540)
-    parser.add_argument("--out", type=Path, default=settings.TABLE)
+    parser.add_argument("--out", type=Path, default=None, help="the table; the kernels' own, but for a dry run")
+    parser.add_argument("--log", type=Path, default=None, help="what was tried; beside the results of benchmarks")
+    parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
     chosen = parser.parse_args()
-    if not torch.cuda.is_available():
+    until = time.monotonic() + chosen.limit_s
+    if chosen.dry:
+        if chosen.out is None:
+            parser.error("--dry needs --out: its settings are of no use")
+        if os.environ.get("TRITON_INTERPRET") != "1":  # Triton asked for it when it was imported
+            os.environ["TRITON_INTERPRET"] = "1"
+            os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tune", *sys.argv[1:]])
+        machine, shared, most = Machine("cpu", torch.float32), 232448, 2
+    elif not torch.cuda.is_available():
         print("benchmarks.tune needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
-    until = time.monotonic() + chosen.limit_s
-    driver: Any = triton.runtime.driver.active
-    shared = driver.utils.get_device_properties(0)["max_shared_mem"]
-    for shape in chosen.shapes:
-        for job in jobs(shape):
-            known = {entry.problem for entry in settings.read(chosen.out)} if chosen.out.exists() else set()
-            if job.problem.kernel not in chosen.kernels or job.problem in known:
-                continue
-            setting = best(job, candidates(job, shared), until)
-            if setting is None:
-                print(f"time is up at {job.problem}; run it again to go on")
-                return 0
-            entry = Entry(job.problem, setting)
-            add(entry, chosen.out)
-            print(f"{entry.line()}  (the kernel's own guess: {list(job.seed)})", flush=True)
+    else:
+        import triton
+
+        driver: Any = triton.runtime.driver.active
+        shared = driver.utils.get_device_properties(0)["max_shared_mem"]
+        machine, most = Machine(), None
+    clock: Clock = wall_us if chosen.dry else timing.time_us
+    table = chosen.out or settings.TABLE
+    name = settings.device_name(torch.device(machine.device))
+    beside = table.with_suffix(".log") if chosen.dry else Path(f"benchmarks/results/tuning_{name}.jsonl")
+    log = Log(chosen.log or beside)
+    rounds = [[pair for pair in pairs if pair[0] in chosen.kernels] for pairs in ROUNDS]
+    for wanted in filter(None, rounds):
+        for shape in chosen.shapes or (DRY if chosen.dry else SHAPES):
+            if time.monotonic() > until:
+                print(f"time is up before {shape}; run it again to go on")
+                return LEFT_OUT
+            try:
+                todo = jobs(shape, machine, tuple(wanted))
+                if not tune(todo, table, log, until, shared, clock, most, machine.device):
+                    return LEFT_OUT
+            except DeviceLost as error:
+                print(f"the device runs nothing more in this process: {error}; run it again to go on", file=sys.stderr)
+                return LEFT_OUT
     return 0
+
+
+def wall_us(call: Callable[[], object], **_: int) -> float:
+    """For a dry run."""
+    start = time.perf_counter()
+    call()
+    return 1e6 * (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

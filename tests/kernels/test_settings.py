@@ -1,11 +1,10 @@
-"""The table of launch settings: which entry counts, what is no entry, and how the fastest is found."""
+"""The table of launch settings: which entry counts, and what is no entry."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from moe_compile import MoeCompileError
 from moe_compile.kernels import settings
@@ -120,33 +119,6 @@ def test_kernels_take_what_is_chosen(setting: Setting, monkeypatch: pytest.Monke
 def test_the_committed_table_can_be_read() -> None:
     for found in settings.read(settings.TABLE):
         assert settings.checked(found.problem.kernel, found.setting) == found.setting
-
-
-def test_tuning_keeps_the_fastest_right_one() -> None:
-    """A candidate that is faster and wrong, or that raises, is passed over; time that is up is no answer."""
-    from benchmarks.tune import Job, best, candidates
-
-    fast, wrong, broken = (32, 64, 32, 4, 2), (64, 64, 32, 4, 2), (128, 64, 32, 4, 2)
-    seconds = {SEED: 3.0, fast: 2.0, wrong: 1.0, broken: 0.5}
-
-    def now() -> Setting:
-        return settings.choose("grouped_gemm", "d packed", torch.device("cpu"), torch.float32, 256, 32, 48, seed=SEED)
-
-    def call() -> Tensor:
-        if now() == broken:
-            raise RuntimeError("out of resource: shared memory")
-        return torch.full((4,), 2.0 if now() == wrong else 1.0)
-
-    job = Job(PROBLEM, SEED, [call, call])
-    assert best(job, [wrong, fast, broken], float("inf"), lambda _: seconds[now()]) == fast
-    assert best(job, [wrong], float("inf"), lambda _: seconds[now()]) == SEED
-    assert best(job, [fast], 0.0, lambda _: seconds[now()]) is None
-    for kernel in settings.NAMES:
-        seed = (64, 64, 64, 4, 3) if kernel != "gated_gemm_backward" else (64, 64, 64, 2, 4, 3)
-        problem = Problem(**{**vars(PROBLEM), "kernel": kernel, "form": "gated"})
-        tried = candidates(Job(problem, seed, []), 232448)
-        assert len(tried) > 20 and seed not in tried
-        assert all(settings.checked(kernel, s) == s for s in tried)
 
 
 def test_what_a_persistent_grid_may_be() -> None:

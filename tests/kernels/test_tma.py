@@ -225,7 +225,7 @@ def test_no_descriptor_in_the_backward(asked: list[bool]) -> None:
 
 @pytest.mark.parametrize("kernel", [kernel for kernel, names in settings.NAMES.items() if "TMA" in names])
 def test_tuning_tries_descriptors_on_hopper_alone(kernel: str) -> None:
-    from benchmarks.tune import Job, candidates
+    from benchmarks.tried import Job, candidates
 
     for device, tried in (("sm_80", False), ("sm_90", True), ("sm_100", True), ("gfx942", False)):
         problem = settings.Problem(kernel, "d packed", device, "bf16", 256, 2048, 768)
