@@ -352,7 +352,7 @@ def _seed(rows: int, dtype: torch.dtype, hip: bool) -> tuple[int, int, int, int,
         return (64, 64, 16, 1, 8, 2) if rows >= 32 else (16, 64, 16, 1, 4, 2)
     if rows >= 64:
         return (128, 128, 64, 4, 8, 2 if hip else 3)
-    return (64, 128, 64, 2, 8, 2 if hip else 4) if rows >= 16 else (16, 64, 128, 1, 4, 2 if hip else 4)
+    return (64, 128, 64, 4, 8, 2 if hip else 4) if rows >= 16 else (16, 64, 128, 1, 4, 2 if hip else 4)
 
 
 @gated_gemm_backward.register_fake

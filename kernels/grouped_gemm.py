@@ -35,6 +35,7 @@ from moe_compile.kernels.tiles import (
     program_tile,
     row_tiles,
     rows_per_expert,
+    store_columns,
     sum_described_products,
     sum_products,
 )
@@ -95,11 +96,10 @@ def _tile(
     e, r, r_in, column = program_tile(tiles_ptr, program, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     f_in = f < F
-    y_ptrs = y_ptr + r[:, None] * F + f[None, :]
-    y_in = r_in[:, None] & f_in[None, :]
+    number = y_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if e == E:
-        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
+        store_columns(y_ptr, acc.to(number), r, r_in, f, F, F)
     elif e < E:
         d = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + r[:, None] * D + d[None, :]
@@ -112,7 +112,7 @@ def _tile(
             acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
         if BIASED:
             acc += tl.load(bias_ptr + e * F + f, mask=f_in, other=0.0).to(tl.float32)[None, :]
-        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
+        store_columns(y_ptr, acc.to(number), r, r_in, f, F, F)
 
 
 # -- launcher: the grid is never empty, so that nothing is asked about R -----------------------
