@@ -39,8 +39,13 @@ bench: setup         ## step times, CPU kernels and first calls beside the peers
 	$(BIN)/python -m benchmarks.experts_cpu --out benchmarks/results
 	$(BIN)/python -m benchmarks.first_call --out benchmarks/results
 
-cross-compile: setup ## every kernel and setting for sm_80, sm_90, sm_100 and gfx942, without a GPU
-	$(BIN)/python -m benchmarks.cross_compile
+cross-compile: setup $(VENV)/triton-3.6  ## every kernel and setting for sm_80, sm_90, sm_100 and gfx942, without a GPU, by two Tritons
+	PYTHONPATH=. $(BIN)/python -m benchmarks.cross_compile $(ARGS)
+	PYTHONPATH=$(VENV)/triton-3.6:. $(BIN)/python -m benchmarks.cross_compile --triton 3.6.0 $(ARGS)
+
+$(VENV)/triton-3.6: $(VENV)/.ready
+	$(BIN)/pip install -q --no-deps --upgrade --target $@ triton==3.6.0
+	touch $@
 
 coverage: setup      ## docs/coverage.md: run the experts of every family of the installed transformers
 	$(BIN)/python -m tests.coverage_table

@@ -1,12 +1,13 @@
 """Compile every kernel at every setting for several GPUs, on a machine that needs none of them.
 
-    python -m benchmarks.cross_compile [--arch sm_80 sm_90 sm_100 gfx942] [--kernel NAME] [--first]
+    python -m benchmarks.cross_compile [--arch sm_80 sm_90 sm_100 gfx942] [--kernel NAME] [--first] [--triton VERSION]
 
 Prints registers, shared memory, spills, the matrix instruction of each and how it loads its operands.  Exits with 1 if
 one spills, asks for more shared memory than a block may have, is serialised by ptxas (a C75xx warning), fails to
 compile, has no asynchronous load of an operand in a pipelined product (more than one stage; by TMA, if the operand has
 a descriptor), or multiplies 16-bit tiles of 64 rows or more on Hopper by anything but wgmma.  The cases come from
-`compile_cases()` of each kernel module.
+`compile_cases()` of each kernel module; without --first, also from the tables of settings (kernels/settings.jsonl and
+MOE_COMPILE_SETTINGS): the forms of each entry's product, at its widths and setting, for its device.
 """
 
 import argparse
@@ -24,6 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from moe_compile.kernels import settings
+from moe_compile.kernels.settings import Entry
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {
@@ -54,7 +58,10 @@ class Case(NamedTuple):
     def by_wgmma(self) -> bool:
         """Whether a product is one for a warp group: of 16-bit tiles with 64 rows or more."""
         rows = self.constants.get("BLOCK_M", 0)
-        narrow = any(str(kind).startswith(("*bf16", "*fp16", "tensordesc<bf16")) for kind in self.args.values())
+        narrow = any(
+            str(kind).startswith(("*bf16", "*fp16", "tensordesc<bf16", "tensordesc<fp16"))
+            for kind in self.args.values()
+        )
         return narrow and isinstance(rows, int) and rows >= 64 and self.num_warps >= 4
 
     def why_not(self, arch: str) -> str | None:
@@ -66,6 +73,14 @@ class Case(NamedTuple):
     def described(self) -> bool:
         """Whether an argument is a tensor descriptor, which Hopper and later can read."""
         return any(str(kind).startswith("tensordesc") for kind in self.args.values())
+
+    def form(self) -> str:
+        """The form that an entry of a table of settings has for this case (settings.choose)."""
+        if "GATED" in self.constants:
+            return "gated" if self.constants["GATED"] else "plain"
+        if "X_K" in self.constants:
+            return "gathered" if self.constants["DY_K"] or self.constants["X_K"] else "rows"
+        return "d packed" if self.constants["STRIDE_D"] == 1 else "f packed"
 
     def asynchronous(self) -> list[str]:
         """How a pipelined product should load: rows by pointers too, unless all have descriptors."""
@@ -191,22 +206,63 @@ def cases(hip: bool, only: str | None = None, first: bool = False) -> list[Case]
     return list(found.values())
 
 
+def entries(only: str | None = None) -> list[Entry]:
+    """All entries of the tables of settings, of one kernel or of all."""
+    paths = [Path(path) for path in (os.environ.get(settings.VARIABLE), settings.TABLE) if path]
+    return [entry for path in paths for entry in settings.read(path) if only in (None, entry.problem.kernel)]
+
+
+def cases_of(entry: Entry, hip: bool) -> list[Case]:
+    """What this entry can launch: by descriptors if it asks for TMA, and by pointers, which tensors may need."""
+    problem, own = entry.problem, len([n for n in settings.NAMES[entry.problem.kernel] if n not in settings.ASKED])
+    tma, programs = (*entry.setting[own:], 0, 0)[:2]
+    module = importlib.import_module(f"moe_compile.kernels.{problem.kernel}")
+    found: dict[str, Case] = {}
+    for case in map(Case._make, module.compile_cases(hip, problem.D, problem.F, entry.setting[:own])):
+        if case.setting.split()[0] != problem.dtype or case.form() != problem.form:
+            continue
+        if case.described() > bool(tma):
+            continue
+        constants = case.constants | ({"PERSISTENT": programs > 0} if "PERSISTENT" in case.constants else {})
+        name = f"{case.setting.replace(' persistent', '').rstrip(',')}, D={problem.D} F={problem.F}"
+        name += ", persistent" if programs else ""
+        found.setdefault(name, case._replace(setting=name, constants=constants))
+    return list(found.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--kernel", help="a module of kernels/, all of them if left out")
     parser.add_argument("--first", action="store_true", help="one setting of each kernel")
+    parser.add_argument("--triton", help="the version that this should be, else exit with 2")
     options = parser.parse_args()
+    if options.triton not in (None, triton.__version__):
+        parser.error(f"this is triton {triton.__version__}, at {triton.__file__}")
+    print(f"triton {triton.__version__}")
     print(HEADER)
     rows: list[Row] = []
+    table = [] if options.first else entries(options.kernel)
     for arch in options.arch:
-        for case in cases(TARGETS[arch].backend == "hip", options.kernel, options.first):
+        hip = TARGETS[arch].backend == "hip"
+        todo = cases(hip, options.kernel, options.first)
+        for entry in table:
+            if entry.problem.device == arch:
+                of_entry = cases_of(entry, hip)
+                todo += of_entry
+                if not of_entry:
+                    name = f"{entry.problem.dtype} {list(entry.setting)}"
+                    rows.append(Row(entry.problem.kernel, name, arch, error=f"no case is {entry.problem.form!r}"))
+                    print(rows[-1], flush=True)
+        for case in todo:
             if not isinstance(case.kernel, JITFunction):
                 parser.error("unset TRITON_INTERPRET")
             if case.why_not(arch):
                 continue
             rows.append(compile_case(case, arch))
             print(rows[-1], flush=True)
+    for device in sorted({entry.problem.device for entry in table} - set(TARGETS)):
+        print(f"not compiled: settings for {device}, which is no target here")
     faults = sum(bool(row.fault()) for row in rows)
     print(f"{len(rows)} compiled, {faults} at fault")
     return 1 if faults or not rows else 0

@@ -343,9 +343,12 @@ def why_not_weights(
     return None if bias_EG is None else why_not_bias(bias_EG, x_TD, up_EGD.shape[0], width)
 
 
-def compile_cases(hip: bool = False) -> list[tuple]:
-    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
-    E, K, F, D = 128, 8, 768, 2048
+def compile_cases(hip: bool = False, D: int = 2048, F: int = 768, asked: settings.Setting | None = None) -> list[tuple]:
+    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages).
+
+    asked: by this setting, without what settings.ASKED names, instead of the kernel's own guesses.
+    """
+    E, K = 128, 8
     cases: list[tuple] = []
 
     def case(
@@ -362,8 +365,8 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         biased: bool = False,
         persistent: bool = False,
     ) -> None:
-        m, f, k, warps, stages = _seed(rows, dtype, gated, hip, filled)
-        short, act = "bf16" if dtype == torch.bfloat16 else "fp32", described(how)
+        m, f, k, warps, stages = asked or _seed(rows, dtype, gated, hip, filled)
+        short, act = settings.DTYPES[dtype], described(how)
         args = dict.fromkeys(("x_ptr", "gate_ptr", "up_ptr", "bias_ptr", "a_ptr", "h_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "num_row_tiles": "i32"}
         args |= dict.fromkeys(("gate_ptr", "up_ptr"), "*i64") if multiple else {}
@@ -401,6 +404,10 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         case(torch.bfloat16, rows, True, True, tma=True)
         case(torch.bfloat16, rows, True, False, packed="f", tma=True)
         case(torch.bfloat16, rows, False, True, tma=True)
+    for tma in (False,) if hip else (False, True):
+        case(torch.float16, 256, True, True, tma=tma)
+        case(torch.float16, 256, False, True, tma=tma)
+    case(torch.float32, 256, False, True)
     for how in ACTIVATIONS[1:]:
         case(torch.bfloat16, 256, True, True, how=how)
     for rows in (256, 32, 1):

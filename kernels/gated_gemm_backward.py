@@ -352,7 +352,7 @@ def _seed(rows: int, dtype: torch.dtype, hip: bool) -> tuple[int, int, int, int,
         return (64, 64, 16, 1, 8, 2) if rows >= 32 else (16, 64, 16, 1, 4, 2)
     if rows >= 64:
         return (128, 128, 64, 4, 8, 2 if hip else 3)
-    return (64, 128, 64, 2, 8, 2 if hip else 4) if rows >= 16 else (16, 64, 128, 1, 4, 2 if hip else 4)
+    return (64, 128, 64, 4, 8, 2 if hip else 4) if rows >= 16 else (16, 64, 128, 1, 4, 2 if hip else 4)
 
 
 @gated_gemm_backward.register_fake
@@ -392,9 +392,12 @@ def why_not(
     return f"activation {activation} apart" if apart and described(activation).pairs else None
 
 
-def compile_cases(hip: bool = False) -> list[tuple]:
-    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
-    E, K, F, D = 128, 8, 768, 2048
+def compile_cases(hip: bool = False, D: int = 2048, F: int = 768, asked: settings.Setting | None = None) -> list[tuple]:
+    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages).
+
+    asked: by this setting, without what settings.ASKED names, instead of the kernel's own guesses.
+    """
+    E, K = 128, 8
     cases: list[tuple] = []
 
     def case(
@@ -408,8 +411,8 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         tma: bool = False,
         persistent: bool = False,
     ) -> None:
-        m, f, k, parts, warps, stages = _seed(rows, dtype, hip)
-        short, act = "bf16" if dtype == torch.bfloat16 else "fp32", described(how)
+        m, f, k, parts, warps, stages = asked or _seed(rows, dtype, hip)
+        short, act = settings.DTYPES[dtype], described(how)
         args = dict.fromkeys(("dout_ptr", "down_ptr", "h_ptr", "weights_ptr", "dh_ptr", "a_ptr"), f"*{short}")
         args |= {"order_ptr": "*i32", "tiles_ptr": "*i32", "dots_ptr": "*fp32", "R": "i32", "num_row_tiles": "i32"}
         args |= {"down_ptr": "*i64"} if multiple else {}
@@ -437,6 +440,12 @@ def compile_cases(hip: bool = False) -> list[tuple]:
         case(torch.bfloat16, rows, apart=True, multiple=16)
     case(torch.bfloat16, 256, apart=True)
     case(torch.bfloat16, 256, packed="d")
+    for tma in (False,) if hip else (False, True):
+        case(torch.float16, 256, tma=tma)
+        case(torch.float16, 256, gated=False, tma=tma)
+    case(torch.float32, 256, gated=False)
+    if not hip:
+        case(torch.bfloat16, 256, gated=False, tma=True)
     for how in ACTIVATIONS[1:]:
         case(torch.bfloat16, 256, how=how)
     for rows in (256, 32, 1):

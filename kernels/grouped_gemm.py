@@ -35,6 +35,7 @@ from moe_compile.kernels.tiles import (
     program_tile,
     row_tiles,
     rows_per_expert,
+    store_columns,
     sum_described_products,
     sum_products,
 )
@@ -95,11 +96,10 @@ def _tile(
     e, r, r_in, column = program_tile(tiles_ptr, program, num_row_tiles, num_col_tiles, BLOCK_M, GROUP_M)
     f = column * BLOCK_N + tl.arange(0, BLOCK_N)
     f_in = f < F
-    y_ptrs = y_ptr + r[:, None] * F + f[None, :]
-    y_in = r_in[:, None] & f_in[None, :]
+    number = y_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if e == E:
-        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
+        store_columns(y_ptr, acc.to(number), r, r_in, f, F, F)
     elif e < E:
         d = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + r[:, None] * D + d[None, :]
@@ -112,7 +112,7 @@ def _tile(
             acc = sum_products(acc, x_ptrs, w_ptrs, r_in, f_in, D, STRIDE_D, BLOCK_K)
         if BIASED:
             acc += tl.load(bias_ptr + e * F + f, mask=f_in, other=0.0).to(tl.float32)[None, :]
-        tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=y_in)
+        store_columns(y_ptr, acc.to(number), r, r_in, f, F, F)
 
 
 # -- launcher: the grid is never empty, so that nothing is asked about R -----------------------
@@ -209,17 +209,23 @@ def why_not_bias(bias_EF: Tensor, x_RD: Tensor, E: int, F: int) -> str | None:
     return f"bias is {bias_EF.dtype} {tuple(bias_EF.shape)}, expected {x_RD.dtype} {(E, F)}"
 
 
-def compile_cases(hip: bool = False) -> list[tuple]:
-    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
-    E, F, D = 128, 1536, 2048
+def compile_cases(
+    hip: bool = False, D: int = 2048, F: int = 1536, asked: settings.Setting | None = None
+) -> list[tuple]:
+    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages).
+
+    asked: by this setting, without what settings.ASKED names, instead of the kernel's own guesses.
+    """
+    E = 128
     cases: list[tuple] = []
     sizes = {"E": E, "D": D, "F": F, "GROUP_M": GROUP_M}
     strides = {"d": {"STRIDE_F": D, "STRIDE_D": 1}, "f": {"STRIDE_F": 1, "STRIDE_D": F}}
-    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for rows, filled in ((256, True), (32, True), (1, True), (1, False)):
-            m, n, k, warps, stages = _seed(rows, dtype, hip, filled)
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"), (torch.float16, "fp16")):
+        sizes_of_rows = ((256, True), (32, True), (1, True), (1, False))
+        for rows, filled in sizes_of_rows[: 1 if short == "fp16" else None]:
+            m, n, k, warps, stages = asked or _seed(rows, dtype, hip, filled)
             ways = [("d", 0, 0), ("f", 0, 0), ("d", 16, 0), ("f", 16, 0)]
-            tma_ways = [("d", 0, 1), ("f", 0, 1)] * (short == "bf16" and not hip)
+            tma_ways = [("d", 0, 1), ("f", 0, 1)] * (short != "fp32" and not hip)
             forms = [*((*way, "") for way in ways + tma_ways), ("f", 0, 0, "bias")]
             forms += [(*way, "persistent") for way in (ways[:2] + tma_ways) * (filled and rows > 1)]
             for packed, multiple, tma, form in forms:

@@ -89,8 +89,8 @@ def _tile(
         rows = first + k
         r_in = rows < stop
         pair = tl.load(order_ptr + rows, mask=r_in, other=0) if DY_K > 0 or X_K > 0 else rows
-        dy = _rows(dy_ptr, first, start, stop, rows, r_in, pair, f_tile * BLOCK_M, f, F, DY_K, TMA)
-        x = _rows(x_ptr, first, start, stop, rows, r_in, pair, d_tile * BLOCK_N, d, D, X_K, TMA)
+        dy = _rows(dy_ptr, first, start, stop, rows, r_in, pair, f_tile * BLOCK_M, f, F, DY_K, BLOCK_M, TMA)
+        x = _rows(x_ptr, first, start, stop, rows, r_in, pair, d_tile * BLOCK_N, d, D, X_K, BLOCK_N, TMA)
         acc = tl.dot(tl.trans(dy), x, acc, input_precision="ieee")
     dw_ptrs = dw_ptr + e.to(tl.int64) * F * D + f.to(tl.int64)[:, None] * D + d[None, :]
     tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(f < F)[:, None] & (d < D)[None, :])
@@ -99,15 +99,18 @@ def _tile(
 @triton.jit
 def _rows(
     ptr, first, start, stop, rows, r_in, pair, first_column, columns, WIDTH: tl.constexpr, K: tl.constexpr,
-    TMA: tl.constexpr,
+    BLOCK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """A step's rows of one operand; zeros from the expert's last row on, and beyond WIDTH."""
+    """A step's rows of one operand; zeros from the expert's last row on, and beyond WIDTH.  BLOCK columns."""
     if TMA and K == 0:
         return load_ragged(ptr, start, stop - start, [first - start, first_column])
     else:
         at = (pair // K if K > 0 else rows).to(tl.int64)
         ptrs = ptr + at[:, None] * WIDTH + columns[None, :]
-        return tl.load(ptrs, mask=r_in[:, None] & (columns < WIDTH)[None, :], other=0.0)
+        inside = r_in[:, None]
+        if WIDTH % BLOCK != 0:  # else a mask that is always true takes registers
+            inside = inside & (columns < WIDTH)[None, :]
+        return tl.load(ptrs, mask=inside, other=0.0)
 
 
 # -- launcher -------------------------------------------------------------------------------
@@ -202,19 +205,24 @@ def why_not(
     return None
 
 
-def compile_cases(hip: bool = False) -> list[tuple]:
-    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
+def compile_cases(
+    hip: bool = False, D: int = 2048, F: int = 1536, asked: settings.Setting | None = None
+) -> list[tuple]:
+    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages).
+
+    asked: by this setting, without what settings.ASKED names, instead of the kernel's own guesses.
+    """
     cases: list[tuple] = []
-    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"), (torch.float16, "fp16")):
         for rows in (256, 32) if short == "bf16" else (256,):
             for dy_k, x_k in ((0, 0), (8, 0), (0, 8)):
-                m, n, k, warps, stages = _seed(rows, dtype, hip, dy_k + x_k > 0)
-                for tma, persistent in ((0, 0), (0, 1), *([(1, 0), (1, 1)] if short == "bf16" and not hip else [])):
+                m, n, k, warps, stages = asked or _seed(rows, dtype, hip, dy_k + x_k > 0)
+                for tma, persistent in ((0, 0), (0, 1), *([(1, 0), (1, 1)] if short != "fp32" and not hip else [])):
                     args = dict.fromkeys(("dy_ptr", "x_ptr", "dw_ptr"), f"*{short}")
                     args |= {"offsets_ptr": "*i32", "order_ptr": "*i32"}
                     args |= {"dy_ptr": packed_rows_type(short, k, m)} if tma and not dy_k else {}
                     args |= {"x_ptr": packed_rows_type(short, k, n)} if tma and not x_k else {}
-                    constants = {"E": 128, "D": 2048, "F": 1536, "DY_K": dy_k, "X_K": x_k, "GROUP_M": GROUP_M}
+                    constants = {"E": 128, "D": D, "F": F, "DY_K": dy_k, "X_K": x_k, "GROUP_M": GROUP_M}
                     constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}
                     constants |= {"TMA": bool(tma), "PERSISTENT": bool(persistent)}
                     gathered = " dy gathered" if dy_k else " x gathered" if x_k else ""

@@ -26,7 +26,7 @@ from torch.library import triton_op, wrap_triton
 from moe_compile import grouped_gemm_scaled as definition
 from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import FLOATS, MAX_EXPERTS, compiled
-from moe_compile.kernels.grouped_gemm import _seed
+from moe_compile.kernels.grouped_gemm import _seed as product_seed
 from moe_compile.kernels.tiles import GROUP_M, fills, program_tile, row_tiles, rows_per_expert, sum_products
 from moe_compile.kernels.weights import stacked
 
@@ -111,6 +111,11 @@ def grouped_gemm_scaled(x_RD: Tensor, w_EFD: Tensor, scales: Tensor | None, offs
     return y_RF
 
 
+def _seed(rows: int, dtype: torch.dtype, hip: bool, filled: bool = True) -> tuple[int, int, int, int, int]:
+    """As grouped_gemm's, but for f32: tiles of 64 x 64 leave no register for the widening, and spill."""
+    return (32, 64, 16, 4, 2) if dtype == torch.float32 and rows >= 32 else product_seed(rows, dtype, hip, filled)
+
+
 @grouped_gemm_scaled.register_fake
 def _(x_RD: Tensor, w_EFD: Tensor, scales: Tensor | None, offsets_E: Tensor) -> Tensor:
     return x_RD.new_empty(x_RD.shape[0], w_EFD.shape[1])
@@ -143,15 +148,21 @@ def why_not_widened(dtype: torch.dtype, device: torch.device) -> str | None:
     return f"{dtype} on sm_{major}{minor}, which widens no such numbers" if (major, minor) < (8, 9) else None
 
 
-def compile_cases(hip: bool = False) -> list[tuple]:
-    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages)."""
-    E, F, D = 128, 1536, 2048
+def compile_cases(
+    hip: bool = False, D: int = 2048, F: int = 1536, asked: settings.Setting | None = None
+) -> list[tuple]:
+    """What can be launched: (setting, kernel, types, constants, num_warps, num_stages).
+
+    asked: by this setting, without what settings.ASKED names, instead of the kernel's own guesses.
+    """
+    E = 128
     sizes = {"E": E, "D": D, "F": F, "GROUP_M": GROUP_M, "STRIDE_E": F * D}
     strides = {"d": {"STRIDE_F": D, "STRIDE_D": 1}, "f": {"STRIDE_F": 1, "STRIDE_D": F}}
     cases: list[tuple] = []
-    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for rows, filled in ((256, True), (32, True), (1, True), (1, False)):
-            m, n, k, warps, stages = _seed(rows, dtype, hip, filled)
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32"), (torch.float16, "fp16")):
+        sizes_of_rows = ((256, True), (32, True), (1, True), (1, False))
+        for rows, filled in sizes_of_rows[: 1 if short == "fp16" else None]:
+            m, n, k, warps, stages = asked or _seed(rows, dtype, hip, filled)
             ways = [("e4m3", "d", 2), ("e4m3", "f", 1), ("e5m2", "d", 2), ("e5m2", "f", 0)]
             ways += [("e4m3", "d", 3), ("e4m3", "f", 3), ("e5m2", "d", 3)]
             for kind, packed, scaled in ways:

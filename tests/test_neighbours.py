@@ -1,6 +1,7 @@
 """Pointwise ops beside the experts fuse into the kernels that are there without them."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
-from tests.tiny import D, E, Experts, K, close, compiled
+from tests.tiny import D, E, Experts, K, check_same, close, compiled, original
+
+OPS = ("aten.topk", "moe_ep.check_ids", "moe_ep.expert_mlp")
 
 
 class Layer(nn.Module):
@@ -63,8 +66,23 @@ def kernels(layer: Layer) -> list[str]:
     with fresh_cache(), torch.no_grad():
         out, (code,) = run_and_get_code(compiled(layer, inner="inductor", fullgraph=True, strict=True), x)
         assert close(out, layer(x))
-    calls = re.findall(r"^ +(?:buf\d+ = )?(cpp_fused|triton_|extern_kernels|torch\.ops\.\w+\.\w+)", code, re.MULTILINE)
-    return ["fused" if call in ("cpp_fused", "triton_") else call.removeprefix("torch.ops.") for call in calls]
+    return calls(code)
+
+
+def calls(code: str) -> list[str]:
+    found = re.findall(r"^ +(?:buf\d+ = )?(cpp_fused|triton_|extern_kernels|torch\.ops\.\w+\.\w+)", code, re.MULTILINE)
+    return ["fused" if call in ("cpp_fused", "triton_") else call.removeprefix("torch.ops.") for call in found]
+
+
+def training_kernels(layer: Layer) -> list[list[str]]:
+    """The same of a training step's forward and of its backward."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    run, x = compiled(layer, inner="inductor", fullgraph=True, strict=True), torch.randn(6, D)
+    reference = original(layer)
+    with fresh_cache():
+        _, codes = run_and_get_code(check_same, run, reference, layer, reference, x)
+    return [calls(code) for code in codes]
 
 
 @pytest.mark.usefixtures("fresh")
@@ -73,3 +91,17 @@ def test_one_kernel_between_two_products(cls: type[Layer]) -> None:
     """The norm; the softmax; the weights; the residual with the norm behind it."""
     router = ["extern_kernels", "fused", "aten.topk", "moe_ep.check_ids", "fused"]
     assert kernels(cls()) == ["fused", *router, "moe_ep.expert_mlp", "fused"]
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(("cls", "fused"), [(Layer, 4), (WithNeighbours, 3)])
+def test_training_has_no_more_kernels(cls: type[Layer], fused: int) -> None:
+    """Forward: those of an inference.  Backward: of the norm behind the experts; from them and the weights to the
+    logits; of the first norm with the residual; beside the router's two products.  Without neighbours Inductor writes
+    one more.
+    """
+    forward, backward = training_kernels(cls())
+    assert Counter(forward) == {"fused": 4, "extern_kernels": 1} | dict.fromkeys(OPS, 1)
+    assert forward[-2:] == ["moe_ep.expert_mlp", "fused"]
+    assert Counter(backward) == {"fused": fused, "extern_kernels": 2, "moe_ep.expert_mlp_backward": 1}
+    assert backward[:3] == ["fused", "moe_ep.expert_mlp_backward", "fused"]

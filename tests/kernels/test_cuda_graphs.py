@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_compile import cuda
 from tests.tiny import Block, D, Experts, Separate, T, compiled
 
 from .conftest import DEVICE, random
-from .test_cuda import FORMS, OURS, everything, mlp_arguments
+from .test_cuda import FORMS, OURS, arguments, everything, mlp_arguments
 
 READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 LAYERS: dict[str, Callable[[], nn.Module]] = {"stacked": Experts, "separate": Separate}
@@ -102,3 +104,47 @@ def test_a_layer_in_a_cuda_graph(experts: str, inner: str) -> None:
         graph.replay()
         assert all(map(torch.equal, captured, step()))
     assert not torch.equal(*chosen)
+
+
+class Asked(TorchFunctionMode):
+    """Which methods that give the host a tensor's numbers were called: of a tensor on a CPU no op need run for that."""
+
+    METHODS = frozenset({"tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.methods: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.methods |= {getattr(func, "__name__", "")} & self.METHODS
+        return func(*args, **kwargs or {})
+
+
+def general() -> dict[str, tuple[Any, ...]]:
+    """Arguments of the general ops; in f32, and that of float8 weights once for each kind of scale."""
+    args = arguments(torch.float32)
+    x, (w,), offsets = args["grouped_gemm"]
+    narrow, (experts, inner, width) = w.to(torch.float8_e5m2), w.shape
+    args["grouped_gemm separate"] = (x, list(w), offsets)
+    for kind, shape in (
+        ("none", None),
+        ("experts", (experts,)),
+        ("features", (experts, inner)),
+        ("blocks", (experts, inner // 16, width // 16)),
+    ):
+        args[f"grouped_gemm_scaled {kind}"] = (x, [narrow], None if shape is None else random(*shape).abs(), offsets)
+    return args
+
+
+@pytest.mark.parametrize("name", general())
+def test_no_op_around_the_kernels_of_the_general_ops_reads_the_host(name: str) -> None:
+    """Bodies that have no fused form, and float8 weights, are these.  In f64 no kernel runs, and products do read."""
+    op, args = name.split()[0], general()[name]
+    with Ran() as ran, Asked() as asked:
+        getattr(cuda, op)(*args)
+    assert ran.ops and not ran.reads and not asked.methods
+    if op == "grouped_gemm":
+        x, weights, offsets = args
+        with Asked() as asked:
+            cuda.grouped_gemm(x.double(), [w.double() for w in weights], offsets)
+        assert asked.methods == {"tolist"}

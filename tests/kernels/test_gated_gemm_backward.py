@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_compile.activations import activate, activate_backward, between
+from moe_compile.kernels import settings
 from moe_compile.kernels.dispatch import sort_by_expert
 from moe_compile.kernels.gated_gemm import gated_gemm
 from moe_compile.kernels.gated_gemm_backward import gated_gemm_backward, gated_gemm_backward_reference, why_not
@@ -57,6 +58,16 @@ def test_values(shape: str, gated: bool, dtype: torch.dtype) -> None:
     assert found[0].shape[0] == 1
     check(found, args, "silu", gated, scaled=True)
     assert all(map(torch.equal, found, gated_gemm_backward(*args, *rest)))
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_epilogue_in_quarters(dtype: torch.dtype, gated: bool) -> None:
+    """As the kernel's own guesses for 16 rows and more have it, in 16 bits."""
+    args = operands("odd sizes", dtype, gated)
+    with settings.pinned("gated_gemm_backward", "gated" if gated else "plain", (64, 128, 64, 4, 8, 4)):
+        found = gated_gemm_backward(*args, "silu", gated, False, True, True)
+    check(found, args, "silu", gated, scaled=True)
 
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "ones"])
