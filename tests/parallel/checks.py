@@ -296,14 +296,22 @@ def autocast_with_gradients(ranks: Ranks) -> None:
 
 
 def under_autocast(ranks: Ranks, model: nn.Module, batches: Batches) -> None:
-    """Loss and gradients are those of one process under autocast, to the rounding of bfloat16; weights stay float32."""
+    """Loss and gradients are as near to float32's as those of one process under autocast; weights stay float32.
+
+    Both round to bfloat16, at other places: of the few tokens here that is half as much again at most, and one rounding.
+    """
     reference, single = copy.deepcopy(model), copy.deepcopy(model)
     moe_compile.parallelize(model, moe_compile.build_mesh())
     call = compiled(model, "aot_eager", fullgraph=True, strategy="alltoall")
+
+    def wide(model: Callable[..., Any], x: Tensor) -> Tensor:
+        """The loss in float32: in bfloat16 it would be rounded itself."""
+        return model(x).float().square().sum() / 8
+
     with torch.autocast("cpu", torch.bfloat16):
-        got = square(call, *batches[ranks.rank])
-        want = sum(square(reference, *b).float() for b in batches) / ranks.size  # type: ignore[misc]
-    exact = sum(square(single, *b) for b in batches) / ranks.size  # type: ignore[misc]
+        got = wide(call, *batches[ranks.rank])
+        want = sum(wide(reference, *b) for b in batches) / ranks.size
+    exact = sum(wide(single, *b) for b in batches) / ranks.size
     for loss in (got, want, exact):
         loss.backward()
     total = got.detach().float()
@@ -313,7 +321,10 @@ def under_autocast(ranks: Ranks, model: nn.Module, batches: Batches) -> None:
     for name, parameter in reference.named_parameters():
         mine, theirs, true = grads[name], parameter.grad, single.get_parameter(name).grad
         assert mine is not None and theirs is not None and true is not None
-        assert mine.dtype == torch.float32 and close(mine, theirs, 2e-2), f"{name}: {_off(mine, theirs)}"
+        off, allowed = (float((g - true).norm() / true.norm()) for g in (mine, theirs))
+        assert mine.dtype == torch.float32 and off <= 1.5 * allowed + 2**-9, (
+            f"{name}: {off:.1e}, the model's {allowed:.1e}"
+        )
         assert not close(mine, true, 1e-4), f"{name}: autocast is not seen"
 
 
