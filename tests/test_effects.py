@@ -11,10 +11,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.test_families import routed as _routed
-from tests.tiny import E, Separate, close, compiled, regions
+from tests.tiny import Block, D, E, Separate, T, close, compiled, original, regions
 
 pytestmark = pytest.mark.usefixtures("fresh")
 LOG: list[int] = []
@@ -297,3 +299,35 @@ def test_the_loop_alone_is_rewritten() -> None:
     with regions() as found:
         compiled(model)(*_routed(range(E)))
     assert [r.matched for r in found] == [True], found[0].reason
+
+
+class Counting(Block):
+    """Counts how often each expert is chosen, as routers without an auxiliary loss do, in a checkpointed forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.load: Tensor
+        self.register_buffer("load", torch.zeros(E))
+
+    def counted(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(self.top_k)
+        self.load.add_(F.one_hot(ids, E).sum((0, 1)))
+        return self.experts(x, ids, weights)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.counted, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_recomputed_router_counts_once(inner: str) -> None:
+    """As the compiler that traces a checkpoint has it; in eager mode the recomputation counts again."""
+    model = Counting()
+    reference, x = original(model), torch.randn(T, D)
+    with regions() as found:
+        compiled(model, inner, fullgraph=True)(x).square().sum().backward()
+    out = reference(x)
+    once = reference.load.clone()
+    out.square().sum().backward()
+    assert [r.matched for r in found] == [True] and torch.equal(reference.load, 2 * once)
+    assert torch.equal(model.load, once) and once.sum() == T * model.top_k
+    assert close(model.router.weight.grad, reference.router.weight.grad)
