@@ -12,11 +12,13 @@ MOE_COMPILE_SETTINGS): the forms of each entry's product, at its widths and sett
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -230,6 +232,25 @@ def cases_of(entry: Entry, hip: bool) -> list[Case]:
     return list(found.values())
 
 
+def compile_target(arch: str, only: str | None, first: bool, table: list[Entry]) -> list[Row]:
+    """All that is asked of one target, each printed at once."""
+    hip, rows = TARGETS[arch].backend == "hip", []
+    todo = cases(hip, only, first)
+    for entry in table:
+        if entry.problem.device == arch:
+            of_entry = cases_of(entry, hip)
+            todo += of_entry
+            if not of_entry:
+                name = f"{entry.problem.dtype} {list(entry.setting)}"
+                rows.append(Row(entry.problem.kernel, name, arch, error=f"no case is {entry.problem.form!r}"))
+                print(rows[-1], flush=True)
+    for case in todo:
+        if not case.why_not(arch):
+            rows.append(compile_case(case, arch))
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -240,27 +261,14 @@ def main() -> int:
     if options.triton not in (None, triton.__version__):
         parser.error(f"this is triton {triton.__version__}, at {triton.__file__}")
     print(f"triton {triton.__version__}")
-    print(HEADER)
+    print(HEADER, flush=True)  # before the forks
+    if not all(isinstance(case.kernel, JITFunction) for case in cases(False, options.kernel, True)):
+        parser.error("unset TRITON_INTERPRET")
     rows: list[Row] = []
     table = [] if options.first else entries(options.kernel)
-    for arch in options.arch:
-        hip = TARGETS[arch].backend == "hip"
-        todo = cases(hip, options.kernel, options.first)
-        for entry in table:
-            if entry.problem.device == arch:
-                of_entry = cases_of(entry, hip)
-                todo += of_entry
-                if not of_entry:
-                    name = f"{entry.problem.dtype} {list(entry.setting)}"
-                    rows.append(Row(entry.problem.kernel, name, arch, error=f"no case is {entry.problem.form!r}"))
-                    print(rows[-1], flush=True)
-        for case in todo:
-            if not isinstance(case.kernel, JITFunction):
-                parser.error("unset TRITON_INTERPRET")
-            if case.why_not(arch):
-                continue
-            rows.append(compile_case(case, arch))
-            print(rows[-1], flush=True)
+    for arch in options.arch:  # each in a process of its own: Triton 3.6 keeps the first target's casts of float8
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as process:
+            rows += process.submit(compile_target, arch, options.kernel, options.first, table).result()
     for device in sorted({entry.problem.device for entry in table} - set(TARGETS)):
         print(f"not compiled: settings for {device}, which is no target here")
     faults = sum(bool(row.fault()) for row in rows)
