@@ -54,6 +54,15 @@ def two_types(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return cast(rows, up, down) + torch.relu(rows.to(F16) @ up.to(F16).t()) @ down.to(F16).t()
 
 
+def halved(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """A sum of gradients in float16 may be infinite where that of wider ones is not."""
+    return torch.relu(rows.to(F16) @ up.to(F16).t()) @ down.to(F16).t()
+
+
+def quantized(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return plain(rows.to(torch.float8_e4m3fn).to(rows.dtype), up, down)
+
+
 def widened(rows: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return torch.relu(rows.double() @ up.double().t()) @ down.double().t()
 
@@ -111,13 +120,25 @@ return [experts]""",
         self.assertEqual(self.after(plain)[1], "NarrowTokens: 0 applied, 0 refused")
 
     def test_refuses(self):
-        for body, reason in ((kept_wide, "token_0 is read as it is too, by add_tensor"),
-                             (two_types, "token_0 is read as torch.bfloat16 and torch.float16")):  # fmt: skip
+        for body, reason in ((kept_wide, "token_0 is read otherwise too, by add_tensor"),
+                             (two_types, "token_0 is read otherwise too, by to_dtype")):  # fmt: skip
             self.assertIn(reason, self.after(body)[1])
-        self.assertIn("token_0 is read as it is too, by add_tensor", self.after(lambda *a: plain(*a) + a[0], True)[1])
+        self.assertIn("token_0 is read otherwise too, by add_tensor", self.after(lambda *a: plain(*a) + a[0], True)[1])
 
-    def test_leaves_what_is_no_narrower_float(self):
-        for body in (widened, cut, plain):
+    def test_refuses_a_body_that_others_have_too(self):
+        gm, _ = detected(Stacked(), loop(cast), *inputs())
+        (node,) = gm.graph.find_nodes(op="call_function", target=experts)
+        with gm.graph.inserting_after(node):
+            gm.graph.node_copy(node)
+        before = graph_text(gm.graph)
+        report = NarrowTokens()(gm)
+        self.assertEqual(
+            [why for _, why in report.refused], ["the body experts_body_0 is that of other experts too"] * 2
+        )
+        self.assertEqual(graph_text(gm.graph), before)
+
+    def test_leaves_what_is_no_bfloat16(self):
+        for body in (widened, halved, quantized, cut, plain):
             self.assertEqual(self.after(body)[1], "NarrowTokens: 0 applied, 0 refused")
 
 
