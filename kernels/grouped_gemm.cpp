@@ -4,7 +4,8 @@
 // are read where they lie if they are contiguous, as in both gradients.  Where B is stored transposed (weights as
 // nn.Linear keeps them) a panel of its columns is laid out as rows first.  With some dozens of rows an expert, reading
 // the weights takes as long as using them: so each is read once, front to back, and fetched while the panel before it
-// is being multiplied.
+// is being multiplied.  With fewer rows than that laying out would take longer than either: squares of B are turned in
+// registers and used at once.
 //
 // Numbers narrower than f32 are laid out as words in any case: as floats, or, where the machine multiplies pairs of bf16
 // (AVX512_BF16), as pairs of neighbours along k.  Sums are f32 from the first k to the last, and rounded once.
@@ -18,6 +19,7 @@ constexpr int M = 6;
 constexpr int PANEL = 64;         // columns laid out at a time: a multiple of V * N
 constexpr int64_t LONGEST = 1024; // depth of a panel: it stays in the second cache
 constexpr int64_t SHORTEST = NARROW ? 256 : 128; // of what is read where it lies, or laid out as rows
+constexpr int FEW = V == 16 ? 10 : M; // rows that squares are turned for: their sums stay in registers beside a square
 constexpr int LINE = 64;          // bytes
 constexpr int64_t STRIP = 512;    // columns of narrow numbers laid out at a time
 
@@ -91,6 +93,31 @@ static inline void transpose(words& a, words& b, words& c, words& d) {
     b = pick<2, 3, 6, 7>(p, r);
     c = pick<0, 1, 4, 5>(q, s);
     d = pick<2, 3, 6, 7>(q, s);
+  }
+}
+
+// Transpose V x V numbers.
+static inline void transpose(words (&x)[V]) {
+  for (int i = 0; i < V; i += 4) transpose(x[i], x[i + 1], x[i + 2], x[i + 3]);
+  // now x[4 p + i] has in its quarter q what belongs into quarter p of x[4 q + i]
+  if constexpr (V == 16) {
+    for (int i = 0; i < 4; i++) {
+      words &a = x[i], &b = x[4 + i], &c = x[8 + i], &d = x[12 + i];
+      const words p = pick<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>(a, b);
+      const words q = pick<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>(c, d);
+      const words r = pick<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>(a, b);
+      const words s = pick<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>(c, d);
+      a = pick<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(p, q);
+      b = pick<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(p, q);
+      c = pick<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(r, s);
+      d = pick<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(r, s);
+    }
+  } else if constexpr (V == 8) {
+    for (int i = 0; i < 4; i++) {
+      const words p = x[i];
+      x[i] = pick<0, 1, 2, 3, 8, 9, 10, 11>(p, x[4 + i]);
+      x[4 + i] = pick<4, 5, 6, 7, 12, 13, 14, 15>(p, x[4 + i]);
+    }
   }
 }
 
@@ -231,15 +258,10 @@ static void rest(int64_t m, int64_t n, int64_t k, Matrix a, const word* b, int64
     float* sums = c.sums + i * c.ldsums;
     vec sum = from == SUMS ? load(sums, n) : from == RESULT ? load(c.p + i * c.ld, n) : vec{};
     const char* x = a.p + i * a.row;
-    if constexpr (NARROW) {  // laid out as whole vectors
-      for (int64_t at = 0; at < k; at++)
-        sum = multiply_add(sum, words{} + read<word>(x + at * a.column), read<words>(b + at * ldb));
-    } else {
-      float each[V];
-      store(each, sum);
-      for (int64_t at = 0; at < k; at++)
-        for (int64_t j = 0; j < n; j++) each[j] += read<float>(x + at * a.column) * b[at * ldb + j];
-      sum = load(each);
+    for (int64_t at = 0; at < k; at++) {
+      const word* y = b + at * ldb;  // whole vectors where they are laid out, and before the last rows' ends
+      const bool whole = NARROW || (k - 1 - at) * ldb >= V - n;
+      sum = multiply_add(sum, words{} + read<word>(x + at * a.column), whole ? read<words>(y) : read<words>(y, n));
     }
     to == KEEP ? store(sums, sum, n) : store(c.p + i * c.ld, sum, n);
   }
@@ -319,6 +341,57 @@ static void product_transposed(int64_t m, int64_t n, int64_t k, Matrix a, const 
   }
 }
 
+// C [R, n] = (C +) A [R, k] @ B [n, k].T, squares of V columns turned in registers and used at once
+template <int R>
+static void product_turned(int64_t n, int64_t k, Matrix a, const number* b, int64_t ldb, number* c, int64_t ldc,
+                           From first) {
+  const char* const stop = (const char*)(b + n * ldb);
+  for (int64_t j = 0; j < n; j += V, b += V * ldb) {
+    const int64_t columns = least(V, n - j);
+    vec sum[R] = {};
+    if (first == RESULT)
+      for (int r = 0; r < R; r++) sum[r] = load(c + r * ldc + j, columns);
+    for (int64_t at = 0; at < k; at += V * STEP) {
+      const int64_t numbers = least(V * STEP, k - at), size = words_of(numbers);
+      words x[V];
+      for (int i = 0; i < V; i++) {
+        const number* p = b + i * ldb + at;
+        if (const char* next = (const char*)(p + V * ldb); next < stop) __builtin_prefetch(next, 0, 2);
+        x[i] = i >= columns ? words{} : numbers == V * STEP ? load_words(p) : load_words(p, numbers);
+      }
+      transpose(x);
+      const char* left = a.p + at / STEP * a.column;
+      const auto use = [&](int i) {
+        for (int r = 0; r < R; r++)
+          sum[r] = multiply_add(sum[r], words{} + read<word>(left + r * a.row + i * a.column), x[i]);
+      };
+      if (size == V)
+        for (int i = 0; i < V; i++) use(i);
+      else
+        for (int i = 0; i < size; i++) use(i);
+    }
+    for (int r = 0; r < R; r++) store(c + r * ldc + j, sum[r], columns);
+  }
+}
+
+// C [m, n] = (C +) A [m, k] @ B [n, k].T for few rows
+static void product_of_few(int64_t m, int64_t n, int64_t k, Matrix a, const number* b, int64_t ldb, number* c,
+                           int64_t ldc, From first) {
+  static_assert(FEW <= 10);
+  switch (m) {
+    case 1: return product_turned<1>(n, k, a, b, ldb, c, ldc, first);
+    case 2: return product_turned<2>(n, k, a, b, ldb, c, ldc, first);
+    case 3: return product_turned<3>(n, k, a, b, ldb, c, ldc, first);
+    case 4: return product_turned<4>(n, k, a, b, ldb, c, ldc, first);
+    case 5: return product_turned<5>(n, k, a, b, ldb, c, ldc, first);
+    case 6: return product_turned<6>(n, k, a, b, ldb, c, ldc, first);
+    case 7: return product_turned<7>(n, k, a, b, ldb, c, ldc, first);
+    case 8: return product_turned<8>(n, k, a, b, ldb, c, ldc, first);
+    case 9: return product_turned<9>(n, k, a, b, ldb, c, ldc, first);
+    case 10: return product_turned<10>(n, k, a, b, ldb, c, ldc, first);
+  }
+}
+
 // -- all experts ----------------------------------------------------------------------------
 
 struct Task {
@@ -370,6 +443,8 @@ extern "C" void grouped_gemm(const number* x, int64_t ldx, const number* const* 
     number* c = y + t.row * ldy + t.start;
     if (transposed)
       product_plain(t.rows, t.stop - t.start, d, a, b + t.start, ldw, c, ldy, SHORTEST * STEP, first, STORE, scratch);
+    else if (t.rows <= FEW)
+      product_of_few(t.rows, t.stop - t.start, d, a, b + t.start * ldw, ldw, c, ldy, first);
     else
       product_transposed(t.rows, t.stop - t.start, d, a, b + t.start * ldw, ldw, c, ldy, first, scratch);
   });

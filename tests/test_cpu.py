@@ -147,7 +147,7 @@ NARROW = [torch.bfloat16, torch.float16]
 
 # f, d around the sizes of tiles, panels and blocks; rows around those of tiles, tasks and blocks of k
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
-@pytest.mark.parametrize("rows", [0, 1, 5, 7, 241, 300])
+@pytest.mark.parametrize("rows", [0, 1, 5, 7, 10, 11, 241, 300])
 @pytest.mark.parametrize(("f", "d"), SIZES)
 def test_products_of_any_size(rows: int, f: int, d: int, dtype: torch.dtype) -> None:
     check_products(rows, f, d, dtype)
@@ -227,6 +227,7 @@ def test_other_machines(dtype: torch.dtype, lacking: list[str], monkeypatch) -> 
     monkeypatch.setattr(native, "library", lambda dtype: other)
     for f, d in SIZES:
         check_products(7, f, d, dtype)
+        check_products(4, f, d, dtype)
     torch.manual_seed(0)
     h, a = torch.randn(3, 21).to(dtype), torch.empty(3, 21, dtype=dtype)
     h[0, 0], h[1, 20] = float("nan"), float("inf")
@@ -246,12 +247,15 @@ def test_other_machines(dtype: torch.dtype, lacking: list[str], monkeypatch) -> 
 def test_a_row_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
     """Whatever other rows the expert has, and for any number of threads."""
     torch.manual_seed(0)
-    x, w = torch.randn(500, 70).to(dtype), torch.randn(2, 90, 70).to(dtype)
-    for weight in (w, w.transpose(1, 2).contiguous().transpose(1, 2)):
-        all_rows = cpu.grouped_gemm(x, [weight], torch.tensor([400, 500], dtype=torch.int32))
-        with one_thread():
-            few = cpu.grouped_gemm(x[397:403], [weight], torch.tensor([3, 6], dtype=torch.int32))
-        assert torch.equal(all_rows[397:403], few)
+    for d in (70, 71):
+        x, w = torch.randn(500, d).to(dtype), torch.randn(2, 90, d).to(dtype)
+        for weight in (w, w.transpose(1, 2).contiguous().transpose(1, 2)):
+            all_rows = cpu.grouped_gemm(x, [weight], torch.tensor([400, 500], dtype=torch.int32))
+            for rows in range(1, 14):
+                start, offsets = 400 - rows, torch.tensor([rows, rows + 3], dtype=torch.int32)
+                with one_thread():
+                    few = cpu.grouped_gemm(x[start:403], [weight], offsets)
+                assert torch.equal(all_rows[start:403], few)
 
 
 @contextmanager
