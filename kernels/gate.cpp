@@ -1,5 +1,5 @@
 // What stands between the two products of an expert, on a CPU: a = act(g) * u and its other forms
-// (moe_compile/activations.py), and their gradients; biases; and the weighted sum behind them.
+// (moe_compile/activations.py), and their gradients; and biases.
 // Computed in f32, each number rounded once.
 //
 // Row by row; every number comes from its own row alone, sums run in a fixed order.  vectors.h goes before this text.
@@ -174,7 +174,6 @@ extern "C" void spread(const number* bias, const int32_t* offsets, int64_t exper
 // db [experts, f]: the sum over each expert's rows of w[r] * dy[r], in their order; w may be null: ones.
 extern "C" void bias_gradient(const number* dy, const float* w, const int32_t* offsets, int64_t experts, number* db,
                               int64_t f, int threads) {
-  constexpr int C = 4;  // vectors of a row at a time
   const int64_t parts = (f + C * V - 1) / (C * V);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
   for (int64_t task = 0; task < experts * parts; task++) {
@@ -199,17 +198,4 @@ extern "C" void add_bias_dots(const number* dy, const number* bias, const int32_
       for (int i = 0; i < V; i++) dots[r] += sums[i];
     }
   }
-}
-
-// out [tokens, d]: sum over k of w[t, k] * y[position[t, k]], in the order of k; rows from `kept` on are nobody's.
-extern "C" void combine(const number* y, int64_t d, const float* w, const int32_t* position, int64_t kept, float* out,
-                        int64_t tokens, int64_t top_k, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t t = 0; t < tokens; t++)
-    for (int64_t j = 0; j < d; j += V) {
-      vec sum{};
-      for (int64_t i = t * top_k; i < (t + 1) * top_k; i++)
-        if (position[i] < kept) sum += w[i] * load(y + position[i] * d + j, d - j);
-      store(out + t * d + j, sum, d - j);
-    }
 }

@@ -1,5 +1,5 @@
 // Vectors as wide as the machine's registers, in GCC's and Clang's own terms, and the numbers that lie in memory.
-// native.py compiles this file, grouped_gemm.cpp and gate.cpp as one text for each type of number: f32, or what
+// native.py compiles this file, routing.cpp, grouped_gemm.cpp and gate.cpp as one text for each type of number: f32, or what
 // BFLOAT16 or FLOAT16 say.  Sums are f32; a number is rounded once, to nearest even, when it is stored.
 
 // Few headers: reading them takes as long as compiling the rest.

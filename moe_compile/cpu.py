@@ -3,11 +3,9 @@
 Products in f32, bf16 and f16 are one call over all experts (kernels/grouped_gemm.cpp), what stands between two of them
 another (kernels/gate.cpp); in other dtypes one product after another.  Sums are f32, rounded once.
 
-A `combine` is an embedding bag: the bag of token t holds the K rows of its pairs, in the order of k, with the routing
-weights as per-sample weights.  Its gradients are bags too.  These kernels are vectorised, threaded over bags, sum in
-f32 and in order, and need no compilation.  They take one dtype for rows and weights and leave no row out: narrow rows
-with f32 weights, which is what most routers give, have a kernel, other arguments go to the definitions in ops.py.  All
-these forms equal those up to one fused multiply-add.
+The sort of the pairs, the rows it gathers, their weighted sum and its gradient are one call each (kernels/routing.cpp),
+for routing weights of the rows' dtype or f32; other dtypes go to the definitions in ops.py.  All these forms equal
+those up to one fused multiply-add.
 """
 
 import ctypes
@@ -81,7 +79,7 @@ def grouped_gemm_scaled(x_RD: Tensor, weights: Sequence[Tensor], scales: Tensor 
     stop = 0
     for e, rows in ops.groups(offsets_E):
         stop = rows.stop
-        end = torch.tensor([stop - rows.start], dtype=torch.int32)
+        end = offsets_E.new_tensor([stop - rows.start])
         w, in_blocks = widened(w_FD[e], wide_FD), scales is not None and scales.dim() == 3
         w = scaled.scale_blocks_(w, scales[e]) if in_blocks else w  # type: ignore[index]
         y = grouped_gemm(x_RD[rows].float(), [w], end)
@@ -107,42 +105,69 @@ def _weight_gradient(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
     return dw_EFD
 
 
-# -- memory-bound ops -----------------------------------------------------------------------
+# -- to the experts and back ----------------------------------------------------------------
 
-NARROW = (torch.bfloat16, torch.float16)
-FLOATS = (torch.float32, *NARROW)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_not(y_RD: Tensor, weights_TK: Tensor | None, offsets_E: Tensor) -> str | None:
-    """Return why the bags cannot serve, or None.  Reads one number of `offsets_E`."""
-    if y_RD.dtype not in FLOATS:
-        return f"rows are {y_RD.dtype}"
-    if weights_TK is not None and weights_TK.dtype != y_RD.dtype:
+def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    if native.why_not(x_TD):
+        return ops.dispatch_reference(x_TD, ids_TK, num_experts)
+    offsets_E, order_R, _ = _sorted(x_TD, ids_TK, num_experts)
+    return _gather(x_TD, order_R, ids_TK.shape[1]), offsets_E, order_R
+
+
+def _sorted(like: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(offsets_E, order_R, position_R) of `dispatch`; position_R, the inverse of the order, says where a pair lies."""
+    ops.check_pairs(ids_TK, num_experts)
+    ids_R = ids_TK.long().contiguous()
+    order_R, position_R, offsets_E = (
+        ids_R.new_empty(size, dtype=torch.int32) for size in (ids_R.numel(), ids_R.numel(), num_experts)
+    )
+    native.library(like.dtype).sort_by_expert(  # type: ignore[union-attr]
+        ids_R.data_ptr(), ids_R.numel(), num_experts, order_R.data_ptr(), position_R.data_ptr(), offsets_E.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return offsets_E, order_R, position_R
+
+
+def _gather(x_TD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
+    """The row of each pair's token, in the order of the pairs."""
+    x_TD, R = x_TD.contiguous(), order_R.shape[0]
+    x_RD = unset(x_TD, R, x_TD.shape[1])
+    native.library(x_TD.dtype).gather(  # type: ignore[union-attr]
+        x_TD.data_ptr(), x_TD.shape[1], order_R.data_ptr(), top_k, x_RD.data_ptr(), R, torch.get_num_threads()
+    )
+    return x_RD
+
+
+def _positions(like: Tensor, order_R: Tensor) -> Tensor:
+    position_R = torch.empty_like(order_R)
+    native.library(like.dtype).invert(order_R.data_ptr(), order_R.shape[0], position_R.data_ptr())  # type: ignore[union-attr]
+    return position_R
+
+
+def why_not_combine(y_RD: Tensor, weights_TK: Tensor | None) -> str | None:
+    """Return why the kernel cannot serve a `combine`, or None."""
+    if weights_TK is not None and weights_TK.dtype not in (y_RD.dtype, torch.float32):
         return f"rows are {y_RD.dtype}, weights {weights_TK.dtype}"
-    if y_RD.numel() == 0 or int(offsets_E[-1]) != y_RD.shape[0]:
-        return f"{int(offsets_E[-1])} of {y_RD.shape[0]} rows belong to experts"
-    return None
+    return native.why_not(y_RD)
 
 
 def combine(y_RD: Tensor, weights_TK: Tensor | None, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
-    if weights_TK is not None and weights_TK.dtype == torch.float32 and y_RD.dtype in NARROW:
-        if native.why_not(y_RD) is None:
-            return _combine_wide(y_RD, weights_TK, order_R, offsets_E, top_k)
-    if why_not(y_RD, weights_TK, offsets_E):
+    if why_not_combine(y_RD, weights_TK):
         return ops.combine_reference(y_RD, weights_TK, order_R, offsets_E, top_k)
-    position_TK = _positions(order_R).view(-1, top_k)
-    weights = None if weights_TK is None else weights_TK.contiguous()
-    return torch.nn.functional.embedding_bag(position_TK, y_RD.contiguous(), mode="sum", per_sample_weights=weights)
+    return _combine(y_RD, weights_TK, _positions(y_RD, order_R.contiguous()), offsets_E, top_k)
 
 
-def _combine_wide(y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
-    """As `combine`, of narrow rows with f32 weights."""
-    y_RD, weights_TK, position_R = y_RD.contiguous(), weights_TK.contiguous(), _positions(order_R)
-    (T, _), D = weights_TK.shape, y_RD.shape[1]
-    out_TD = weights_TK.new_empty(T, D)
+def _combine(y_RD: Tensor, weights_TK: Tensor | None, position_R: Tensor, offsets_E: Tensor, top_k: int) -> Tensor:
+    y_RD, offsets_E, (R,), D = y_RD.contiguous(), offsets_E.contiguous(), position_R.shape, y_RD.shape[1]
+    weights_TK = None if weights_TK is None else weights_TK.contiguous()
+    out_TD = unset(y_RD if weights_TK is None else weights_TK, R // top_k, D)
     native.library(y_RD.dtype).combine(  # type: ignore[union-attr]
-        y_RD.data_ptr(), D, weights_TK.data_ptr(), position_R.data_ptr(), int(offsets_E[-1]), out_TD.data_ptr(), T,
-        top_k, torch.get_num_threads(),
+        y_RD.data_ptr(), D, None if weights_TK is None else weights_TK.data_ptr(), out_TD.dtype == torch.float32,
+        position_R.data_ptr(), offsets_E.data_ptr(), offsets_E.shape[0], out_TD.data_ptr(), R // top_k, top_k,
+        torch.get_num_threads(),
     )  # fmt: skip
     return out_TD
 
@@ -150,25 +175,17 @@ def _combine_wide(y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: 
 def combine_backward(
     dout_TD: Tensor, y_RD: Tensor, weights_TK: Tensor, order_R: Tensor, offsets_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if why_not(y_RD, weights_TK, offsets_E) or dout_TD.dtype != y_RD.dtype:
+    if why_not_combine(y_RD, weights_TK) or dout_TD.dtype != weights_TK.dtype:
         return ops.combine_backward_reference(dout_TD, y_RD, weights_TK, order_R, offsets_E)
-    dout_TD, y_RD = dout_TD.contiguous(), y_RD.contiguous()
-    T, K = weights_TK.shape
-    weight_R1 = weights_TK.reshape(-1).index_select(0, order_R).unsqueeze(1)
-    dy_RD = dout_TD.index_select(0, order_R.div(K, rounding_mode="floor")).mul_(weight_R1)
-    position_R = _positions(order_R)
-    starts_T = torch.arange(0, T * K, K, dtype=torch.int32)
-    token_of_pair = torch.arange(T, dtype=torch.int32).repeat_interleave(K)
-    dweights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        dout_TD, y_RD, position_R, starts_T, token_of_pair, 0
-    )
-    return dy_RD, dweights.view(T, K)
-
-
-def _positions(order_R: Tensor) -> Tensor:
-    """Where the row of each pair lies: the inverse of the order."""
-    rows_R = torch.arange(order_R.shape[0], dtype=torch.int32)
-    return torch.empty_like(rows_R).index_copy_(0, order_R.long(), rows_R)
+    dout_TD, y_RD, weights_TK = dout_TD.contiguous(), y_RD.contiguous(), weights_TK.contiguous()
+    order_R, offsets_E = order_R.contiguous(), offsets_E.contiguous()
+    dy_RD, dweights_TK = unset(y_RD, *y_RD.shape), torch.empty_like(weights_TK)
+    native.library(y_RD.dtype).combine_backward(  # type: ignore[union-attr]
+        dout_TD.data_ptr(), y_RD.data_ptr(), y_RD.shape[1], weights_TK.data_ptr(), weights_TK.dtype == torch.float32,
+        order_R.data_ptr(), offsets_E.data_ptr(), offsets_E.shape[0], dy_RD.data_ptr(), dweights_TK.data_ptr(),
+        order_R.shape[0], weights_TK.shape[1], torch.get_num_threads(),
+    )  # fmt: skip
+    return dy_RD, dweights_TK
 
 
 # -- an expert's two products ---------------------------------------------------------------
@@ -243,7 +260,8 @@ def mlp(
         args = (x_TD, ids_TK, weights_TK, gate, up, down, num_experts, activation, gated)
         return expert_mlp.reference(*args, *biases)
     expert_mlp.check(gate, up, down, activation, gated, *biases)
-    x_RD, offsets_E, order_R = ops.dispatch(x_TD, ids_TK, num_experts)
+    offsets_E, order_R, position_R = _sorted(x_TD, ids_TK, num_experts)
+    x_RD = _gather(x_TD, order_R, ids_TK.shape[1])
     R, G = x_RD.shape[0], sum(w[0].shape[-2] for w in groups)
     h_RG = _start(x_RD, bias_EG, offsets_E, G)
     for w, h in zip(groups, h_RG.chunk(len(groups), 1), strict=True):
@@ -255,7 +273,7 @@ def mlp(
     )
     y_RD = _start(x_RD, bias_ED, offsets_E, down[0].shape[-2], over=x_RD)
     _product(a_RF, down, offsets_E, y_RD, add=bias_ED is not None)
-    return combine(y_RD, weights_TK, order_R, offsets_E, ids_TK.shape[1]), h_RG, offsets_E, order_R
+    return _combine(y_RD, weights_TK, position_R, offsets_E, ids_TK.shape[1]), h_RG, offsets_E, order_R
 
 
 def mlp_backward(
@@ -279,11 +297,10 @@ def mlp_backward(
     if why_not_mlp(x_TD, weights_TK, gate, up, down, *biases):
         args = (dout_TD, x_TD, h_RG, weights_TK, offsets_E, order_R, gate, up, down, activation, gated)
         return expert_mlp.backward_reference(*args, of_x, of_params, *biases)
-    offsets_E = offsets_E.contiguous()
+    offsets_E, order_R = offsets_E.contiguous(), order_R.contiguous()
     (R, G), K = h_RG.shape, order_R.shape[0] // max(x_TD.shape[0], 1)
     F = G // 2 if gated else G
-    token_R = order_R.div(max(K, 1), rounding_mode="floor")
-    dout_RD = dout_TD.to(x_TD.dtype).index_select(0, token_R)
+    dout_RD = _gather(dout_TD.to(x_TD.dtype), order_R, K)
     da_RF, dh_RG = unset(h_RG, R, F), unset(h_RG, R, G)
     _product(dout_RD, expert_mlp.transposed(down), offsets_E, da_RF)
     dx_TD, dgate, dup, ddown, dbias_EG, dbias_ED = (x_TD.new_empty(0) for _ in range(6))
@@ -317,7 +334,7 @@ def mlp_backward(
         del dx_RD
     del dout_RD
     if of_params:
-        x_RD = x_TD.index_select(0, token_R)
+        x_RD = _gather(x_TD, order_R, K)
         *first, dup = (_weight_gradient(dh, x_RD, offsets_E) for dh in parts)
         dgate = first[0] if first else dgate
         dbias_EG = dbias_EG if bias_EG is None else _bias_gradient(dh_RG, weight_R[:0], offsets_E)
@@ -337,6 +354,7 @@ def register() -> None:
     ops.grouped_gemm.register_kernel("cpu")(grouped_gemm)
     scaled.grouped_gemm_scaled.register_kernel("cpu")(grouped_gemm_scaled)
     ops.grouped_gemm_dw.register_kernel("cpu")(grouped_gemm_dw)
+    ops.dispatch.register_kernel("cpu")(dispatch)
     ops.combine.register_kernel("cpu")(combine)
     ops.combine_backward.register_kernel("cpu")(combine_backward)
     expert_mlp.expert_mlp.register_kernel("cpu")(mlp)

@@ -14,27 +14,24 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-SOURCES = tuple(Path(__file__).parent / "kernels" / name for name in ("vectors.h", "grouped_gemm.cpp", "gate.cpp"))
+_TEXTS = "vectors.h", "routing.cpp", "grouped_gemm.cpp", "gate.cpp"
+SOURCES = tuple(Path(__file__).parent / "kernels" / name for name in _TEXTS)
 # what the text is told of the type (kernels/vectors.h)
 NUMBERS = {torch.float32: "", torch.bfloat16: "#define BFLOAT16\n", torch.float16: "#define FLOAT16\n"}
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _FORM = _INT, ctypes.c_float, ctypes.c_float, ctypes.c_float  # what an activation is
 _ARGUMENTS = {
+    "sort_by_expert": (_POINTER, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT),
+    "invert": (_POINTER, _LONG, _POINTER),
+    "gather": (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _INT),
+    "combine": (_POINTER, _LONG, _POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
+    "combine_backward": (
+        *(_POINTER, _POINTER, _LONG, _POINTER, _INT, _POINTER, _POINTER, _LONG),
+        *(_POINTER, _POINTER, _LONG, _LONG, _INT),
+    ),
     "grouped_gemm": (
-        _POINTER,
-        _LONG,
-        _POINTER,
-        _LONG,
-        _INT,
-        _POINTER,
-        _LONG,
-        _POINTER,
-        _LONG,
-        _LONG,
-        _LONG,
-        _LONG,
-        _INT,
-        _INT,
+        *(_POINTER, _LONG, _POINTER, _LONG, _INT, _POINTER, _LONG),
+        *(_POINTER, _LONG, _LONG, _LONG, _LONG, _INT, _INT),
     ),
     "grouped_gemm_dw": (_POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
     "gate": (*_FORM, _POINTER, _LONG, _LONG, _INT, _POINTER, _LONG, _LONG, _INT),
@@ -42,7 +39,6 @@ _ARGUMENTS = {
     "spread": (_POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
     "bias_gradient": (_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
     "add_bias_dots": (_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _INT),
-    "combine": (_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _INT),
 }
 
 

@@ -30,12 +30,13 @@ def check_ids(ids_TK: Tensor, num_classes: int) -> Tensor:
     """
     if ids_TK.device.type != "cpu":
         torch._assert_async(((ids_TK >= 0) & (ids_TK < num_classes)).all())
-    elif ids_TK.numel() and not (int(ids_TK.min()) >= 0 and int(ids_TK.max()) < num_classes):
-        low, high = int(ids_TK.min()), int(ids_TK.max())
-        raise RuntimeError(
-            f"Class values must be smaller than num_classes and not negative: "
-            f"expert ids run from {low} to {high}, num_classes is {num_classes}"
-        )
+    elif ids_TK.numel():
+        low, high = (int(end) for end in ids_TK.aminmax())
+        if low < 0 or high >= num_classes:
+            raise RuntimeError(
+                f"Class values must be smaller than num_classes and not negative: "
+                f"expert ids run from {low} to {high}, num_classes is {num_classes}"
+            )
     return ids_TK.clone()
 
 
@@ -53,12 +54,17 @@ def dispatch_reference(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[
     x_RD[r] = x_TD[order_R[r] // K], also behind the last offset, where nobody may read them: no gradient comes back
     from there.  Raises on ids that are not an integer [T, K], and on K = 0 or num_experts = 0.
     """
+    check_pairs(ids_TK, num_experts)
+    order_R, offsets_E = sort_by_expert(ids_TK, num_experts)
+    return x_TD.index_select(0, order_R.div(ids_TK.shape[1], rounding_mode="floor")), offsets_E, order_R
+
+
+def check_pairs(ids_TK: Tensor, num_experts: int) -> None:
+    """Raise as `dispatch` does."""
     if ids_TK.dim() != 2 or ids_TK.is_floating_point() or ids_TK.dtype == torch.bool:
         raise TypeError(f"expert ids are {ids_TK.dtype} {tuple(ids_TK.shape)}, expected an integer [T, K]")
     if ids_TK.shape[1] == 0 or num_experts == 0:
         raise ValueError(f"{ids_TK.shape[1]} experts a token of {num_experts}, expected at least one")
-    order_R, offsets_E = sort_by_expert(ids_TK, num_experts)
-    return x_TD.index_select(0, order_R.div(ids_TK.shape[1], rounding_mode="floor")), offsets_E, order_R
 
 
 dispatch = custom_op("moe_ep::dispatch", dispatch_reference, mutates_args=())

@@ -80,27 +80,55 @@ def test_pairs_that_nobody_takes_add_nothing(dtype: torch.dtype) -> None:
     assert not dy[int(offsets[-1]) :].any() and not dweights[2].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_rows_with_wide_weights(dtype: torch.dtype) -> None:
-    """What most routers give: the result is f32, the sum of f32 products in the order of k; rows of nobody stay out."""
+ODD_IDS = torch.tensor([[0, 5, 2], [-1, 1, 1], [9, 9, 9], [3, 0, 2], [2**40, -(2**63), 3]])
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["weights as rows", "weights f32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weighted_sums_and_their_gradients(dtype: torch.dtype, wide: bool) -> None:
+    """Sums of f32 products in the order of k, rounded once; rows of nobody stay out, whatever their weight is."""
     torch.manual_seed(0)
-    ids = torch.tensor([[0, 5, 2], [-1, 1, 1], [9, 9, 9], [3, 0, 2]])
-    order, offsets = ops.sort_by_expert(ids, 4)
-    for D in (1, 15, 16, 40):
-        y, weights = torch.randn(12, D).to(dtype), torch.randn(4, 3)
-        y[int(offsets[-1]) :] = float("nan")
+    order, offsets = ops.sort_by_expert(ODD_IDS, 4)
+    kept, of = int(offsets[-1]), torch.float32 if wide else dtype
+    close = {"rtol": torch.finfo(of).eps, "atol": 1e-6}
+    for D in (1, 15, 16, 40, 64, 100, 130):
+        y, weights, dout = torch.randn(15, D).to(dtype), torch.randn(5, 3).to(of), torch.randn(5, D).to(of)
+        y[kept:] = float("nan")
         weights[2] = float("inf")
-        expected = ops.combine_reference(y, weights, order, offsets, 3)
-        got = cpu.combine(y, weights.t().contiguous().t(), order, offsets, 3)
-        assert got.dtype == expected.dtype == torch.float32
-        torch.testing.assert_close(got, expected, rtol=4e-7, atol=1e-6)
+        args = weights.t().contiguous().t(), order, offsets
+        got, expected = cpu.combine(y, *args, 3), ops.combine_reference(y, *args, 3)
+        assert got.dtype == expected.dtype == of
+        torch.testing.assert_close(got, expected, **close)
         assert not got[2].any()
+        ones = cpu.combine(y, None, order, offsets, 3)
+        torch.testing.assert_close(ones, ops.combine_reference(y, None, order, offsets, 3), rtol=1e-2, atol=1e-2)
+        weights[2] = 0
+        (dy, dw), theirs = (f(dout, y, *args) for f in (cpu.combine_backward, ops.combine_backward_reference))
+        assert dy.dtype == dtype and dw.dtype == of and not dy[kept:].any() and not dw[2].any()
+        torch.testing.assert_close(dy, theirs[0], rtol=torch.finfo(dtype).eps, atol=1e-6)
+        torch.testing.assert_close(dw, theirs[1], rtol=torch.finfo(of).eps, atol=2e-5)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize(("T", "K", "E"), [(0, 2, 4), (1, 1, 1), (3, 2, 16), (77, 3, 5), (5000, 3, 7), (3000, 8, 200)])
+def test_pairs_are_sorted_as_defined(T: int, K: int, E: int, ids_dtype: torch.dtype) -> None:
+    """Also by several threads, and where some ids are of nobody, and others strided."""
+    torch.manual_seed(0)
+    ids = torch.randint(0 if ids_dtype == torch.uint8 else -2, E + 2, (K, T)).to(ids_dtype).t()
+    x = torch.randn(T, 9)
+    expected = ops.dispatch_reference(x, ids, E)
+    for got, want in zip(torch.ops.moe_ep.dispatch(x, ids, E), expected, strict=True):
+        assert torch.equal(got, want) and got.dtype == want.dtype
+    with one_thread():
+        assert all(map(torch.equal, cpu.dispatch(x.t().contiguous().t(), ids, E), expected))
+    if K == 3:
+        assert all(map(torch.equal, cpu.dispatch(x[:5], ODD_IDS, E), ops.dispatch_reference(x[:5], ODD_IDS, E)))
 
 
 def test_mixed_dtypes_go_to_the_definition() -> None:
     ids, order, offsets = routing("even")
     y, weights = torch.randn(128, 8), torch.rand(64, 2).bfloat16()
-    assert cpu.why_not(y, weights, offsets) == "rows are torch.float32, weights torch.bfloat16"
+    assert cpu.why_not_combine(y, weights) == "rows are torch.float32, weights torch.bfloat16"
     expected = ops.combine_reference(y, weights, order, offsets, 2)
     assert expected.dtype == torch.float32
     assert torch.equal(cpu.combine(y, weights, order, offsets, 2), expected)
