@@ -13,7 +13,8 @@ At its end it says on stderr how many settings the workers compiled, and how man
 A task that takes longer than its limit is ended, with its ptxas, and one that ends by a signal is not tried by anybody
 else: `ready` says why.  One that raises, or whose process is killed (by whoever kills what takes too much memory), is
 left to the launch.  Workers are killed when the process that made them ends, however it does: the pipe between them
-closes.  If the workers' own process ends, launches compile.  POSIX alone.
+closes.  If the process that forks them ends, launches compile, and what was forked ends soon after its limit.  POSIX
+alone.
 """
 
 import functools
@@ -27,10 +28,8 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.02  # how late the end of a worker is noticed
 KILL = signal.SIGKILL
 
@@ -62,7 +61,6 @@ class Ahead:
         # A session of its own: what a terminal or `timeout` sends to a group does not reach it before it has tidied up.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.ahead"],
-            cwd=ROOT,
             start_new_session=True,
             bufsize=0,
             stdin=subprocess.PIPE,

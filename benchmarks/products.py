@@ -17,7 +17,10 @@ Call = Callable[[Tensor, Tensor], Tensor]
 
 
 def jobs(shape: str, machine: Machine, wanted: tuple[tuple[str, str], ...]) -> Iterator[Job]:
-    """The wanted products of a layer, forward and backward."""
+    """The wanted products of a layer, forward and backward.
+
+    On "meta" the operands take no memory: for who wants to know the products, or to compile them (ahead.py).
+    """
     from moe_compile.kernels import gated_gemm as a
     from moe_compile.kernels import gated_gemm_backward as b
     from moe_compile.kernels import grouped_gemm as g

@@ -246,6 +246,7 @@ def test_the_command(tmp_path: Path) -> None:
     entries = settings.read(tmp_path / "table.jsonl")
     assert list(dict.fromkeys((entry.problem.kernel, entry.problem.form) for entry in entries)) == ALL
     assert len(entries) == 8 and {entry.problem.device for entry in entries} == {"cpu"}
+    assert "workers" not in result.stderr
     again = dry(tmp_path)
     assert again.returncode == 0 and not again.stdout, again.stdout
     assert settings.TABLE.read_text() == before
