@@ -1,40 +1,47 @@
 """Find the fastest launch settings of the grouped products on this device, and add them to the kernels' table.
 
-    python -m benchmarks.tune [--shapes T,H,I,E,K ...] [--kernels NAME ...] [--limit-s 540] [--out FILE] [--log FILE]
+    python -m benchmarks.tune [--shapes T,H,I,E,K ...] [--kernels NAME ...] [--limit-s 540] [--jobs 15] [--out FILE]
+                              [--log FILE]
 
 For each product of a gated bf16 expert layer of each shape (see benchmarks/kernels_gpu.py) some 20 to 45 settings are
 tried: the kernel's own guess and its neighbours, by tiles, warps, stages, and ways of launching.  Each is checked
 against the guess on balanced and on Zipf-skewed routing and timed briefly on the first; then the best three, and the
 best tile launched in the best way, are timed longer on both, and the smallest product of the two medians is kept.
 
+--jobs processes compile the settings of all products ahead, in this order (benchmarks/ahead.py), while this one checks
+and times what is ready; the kernel's own guess goes first.  With 0, and what they leave over, this process compiles.
+
 Products of the forward come first, of all shapes, then those of the backward, then those with float8 weights.  The
 table gets a line as soon as a product is done, and the log one before and one after each try; so a run goes on where
-another ended, by its limit or by a crash, and does not try again what was under way then.  A setting that the device
-cannot run, that gives other numbers, or that takes too long, is passed over; an error after which the device runs
-nothing more ends the run.  Exit status: 0 if all is done, 3 if another run is to go on.
+another ended, by its limit or by a crash, and does not try again what was under way then; what was only being compiled
+ahead was not.  A setting that the device cannot run, that gives other numbers, that takes too long, or that the
+compiler does not survive, is passed over; an error after which the device runs nothing more ends the run.  Exit status:
+0 if all is done, 3 if another run is to go on.
 
---dry runs the same on a CPU, on a tiny shape in f32 with Triton's interpreter, with a few settings; it needs --out.
+--dry runs the same on a CPU, on a tiny shape in f32 with Triton's interpreter, with a few settings, and compiles
+nothing; it needs --out.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import timing
+from benchmarks.ahead import Ahead, Task
 from benchmarks.kernels_gpu import DRY, SHAPES
 from benchmarks.limits import TimeUp, limited
-from benchmarks.peers import routed
+from benchmarks.products import jobs
 from benchmarks.records import LEFT_OUT
 from benchmarks.timing import Machine, first_line, why_wrong
 from benchmarks.tried import Job, candidates, crossed
@@ -50,66 +57,11 @@ ROUNDS = (
 
 QUICK = {"repeats": 5, "warm_up": 2}
 FINAL = 3  # settings that are timed longer
-TRY_S = 60.0  # for one setting: compile, check, time
-
-Call = Callable[[Tensor, Tensor], Tensor]
-"""Called with offsets and order."""
+TRY_S = 60.0  # for one setting: compile, check, time; and to compile it ahead
 
 
 class DeviceLost(Exception):
     """Nothing more runs on the device in this process."""
-
-
-# -- the products ---------------------------------------------------------------------------
-
-
-def jobs(shape: str, machine: Machine, wanted: tuple[tuple[str, str], ...]) -> Iterator[Job]:
-    """The wanted products of a layer, forward and backward."""
-    from moe_compile.kernels import gated_gemm as a
-    from moe_compile.kernels import gated_gemm_backward as b
-    from moe_compile.kernels import grouped_gemm as g
-    from moe_compile.kernels import grouped_gemm_dw as w
-    from moe_compile.kernels import grouped_gemm_scaled as q
-    from moe_compile.kernels.tiles import fills
-    from moe_compile.ops import dispatch
-
-    T, H, W, E, K = map(int, shape.split(","))
-    R, hip, device, dtype = T * K, torch.version.hip is not None, torch.device(machine.device), machine.dtype
-    torch.manual_seed(0)
-
-    def random(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, device=device, dtype=dtype) / sizes[-1] ** 0.5
-
-    x, dout, up, down, act, h = (random(*s) for s in ((T, H), (T, H), (E, 2 * W, H), (E, H, W), (R, W), (R, 2 * W)))
-    weights, rows = torch.rand(T, K, device=device, dtype=torch.float32), R // E
-    sorted_by = [dispatch(x, routed(name, T, E, K, machine.device), E)[1:] for name in ("balanced", "zipf")]
-
-    def job(kernel: str, form: str, D: int, F: int, seed: Setting, call: Call) -> Iterator[Job]:
-        problem = Problem(kernel, form, settings.device_name(device), settings.DTYPES[dtype], rows, D, F)
-        if (kernel, form) in wanted:
-            yield Job(problem, seed, [functools.partial(call, ends, order) for ends, order in sorted_by])
-
-    of_product = g._seed(rows, dtype, hip, fills(R, E, H, 64))
-    yield from job("gated_gemm", "gated", H, W, a._seed(rows, dtype, True, hip, fills(R, E, W, 32)),
-                   lambda ends, order: a.gated_gemm(x, None, up, ends, order, K, "silu", True, True)[0])  # fmt: skip
-    yield from job("grouped_gemm", "d packed", W, H, of_product, lambda ends, order: g.grouped_gemm(act, down, ends))
-    yield from job("gated_gemm_backward", "gated", H, W, b._seed(rows, dtype, hip),
-                   lambda ends, order: b.gated_gemm_backward(dout, down, h, weights, ends, order, K, "silu", True,
-                                                             False, True, True)[0])  # fmt: skip
-    yield from job("grouped_gemm_dw", "gathered", H, 2 * W, w._seed(rows, dtype, hip, True),
-                   lambda ends, order: w.grouped_gemm_dw(h, x, ends, order, 0, K))  # fmt: skip
-    yield from job("grouped_gemm_dw", "gathered", W, H, w._seed(rows, dtype, hip, True),
-                   lambda ends, order: w.grouped_gemm_dw(dout, act, ends, order, K, 0))  # fmt: skip
-    yield from job("grouped_gemm", "f packed", 2 * W, H, of_product,
-                   lambda ends, order: g.grouped_gemm(h, up.mT, ends))  # fmt: skip
-    if not any(kernel == "grouped_gemm_scaled" for kernel, _ in wanted):
-        return
-    kind = torch.float8_e5m2 if q.why_not_widened(torch.float8_e4m3fn, device) else torch.float8_e4m3fn
-    down8, up8, scales = (16 * down).to(kind), (16 * up).to(kind), torch.rand(E, H, device=device)
-    yield from job("grouped_gemm_scaled", "d packed", W, H, of_product,
-                   lambda ends, order: q.grouped_gemm_scaled(act, down8, scales, ends))  # fmt: skip
-    yield from job("grouped_gemm_scaled", "f packed", 2 * W, H, of_product,
-                   lambda ends, order: q.grouped_gemm_scaled(h, up8.mT, None, ends))  # fmt: skip
 
 
 # -- trying ---------------------------------------------------------------------------------
@@ -145,20 +97,29 @@ def _key(entry: dict[str, Any]) -> str:
 
 
 Clock = Callable[..., float]
+Wanted = tuple[tuple[str, str], ...]  # of ROUNDS
+CORES = os.cpu_count() or 1
+NOBODY = Ahead()
 
 
-def best(job: Job, to_try: list[Setting], until: float, log: Log, clock: Clock, device: str = "cuda") -> Setting | None:
+def best(
+    job: Job, to_try: list[Setting], until: float, log: Log, clock: Clock, device: str = "cuda", ahead: Ahead = NOBODY
+) -> Setting | None:
     """The fastest setting; None if time was up before all were tried.
 
     Raises `DeviceLost`; and `RuntimeError` if none of them runs, the kernel's own guess neither.
     """
     references = functools.cache(lambda: [call().clone() for call in job.calls])
 
-    def times(setting: Setting, round: int) -> float:
+    def times(setting: Setting, round: int, why_not: str | None = None) -> float:
         known = log.time_us(job.problem, setting, round)
         if known is not None:
             return known
         entry = {"problem": asdict(job.problem), "setting": list(setting), "round": round}
+        if why_not is not None:
+            log.add(**entry, us=None, why=why_not)
+            print(f"  {list(setting)}: {why_not}", file=sys.stderr)
+            return math.inf
         why, took = None, None
         try:
             with limited(TRY_S, lambda: log.add(**entry, us=None, why="cannot be stopped")):
@@ -181,11 +142,13 @@ def best(job: Job, to_try: list[Setting], until: float, log: Log, clock: Clock, 
                 raise DeviceLost(f"{job.problem}, setting {list(setting)}: {lost}")
         return math.inf if took is None else took
 
-    first: dict[Setting, float] = {}
-    for setting in [job.seed, *to_try]:
+    first, todo = dict[Setting, float](), [job.seed, *to_try]
+    for index, why_not in ahead.ready([(job.problem, setting) for setting in todo], until):
         if time.monotonic() > until:
             return None
-        first[setting] = times(setting, 1)
+        first[todo[index]] = times(todo[index], 1, why_not)
+    if any(setting not in first for setting in todo):
+        return None
     if (more := crossed(job, first)) is not None:
         first[more] = times(more, 1)
     right = [setting for setting in sorted(first, key=lambda s: first[s]) if first[setting] < math.inf]
@@ -213,7 +176,7 @@ def known(path: Path) -> set[Problem]:
 
 def tune(
     todo: Iterator[Job], table: Path, log: Log, until: float, shared_bytes: int, clock: Clock = timing.time_us,
-    most: int | None = None, device: str = "cuda",
+    most: int | None = None, device: str = "cuda", ahead: Ahead = NOBODY,
 ) -> bool:  # fmt: skip
     """Add the fastest setting of each product that is not in the table; whether all are done.  Raises `DeviceLost`."""
     for job in todo:
@@ -222,7 +185,7 @@ def tune(
         if time.monotonic() > until:
             return False
         try:
-            setting = best(job, candidates(job, shared_bytes)[:most], until, log, clock, device)
+            setting = best(job, candidates(job, shared_bytes)[:most], until, log, clock, device, ahead)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             continue
@@ -235,11 +198,27 @@ def tune(
     return True
 
 
+def tasks(todo: list[tuple[Wanted, str]], name: str, table: Path, log: Log, shared: int) -> dict[Any, Task]:
+    """What is to be compiled on a device of this name, in the order in which it is tried, by problem and setting."""
+    found, done = dict[Any, Task](), known(table)
+    for wanted, shape in todo:
+        for job in jobs(shape, Machine("meta"), wanted):
+            problem = replace(job.problem, device=name)
+            to_try = candidates(job._replace(problem=problem), shared)
+            new = [setting for setting in [job.seed, *to_try] if log.time_us(problem, setting, 1) is None]
+            if new and problem not in done:
+                # the guess is what the others are compared with
+                for setting in dict.fromkeys([job.seed, *new]):
+                    found[problem, setting] = Task(shape, problem.kernel, problem.form, problem.D, problem.F, setting)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=None, metavar="T,H,I,E,K")
     parser.add_argument("--kernels", nargs="+", default=list(settings.NAMES), choices=settings.NAMES)
     parser.add_argument("--limit-s", type=float, default=540)
+    parser.add_argument("--jobs", type=int, default=CORES - 1, help="processes that compile; 0: this one does")
     parser.add_argument("--out", type=Path, default=None, help="the table; the kernels' own, but for a dry run")
     parser.add_argument("--log", type=Path, default=None, help="what was tried; beside the results of benchmarks")
     parser.add_argument("--dry", action="store_true", help="on a CPU, tiny")
@@ -251,7 +230,7 @@ def main() -> int:
         if os.environ.get("TRITON_INTERPRET") != "1":  # Triton asked for it when it was imported
             os.environ["TRITON_INTERPRET"] = "1"
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks.tune", *sys.argv[1:]])
-        machine, shared, most = Machine("cpu", torch.float32), 232448, 2
+        machine, shared, most, target = Machine("cpu", torch.float32), 232448, 2, ()
     elif not torch.cuda.is_available():
         print("benchmarks.tune needs a GPU: torch.cuda.is_available() is False", file=sys.stderr)
         return 2
@@ -260,21 +239,24 @@ def main() -> int:
 
         driver: Any = triton.runtime.driver.active
         shared = driver.utils.get_device_properties(0)["max_shared_mem"]
-        machine, most = Machine(), None
+        machine, most, target = Machine(), None, astuple(driver.get_current_target())
     clock: Clock = wall_us if chosen.dry else timing.time_us
     table = chosen.out or settings.TABLE
     name = settings.device_name(torch.device(machine.device))
     beside = table.with_suffix(".log") if chosen.dry else Path(f"benchmarks/results/tuning_{name}.jsonl")
     log = Log(chosen.log or beside)
-    rounds = [[pair for pair in pairs if pair[0] in chosen.kernels] for pairs in ROUNDS]
-    for wanted in filter(None, rounds):
-        for shape in chosen.shapes or (DRY if chosen.dry else SHAPES):
+    rounds = [tuple(pair for pair in pairs if pair[0] in chosen.kernels) for pairs in ROUNDS]
+    todo = list(itertools.product(filter(None, rounds), chosen.shapes or (DRY if chosen.dry else SHAPES)))
+    num_jobs = 0 if chosen.dry else min(chosen.jobs, CORES - 1)
+    to_compile = tasks(todo, name, table, log, shared) if num_jobs > 0 else {}
+    with Ahead(to_compile, target, num_jobs, TRY_S) as ahead:
+        for wanted, shape in todo:
             if time.monotonic() > until:
                 print(f"time is up before {shape}; run it again to go on")
                 return LEFT_OUT
             try:
-                todo = jobs(shape, machine, tuple(wanted))
-                if not tune(todo, table, log, until, shared, clock, most, machine.device):
+                products = jobs(shape, machine, wanted)
+                if not tune(products, table, log, until, shared, clock, most, machine.device, ahead):
                     return LEFT_OUT
             except DeviceLost as error:
                 print(f"the device runs nothing more in this process: {error}; run it again to go on", file=sys.stderr)

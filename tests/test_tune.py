@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton has no build for this platform")
 
 from benchmarks import timing, tune
+from benchmarks.ahead import Ahead
 from benchmarks.records import LEFT_OUT
 from benchmarks.tried import Job, candidates, crossed, whole
 from benchmarks.tune import DeviceLost, Log, best
@@ -110,6 +112,72 @@ def test_a_run_goes_on(tmp_path: Path) -> None:
     assert FAST not in tried
 
 
+class Workers(Ahead):
+    """They end in an order of their own; the last of all does not before the time is up."""
+
+    def __init__(self, order: list[Setting], why: dict[Setting, str]) -> None:
+        super().__init__()
+        self.order, self.why = order, why
+
+    def ready(self, names: Sequence[Any], until: float) -> Iterator[tuple[int, str | None]]:
+        asked = [setting for problem, setting in names if problem == PROBLEM]
+        yield from ((asked.index(setting), self.why.get(setting)) for setting in self.order)
+
+
+def test_what_is_ready_is_tried(tmp_path: Path) -> None:
+    """What a compiler did not survive is passed over, and not tried; with one still under way there is no answer."""
+    path, tried = tmp_path / "tried.jsonl", list[Setting]()
+    other = (16, 64, 16, 4, 2)
+
+    def answer(order: list[Setting]) -> Setting | None:
+        workers = Workers(order, {FAST: "its compiler ended by SIGSEGV"})
+        return best(job(tried), [FAST, WRONG, other], float("inf"), Log(path), clock, "cpu", workers)
+
+    assert answer([SEED, WRONG, FAST]) is None
+    assert tried == [SEED, SEED, SEED, SEED, WRONG, WRONG]  # twice for reference, then each on both routings
+    assert answer([SEED, other, WRONG, FAST]) == SEED
+    assert FAST not in tried and other in tried
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [e for e in entries if e["setting"] == list(FAST)] == [
+        {
+            "problem": vars(PROBLEM),
+            "setting": list(FAST),
+            "round": 1,
+            "us": None,
+            "why": "its compiler ended by SIGSEGV",
+        }
+    ]
+
+
+def test_what_is_compiled_ahead(tmp_path: Path) -> None:
+    """In the order in which it is tried, without what was; the guess again, with which the others are compared."""
+    shape, other = "256,128,64,4,2", "256,192,64,4,2"
+    pair = (("grouped_gemm", "d packed"),)
+    table, path = tmp_path / "table.jsonl", tmp_path / "tried.jsonl"
+    todo = [(pair, shape), ((("gated_gemm", "gated"),), shape), (pair, other)]
+    found = tune.tasks(todo, "sm_90", table, Log(path), 232448)
+    problems = list(dict.fromkeys(problem for problem, _ in found))
+    assert [(p.kernel, p.device, p.dtype, p.D, p.F) for p in problems] == [
+        ("grouped_gemm", "sm_90", "bf16", 64, 128),
+        ("gated_gemm", "sm_90", "bf16", 128, 64),
+        ("grouped_gemm", "sm_90", "bf16", 64, 192),
+    ]
+    first, second, third = ([s for p, s in found if p == problem] for problem in problems)
+    seed = (128, 128, 64, 8, 3)
+    assert first[0] == seed and first[1:] == candidates(Job(problems[0], seed, []), 232448)
+    assert {(task.shape, task.setting) for (p, s), task in found.items() if p == problems[2]} == {
+        (other, s) for s in third
+    }
+    tune.add(settings.Entry(problems[1], second[0]), table)
+    log = Log(path)
+    for setting in (seed, first[1]):
+        log.add(problem=vars(problems[0]), setting=list(setting), round=1, us=1.0)
+    for setting in third:
+        log.add(problem=vars(problems[2]), setting=list(setting), round=1, us=1.0)
+    again = tune.tasks(todo, "sm_90", table, Log(path), 232448)
+    assert list(again) == [(problems[0], setting) for setting in [seed, *first[2:]]]
+
+
 def test_errors_that_stay_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """And are no reason to keep the guess: nothing gets into the table."""
     monkeypatch.setattr(tune.timing, "lost", lambda _: "AcceleratorError: an illegal memory access")
@@ -178,6 +246,7 @@ def test_the_command(tmp_path: Path) -> None:
     entries = settings.read(tmp_path / "table.jsonl")
     assert list(dict.fromkeys((entry.problem.kernel, entry.problem.form) for entry in entries)) == ALL
     assert len(entries) == 8 and {entry.problem.device for entry in entries} == {"cpu"}
+    assert "workers" not in result.stderr
     again = dry(tmp_path)
     assert again.returncode == 0 and not again.stdout, again.stdout
     assert settings.TABLE.read_text() == before
