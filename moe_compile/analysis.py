@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 
 from moe_compile import worlds
 from moe_compile.arguments import NOTHING_KNOWN, Known
-from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
+from moe_compile.capture import capture
+from moe_compile.captured import EXAMPLE, SYMBOLIC, Capture
 from moe_compile.cost import computes
 from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
 from moe_compile.detect.selection import table_of

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from moe_compile.capture import NAME, SYMBOLIC, Capture
+from moe_compile.captured import NAME, SYMBOLIC, Capture
 from moe_compile.detect import dense
 from moe_compile.detect.by_column import column_of, table_of
 from moe_compile.detect.interpreter import Facts, Interpreter, is_random
