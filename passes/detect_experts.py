@@ -29,15 +29,18 @@ from moe_compile.detect import (
     counts,
     crossed,
     dense,
+    entries,
     every,
     listings,
     lists,
     marks,
+    masks,
     one_hot_tables,
     pairs,
     picked,
     picked_columns,
     picked_products,
+    routing_weights,
     rows,
     selection,
     slot_flat,
@@ -50,6 +53,7 @@ from moe_compile.detect import (
     sorted_rows,
     sums,
     tables,
+    visit_index,
 )  # fmt: skip
 from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
 from moe_compile.detect.values import Every, ListRegion, Picked, Region
@@ -65,7 +69,9 @@ def rules() -> dict[str, tuple[Rule, ...]]:
     every_table = (
         listings.RULES, slot_flat.RULES, slot_places.RULES, slot_rows.RULES, slot_results.RULES,
         chosen_results.RULES, crossed.RULES, one_hot_tables.RULES,
-        counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
+        counts.RULES, tables.RULES,
+        masks.RULES, visit_index.RULES, entries.RULES, selection.RULES, routing_weights.RULES,
+        sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
         picked_columns.RULES, picked_products.RULES, picked.RULES, sums.RULES,
         lists.RULES, marks.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
     )  # fmt: skip

@@ -14,17 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from moe_compile.detect.ids import INTEGERS, ZEROS, not_distinct, unflattened
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
-from moe_compile.detect.selection import (
-    INTEGERS,
-    ZEROS,
-    equal_sizes,
-    everyone,
-    misfit,
-    not_distinct,
-    same_size,
-    unflattened,
-)
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import equal_sizes, misfit, same_size
 from moe_compile.detect.sums import add_term, total_of
 from moe_compile.detect.values import (
     Buffer,

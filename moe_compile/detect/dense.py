@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from moe_compile.detect.ids import INTEGERS, not_distinct
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of, op_of, storages
 from moe_compile.detect.rows import whole_slice
-from moe_compile.detect.selection import INTEGERS, equal_sizes, not_distinct, same_size
+from moe_compile.detect.shapes import equal_sizes, same_size
 from moe_compile.detect.slot_tables import above_zero
 from moe_compile.detect.values import (
     Buffer,

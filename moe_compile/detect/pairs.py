@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from moe_compile.detect.interpreter import Call, Rule, op_of
 from moe_compile.detect.rows import whole_slice
-from moe_compile.detect.selection import same_size
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.values import (
     Buffer,
     Chosen,

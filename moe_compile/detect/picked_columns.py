@@ -18,7 +18,8 @@ from torch.fx import Node
 from moe_compile.detect.by_column import column_of
 from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
 from moe_compile.detect.picked import elsewhere, num_dims, products
-from moe_compile.detect.selection import everyone, same_size
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.sums import finish
 from moe_compile.detect.values import Buffer, Picked, Region, Rows, RowTuple, Sum, Unknown, Value
 from moe_compile.region import Expr, Leaf

@@ -26,7 +26,7 @@ from moe_compile.detect.picked import (
     shaped_expr,
     unshaped,
 )
-from moe_compile.detect.selection import same_size
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.values import Picked, Value
 from moe_compile.region import Expr
 

@@ -20,7 +20,7 @@ from moe_compile.detect.dense import ancestors, not_pure
 from moe_compile.detect.interpreter import Call, Interpreter, name_of, op_of
 from moe_compile.detect.lists import PRODUCTS, RowsOfList, _flat
 from moe_compile.detect.rows import POINTWISE
-from moe_compile.detect.selection import same_size
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.unify import leaves_of
 from moe_compile.detect.values import Every, ListTerm, Plain, Rows, RowTuple, Slice, Unknown, Value
 from moe_compile.region import Expr, Leaf

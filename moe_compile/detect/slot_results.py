@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors
+from moe_compile.detect.ids import unflattened
 from moe_compile.detect.interpreter import Call, Rule
-from moe_compile.detect.selection import everyone, same_size, unflattened
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.slot_flat import Address, address, is_of
 from moe_compile.detect.slot_lists import bodies
 from moe_compile.detect.slot_places import (

@@ -18,7 +18,8 @@ from moe_compile.detect.dense import ancestors
 from moe_compile.detect.every import made_of
 from moe_compile.detect.grids import as_table
 from moe_compile.detect.interpreter import Call, Rule
-from moe_compile.detect.selection import everyone, same_size
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.slot_lists import bodies
 from moe_compile.detect.slot_proofs import counted_along, not_disjoint, number_of, sizes_of, whole
 from moe_compile.detect.slots import Slots, Term
