@@ -59,7 +59,8 @@ from moe_compile.detect import (
     tables,
     visit_index,
 )  # fmt: skip
-from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
+from moe_compile.detect.facts import Facts
+from moe_compile.detect.interpreter import Interpreter, Rule, goes_with_its_region
 from moe_compile.detect.values import Every, ListRegion, Picked, Region
 from moe_compile.region import Body, Expr, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit

@@ -9,4 +9,6 @@ rows.py         rules for the expert's body: which ops are row-wise
 sorted_rows.py  rules for rows laid out by sorting: grouped and batched forms
 sums.py         rules for accumulation: where results go
 interpreter.py  walks the graph, applies the rules, tracks mutation and grad mode
+facts.py        what the caller knows of the graph
+nodes.py        what a node is called, and whose memory its value lies in
 """

@@ -14,7 +14,8 @@ from moe_compile.detect.crossed import fits, is_whole
 from moe_compile.detect.dense import terms_of
 from moe_compile.detect.every import aten, elsewhere, sum_of, weight_of
 from moe_compile.detect.ids import INTEGERS
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.rows import whole_slice
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.ids import INTEGERS, ZEROS, not_distinct, unflattened
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
+from moe_compile.detect.ids import INTEGERS, not_distinct, unflattened
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import ZEROS, name_of
 from moe_compile.detect.shapes import equal_sizes, same_size
 from moe_compile.detect.values import (
     Constant,

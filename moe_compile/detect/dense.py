@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.ids import INTEGERS, not_distinct
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of, op_of, storages
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import name_of, op_of, storages
 from moe_compile.detect.rows import whole_slice
 from moe_compile.detect.shapes import equal_sizes, same_size
 from moe_compile.detect.slot_tables import above_zero

@@ -18,7 +18,8 @@ from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors
 from moe_compile.detect.ids import not_distinct
-from moe_compile.detect.interpreter import Call, Rule, name_of, op_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import name_of, op_of
 from moe_compile.detect.rows import whole_slice
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size

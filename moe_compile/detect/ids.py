@@ -12,16 +12,12 @@ from torch.fx import Node
 
 from moe_compile.detect.by_column import column_of
 from moe_compile.detect.grids import as_table, grid_of
-from moe_compile.detect.interpreter import Call, Interpreter, op_of
+from moe_compile.detect.interpreter import Call, Interpreter
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.shapes import same_size
-from moe_compile.detect.values import (
-    FlatIds,
-    Plain,
-    Value,
-)
+from moe_compile.detect.values import FlatIds, Plain, Value
 from moe_compile.region import ids_above
 
-ZEROS = ("aten.zeros.default", "aten.new_zeros.default", "aten.zeros_like.default")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 

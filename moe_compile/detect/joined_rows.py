@@ -8,21 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from moe_compile.detect.interpreter import Call, Rule, name_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import name_of
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size
 from moe_compile.detect.sliced_rows import ANY, one_expert, sizes_of
-from moe_compile.detect.values import (
-    Buffer,
-    Filled,
-    Permutation,
-    Pieces,
-    Places,
-    Rows,
-    Selection,
-    Unknown,
-    Value,
-)
+from moe_compile.detect.values import Buffer, Filled, Permutation, Pieces, Places, Rows, Selection, Unknown, Value
 from moe_compile.region import ids_above
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size
 from moe_compile.detect.tables import ids_of_gates

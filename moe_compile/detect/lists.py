@@ -22,7 +22,8 @@ from torch.fx import Graph, Node
 
 from moe_compile.detect.dense import ancestors, not_pure
 from moe_compile.detect.ids import INTEGERS
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of, op_of
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import name_of, op_of
 from moe_compile.detect.rows import POINTWISE
 from moe_compile.detect.shapes import same_size
 from moe_compile.detect.unify import leaves_of, unify

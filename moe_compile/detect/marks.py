@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compile.detect.ids import INTEGERS, ZEROS
+from moe_compile.detect.ids import INTEGERS
 from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import ZEROS
 from moe_compile.detect.shapes import same_size
 from moe_compile.detect.values import Buffer, Dense, Plain, Value
 

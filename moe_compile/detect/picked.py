@@ -20,7 +20,8 @@ from torch.fx import Node
 from moe_compile.detect.dense import ancestors
 from moe_compile.detect.every import OF_FEATURES, POINTWISE
 from moe_compile.detect.ids import INTEGERS, ids_node
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.rows import POINTWISE as BY_ROW
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size

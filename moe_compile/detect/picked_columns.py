@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.by_column import column_of
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import name_of
 from moe_compile.detect.picked import elsewhere, num_dims, products
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size

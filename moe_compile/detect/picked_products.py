@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.picked import (
     elsewhere,
     made,

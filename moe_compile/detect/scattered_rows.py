@@ -3,20 +3,12 @@
 The column is a `TokenGrid`; rows come from sliced_rows.py or a sort, and their sum is that of sums.py.
 """
 
-from moe_compile.detect.interpreter import Call, Rule, name_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import name_of
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import misfit, same_size
 from moe_compile.detect.sums import add_term, total_of
-from moe_compile.detect.values import (
-    Buffer,
-    Index,
-    Plain,
-    Rows,
-    TokenGrid,
-    TokenOf,
-    Unknown,
-    Value,
-)
+from moe_compile.detect.values import Buffer, Index, Plain, Rows, TokenGrid, TokenOf, Unknown, Value
 
 
 def token_column(call: Call) -> Value | None:

@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from moe_compile.detect.grids import as_table, folded, grid_of, in_grid
 from moe_compile.detect.ids import top_k
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.routing_weights import one_weight_a_token
 from moe_compile.detect.shapes import equal_sizes, misfit
 from moe_compile.detect.values import (

@@ -10,10 +10,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_compile.detect.interpreter import Interpreter
-from moe_compile.detect.values import (
-    Selection,
-    Unknown,
-)
+from moe_compile.detect.values import Selection, Unknown
 
 
 def same_size(a: Any, b: Any) -> bool:

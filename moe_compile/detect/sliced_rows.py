@@ -11,7 +11,8 @@ import torch
 from torch.fx import Node
 
 from moe_compile.detect.counts import EXACT, resolved
-from moe_compile.detect.interpreter import Call, Rule, name_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import name_of
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size
 from moe_compile.detect.values import (

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.ids import unflattened
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size
 from moe_compile.detect.slots import Count, Early, Places, at_most

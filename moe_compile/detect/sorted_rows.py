@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.ids import INTEGERS, ids_node, top_k
-from moe_compile.detect.interpreter import Call, Rule, name_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import name_of
 from moe_compile.detect.rows import one_row, result, selection_of
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size

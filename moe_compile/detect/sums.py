@@ -9,7 +9,8 @@ from torch.fx import Node
 from moe_compile.detect import by_column, dense, lists
 from moe_compile.detect.grids import GRID, grid_of
 from moe_compile.detect.ids import not_distinct
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import name_of
 from moe_compile.detect.selection import index_vectors
 from moe_compile.detect.shapes import equal_sizes, misfit, same_size
 from moe_compile.detect.unify import Families, by_expert, leaves_of, parts_of, unify

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.marks import Marks
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.routing_weights import one_weight_a_token
 from moe_compile.detect.selection import index_vectors
 from moe_compile.detect.shapes import equal_sizes

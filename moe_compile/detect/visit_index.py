@@ -8,11 +8,7 @@ from typing import Any
 import torch
 
 from moe_compile.detect.interpreter import Call, Rule
-from moe_compile.detect.values import (
-    Each,
-    Value,
-    Visit,
-)
+from moe_compile.detect.values import Each, Value, Visit
 
 
 def number_in(visit: Visit, size: Any = None) -> Each | None:
