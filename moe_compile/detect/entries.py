@@ -27,8 +27,6 @@ from moe_compile.detect.values import (
 from moe_compile.detect.visit_index import number_in
 from moe_compile.series import series_of
 
-# -- shaping and reducing masks -------------------------------------------------------------
-
 
 def take(call: Call) -> Value | None:
     """mask[e], table[:, e], weights[e], rows of a nonzero table."""
@@ -88,9 +86,6 @@ def pick(call: Call) -> Value | None:
     return Slice(number, call.run.table.leaf("picked", call.node, call.val()))
 
 
-# -- choosing -------------------------------------------------------------------------------
-
-
 def columns(call: Call) -> Value | None:
     """unbind(1) of a nonzero table: its index vectors, in the order of the mask's dimensions; masks of all experts."""
     value, dim = call.arg(0), call.number(1, "dim", 0)
@@ -106,9 +101,6 @@ def columns(call: Call) -> Value | None:
 def item(call: Call) -> Value | None:
     value = call.arg(0)
     return value.items[call.args[1]] if isinstance(value, RowTuple) and isinstance(call.args[1], int) else None
-
-
-# -- gathering rows -------------------------------------------------------------------------
 
 
 def whole(call: Call) -> Value | None:

@@ -21,9 +21,6 @@ from moe_compile.region import ids_above
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-# -- making masks ---------------------------------------------------------------------------
-
-
 def ids_node(value: Any) -> Node | None:
     """The node of a value that can hold expert ids: a plain integer vector or matrix."""
     node = value.node if isinstance(value, Plain) else None
@@ -98,9 +95,6 @@ def table_of(run: Interpreter, ids: Node) -> Node:
             break
         whole = run.canonical.get(before, before)
     return whole
-
-
-# -- gathering rows -------------------------------------------------------------------------
 
 
 def some_of(run: Interpreter, ids: Node | None, of: Node) -> bool:

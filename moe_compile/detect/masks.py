@@ -212,9 +212,6 @@ def reduce(call: Call) -> Value | None:
     return with_fields(value, dims=rest, kind=kind)
 
 
-# -- gathering rows -------------------------------------------------------------------------
-
-
 def with_fields(value: Any, **changes: Any) -> Any:
     """The same value with other fields; what it was is not changed."""
     return type(value)(**{**{f: getattr(value, f) for f in value.__dataclass_fields__}, **changes})

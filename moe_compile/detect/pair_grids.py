@@ -15,9 +15,6 @@ from moe_compile.region import Leaf
 aten = torch.ops.aten
 
 
-# -- rows of all pairs as [T, K, ...] -------------------------------------------------------
-
-
 def scale_grid(call: Call) -> Value | None:
     """grid.to(dtype), grid * weights[:, :, None]."""
     grid, other, val = call.arg(0), call.arg(1), call.val()

@@ -35,9 +35,6 @@ from moe_compile.region import ids_above, ids_by_sizes
 ANY = 2**63 - 1  # ids from 0 on are no error; those of no expert add nothing
 
 
-# -- rows between two numbers ---------------------------------------------------------------
-
-
 def places_between(call: Call) -> Value | None:
     found = _expert_between(call, call.arg(0), call.arg(1), call.arg(2))
     return found if isinstance(found, Unknown) else Places(found[0], found[1])
@@ -148,9 +145,6 @@ def whole(call: Call) -> Value | None:
     if not isinstance(value, Rows) or call.number(1, "dim", 0) != 0 or call.number(4, "step", 1) != 1:
         return None
     return value if call.number(2, "start") in (None, 0) and call.number(3, "end") in (None, sys.maxsize) else None
-
-
-# -- and joined again -----------------------------------------------------------------------
 
 
 def by_pair(call: Call) -> Value | None:
