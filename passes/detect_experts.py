@@ -59,9 +59,10 @@ from moe_compile.detect import (
     tables,
     visit_index,
 )  # fmt: skip
+from moe_compile.detect.dense_values import Every, Picked
 from moe_compile.detect.facts import Facts
 from moe_compile.detect.interpreter import Interpreter, Rule, goes_with_its_region
-from moe_compile.detect.values import Every, ListRegion, Picked, Region
+from moe_compile.detect.sum_values import ListRegion, Region
 from moe_compile.region import Body, Expr, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
 from moe_compile.series import series_of

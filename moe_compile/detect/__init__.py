@@ -1,6 +1,6 @@
 """Detection: an abstract interpreter that reads an ATen graph and knows what its values mean for routing.
 
-values.py       what a value can mean
+values.py       what a value can mean; sorted_values.py, dense_values.py, sum_values.py build on it
 ids.py          which nodes hold expert ids, and what is known of them
 shapes.py       sizes that have to be equal
 masks.py        rules for masks of one expert or all: one-hot, comparisons, sums

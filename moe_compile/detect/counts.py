@@ -11,25 +11,13 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from moe_compile.detect.dense_values import Spread
 from moe_compile.detect.ids import INTEGERS, not_distinct, unflattened
 from moe_compile.detect.interpreter import Call, Interpreter, Rule
 from moe_compile.detect.nodes import ZEROS, name_of
 from moe_compile.detect.shapes import equal_sizes, same_size
-from moe_compile.detect.values import (
-    Constant,
-    Counts,
-    Emptiness,
-    FlatIds,
-    Member,
-    Ones,
-    Plain,
-    RowSum,
-    RowTuple,
-    Spread,
-    Starts,
-    Unknown,
-    Value,
-)
+from moe_compile.detect.sorted_values import Counts, FlatIds, Ones, RowSum, Starts
+from moe_compile.detect.values import Constant, Emptiness, Member, Plain, RowTuple, Unknown, Value
 
 EXACT = INTEGERS[:2]
 

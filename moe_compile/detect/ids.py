@@ -15,7 +15,8 @@ from moe_compile.detect.grids import as_table, grid_of
 from moe_compile.detect.interpreter import Call, Interpreter
 from moe_compile.detect.nodes import op_of
 from moe_compile.detect.shapes import same_size
-from moe_compile.detect.values import FlatIds, Plain, Value
+from moe_compile.detect.sorted_values import FlatIds
+from moe_compile.detect.values import Plain, Value
 from moe_compile.region import ids_above
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

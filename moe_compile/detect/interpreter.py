@@ -16,31 +16,23 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from moe_compile.detect.copies import MAY_COPY, Copies
+from moe_compile.detect.dense_values import Dense, DenseSum
 from moe_compile.detect.facts import VISIT_OFFSET, Facts
 from moe_compile.detect.nodes import name_of, op_of, storages
 from moe_compile.detect.pieces import joined_parts, part_of, sorted_before, sum_of_pieces
+from moe_compile.detect.sorted_values import Counts, Filled, FlatIds, Permutation, Pieces
+from moe_compile.detect.sum_values import ListSum, Region, Sum, SumRead
 from moe_compile.detect.values import (
     Column,
     Constant,
-    Counts,
-    Dense,
-    DenseSum,
     Emptiness,
-    Filled,
-    FlatIds,
     Index,
-    ListSum,
     MaskedWeights,
-    Permutation,
-    Pieces,
     Plain,
-    Region,
     Rows,
     RowTuple,
     Slice,
     Sorted,
-    Sum,
-    SumRead,
     Unknown,
     Value,
     Visit,

@@ -13,7 +13,9 @@ from moe_compile.detect.nodes import name_of
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size
 from moe_compile.detect.sliced_rows import ANY, one_expert, sizes_of
-from moe_compile.detect.values import Buffer, Filled, Permutation, Pieces, Places, Rows, Selection, Unknown, Value
+from moe_compile.detect.sorted_values import Filled, Permutation, Pieces, Places
+from moe_compile.detect.sum_values import Buffer
+from moe_compile.detect.values import Rows, Selection, Unknown, Value
 from moe_compile.region import ids_above
 
 

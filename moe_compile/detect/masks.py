@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compile.detect.dense_values import DenseWeight
 from moe_compile.detect.grids import GRID, folded, in_grid
 from moe_compile.detect.ids import flat_as_ids, ids_in_column, ids_in_grid, ids_node, transposed
 from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sorted_values import FlatIds
 from moe_compile.detect.values import (
     Constant,
-    DenseWeight,
     Emptiness,
     Expert,
-    FlatIds,
     Hits,
     Index,
     MaskedWeights,

@@ -9,7 +9,8 @@ import torch
 
 from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.shapes import equal_sizes
-from moe_compile.detect.values import PairGrid, Plain, Value
+from moe_compile.detect.sorted_values import PairGrid
+from moe_compile.detect.values import Plain, Value
 from moe_compile.region import Leaf
 
 aten = torch.ops.aten

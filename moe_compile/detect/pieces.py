@@ -9,7 +9,9 @@ from typing import Any
 from torch.fx import Node
 
 from moe_compile.detect.nodes import name_of
-from moe_compile.detect.values import Buffer, Pieces, Rows, Sum, Unknown, Value
+from moe_compile.detect.sorted_values import Pieces
+from moe_compile.detect.sum_values import Buffer, Sum
+from moe_compile.detect.values import Rows, Unknown, Value
 from moe_compile.region import ids_above
 
 

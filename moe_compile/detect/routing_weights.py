@@ -10,7 +10,8 @@ from moe_compile.detect.grids import GRID, as_table
 from moe_compile.detect.ids import not_distinct, some_of
 from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.shapes import misfit
-from moe_compile.detect.values import Buffer, Column, MaskedWeights, Member, Plain, Rows, Selection, Unknown, Value
+from moe_compile.detect.sum_values import Buffer
+from moe_compile.detect.values import Column, MaskedWeights, Member, Plain, Rows, Selection, Unknown, Value
 
 
 def one_weight_a_token(call: Call, value: Value, selection: Selection, val: Any) -> Rows | Unknown | None:

@@ -7,8 +7,10 @@ from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.nodes import name_of
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import misfit, same_size
+from moe_compile.detect.sorted_values import TokenOf
+from moe_compile.detect.sum_values import Buffer
 from moe_compile.detect.sums import add_term, total_of
-from moe_compile.detect.values import Buffer, Index, Plain, Rows, TokenGrid, TokenOf, Unknown, Value
+from moe_compile.detect.values import Index, Plain, Rows, TokenGrid, Unknown, Value
 
 
 def token_column(call: Call) -> Value | None:

@@ -15,6 +15,7 @@ from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.nodes import op_of
 from moe_compile.detect.routing_weights import one_weight_a_token
 from moe_compile.detect.shapes import equal_sizes, misfit
+from moe_compile.detect.sorted_values import TokenOf
 from moe_compile.detect.values import (
     Column,
     Hits,
@@ -27,7 +28,6 @@ from moe_compile.detect.values import (
     RowTuple,
     Selection,
     Sorted,
-    TokenOf,
     Unknown,
     Value,
 )

@@ -15,21 +15,9 @@ from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.nodes import name_of
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size
-from moe_compile.detect.values import (
-    Index,
-    Permutation,
-    Pieces,
-    Places,
-    Plain,
-    Region,
-    Repeated,
-    Rows,
-    RowSum,
-    Selection,
-    TokenOf,
-    Unknown,
-    Value,
-)
+from moe_compile.detect.sorted_values import Permutation, Pieces, Places, RowSum, TokenOf
+from moe_compile.detect.sum_values import Region
+from moe_compile.detect.values import Index, Plain, Repeated, Rows, Selection, Unknown, Value
 from moe_compile.region import ids_above, ids_by_sizes
 
 ANY = 2**63 - 1  # ids from 0 on are no error; those of no expert add nothing

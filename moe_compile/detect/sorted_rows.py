@@ -14,22 +14,8 @@ from moe_compile.detect.nodes import name_of
 from moe_compile.detect.rows import one_row, result, selection_of
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size
-from moe_compile.detect.values import (
-    Counts,
-    FlatIds,
-    Outside,
-    PairGrid,
-    Permutation,
-    Plain,
-    Repeated,
-    Rows,
-    RowTuple,
-    Selection,
-    Sorted,
-    TokenOf,
-    Unknown,
-    Value,
-)
+from moe_compile.detect.sorted_values import Counts, FlatIds, Outside, PairGrid, Permutation, TokenOf
+from moe_compile.detect.values import Plain, Repeated, Rows, RowTuple, Selection, Sorted, Unknown, Value
 from moe_compile.region import outside_is_zero
 
 aten = torch.ops.aten
