@@ -25,7 +25,6 @@ from moe_compile.report import RegionReport
 
 log = logging.getLogger(__name__)
 
-
 _records: "weakref.WeakKeyDictionary[Any, list[RegionReport]]" = weakref.WeakKeyDictionary()
 Collected = list[tuple[nn.Module, RegionReport]]
 collector: contextvars.ContextVar[Collected | None] = contextvars.ContextVar("moe_compile_regions", default=None)

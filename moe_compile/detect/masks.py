@@ -1,7 +1,8 @@
 """Rules for masks over (token, k, expert): how they are made of ids, turned into truths, reshaped and reduced.
 
-All give a `Member`, or what is left of one without dimensions, `Emptiness`.  What a mask selects when it is an index is
-for selection.py to say; an expert's own mask is taken out of that of all in entries.py.
+They give a `Member`, or what is left of one without dimensions, `Emptiness`; weights that were multiplied by a mask
+(routing_weights.py) are summed over k here too.  What a mask selects when it is an index is for selection.py to say; an
+expert's own mask is taken out of that of all in entries.py.
 """
 
 from typing import Any

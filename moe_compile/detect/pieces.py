@@ -1,4 +1,4 @@
-"""Rows of which each expert computed its own (`Pieces`): a call on them piece by piece, and what its results make.
+"""Rows of which each expert computed its own (`Pieces`): a call on one of them, and what the results are together.
 
 The interpreter runs the rules once for each piece; a sum has one more term for each.
 """
