@@ -14,11 +14,16 @@ from torch.fx import GraphModule, Node
 
 from moe_compile import worlds
 from moe_compile.arguments import NOTHING_KNOWN, Known
-from moe_compile.capture import EXAMPLE, SYMBOLIC, Capture, capture
+from moe_compile.capture import capture
+from moe_compile.captured import EXAMPLE, SYMBOLIC, Capture
 from moe_compile.cost import computes
-from moe_compile.detect.interpreter import Facts, Interpreter, name_of, op_of
-from moe_compile.detect.selection import table_of
-from moe_compile.detect.values import Constant, Emptiness, Every, Hits, Index, ListRegion, Plain, Region, Slice
+from moe_compile.detect.dense_values import Every
+from moe_compile.detect.facts import Facts
+from moe_compile.detect.ids import table_of
+from moe_compile.detect.interpreter import Interpreter
+from moe_compile.detect.nodes import name_of, op_of
+from moe_compile.detect.sum_values import ListRegion, Region
+from moe_compile.detect.values import Constant, Emptiness, Hits, Index, Plain, Slice
 from moe_compile.errors import Refusal
 from moe_compile.kept import kept_attributes
 from moe_compile.loop_state import OneByOne

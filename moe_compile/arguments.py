@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.selection import same_size
+from moe_compile.detect.shapes import same_size
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend, register_backend
 from torch.fx import GraphModule
 
-from moe_compile import cpu, cuda, dynamo_hook
+from moe_compile import cpu, cuda, dynamo_hook, dynamo_reports
 from moe_compile.errors import MoeCompileError
 from moe_compile.lower import aot_eager, inductor_settings
 from moe_compile.options import MOVES, Options
@@ -24,7 +24,7 @@ def moe_ep(
 ) -> Callable[..., Any]:
     """Compile a graph in which Dynamo has put proven rewrites in the place of expert loops (dynamo_hook.py)."""
     parsed = Options.parse(options, PASS_NAMES)
-    regions = dynamo_hook.regions_here()
+    regions = dynamo_reports.regions_here()
     if not regions:
         if parsed.strict:
             raise MoeCompileError("strict: no expert region was found in this graph")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from moe_compile import dynamo_hook, pipeline
+from moe_compile import dynamo_reports, pipeline
 from moe_compile.backend import moe_ep
 from moe_compile.graph_text import graph_text
 from moe_compile.region import experts
@@ -25,8 +25,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     state are left as they were.
     """
     target = getattr(model, "_orig_mod", model)
-    found: dynamo_hook.Collected = []
-    token = dynamo_hook.collector.set(found)
+    found: dynamo_reports.Collected = []
+    token = dynamo_reports.collector.set(found)
     inplace = target.__dict__.pop("_compiled_call_impl", None) if isinstance(target, nn.Module) else None
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -36,7 +36,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             with torch._dynamo.config.patch(recompile_limit=10_000):  # after graph breaks each look is a recompilation
                 probe(*args, **kwargs)
         finally:
-            dynamo_hook.collector.reset(token)
+            dynamo_reports.collector.reset(token)
             if inplace is not None:
                 target.__dict__["_compiled_call_impl"] = inplace
     names = {m: name for name, m in target.named_modules()} if isinstance(target, nn.Module) else {}

@@ -7,7 +7,8 @@
     torch.cat(pieces)                           # `cat_rows`: as many rows as were sliced
 
 A `HostNumber` is a sum of entries of tensors.  Python may add and subtract such sums, and ask whether one is zero;
-anything else that looks at the number is a refusal.  What the sums mean is for detection to show (detect/counts.py).
+anything else that looks at the number is a refusal.  What the sums mean is for detection to show: detect/counts.py,
+detect/sliced_rows.py.
 """
 
 import itertools

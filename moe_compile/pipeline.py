@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import GraphModule, Node
 
-from moe_compile.detect.interpreter import Facts
+from moe_compile.detect.facts import Facts
 from moe_compile.errors import MoeCompileError, Refusal
 from moe_compile.options import MOVES
 from moe_compile.parallel.costs import MACHINES, Estimate, choose, estimate, sizes_of

@@ -7,8 +7,9 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from moe_compile.detect.interpreter import is_random, storages
-from moe_compile.detect.values import Sum, SumRead, Value
+from moe_compile.detect.nodes import is_random, storages
+from moe_compile.detect.sum_values import Sum, SumRead
+from moe_compile.detect.values import Value
 from moe_compile.loop_state import OneByOne
 from moe_compile.visits import OFFSET, Visit
 

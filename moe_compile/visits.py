@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moe_compile.detect.interpreter import VISIT_OFFSET
+from moe_compile.detect.facts import VISIT_OFFSET
 from moe_compile.loop_state import Calls, OneByOne, State, check_loop, loop_head, shared
 from moe_compile.numbers import EQUAL, Number, long_enough, numbers_in, symbol_of
 from moe_compile.python_state import Functions

@@ -19,31 +19,27 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-from moe_compile.capture import NAME, SYMBOLIC, Capture
+from moe_compile.captured import NAME, SYMBOLIC, Capture
 from moe_compile.detect import dense
 from moe_compile.detect.by_column import column_of, table_of
-from moe_compile.detect.interpreter import Facts, Interpreter, is_random
+from moe_compile.detect.dense_values import DenseSum
+from moe_compile.detect.facts import Facts
+from moe_compile.detect.ids import table_of as table_of_ids
+from moe_compile.detect.interpreter import Interpreter
+from moe_compile.detect.nodes import is_random
 from moe_compile.detect.selection import choose
-from moe_compile.detect.selection import table_of as table_of_ids
+from moe_compile.detect.sorted_values import Counts, Filled, PairGrid, Pieces
+from moe_compile.detect.sum_values import Buffer, ListSum, Sum, SumRead
 from moe_compile.detect.values import (
-    Buffer,
     Constant,
-    Counts,
-    DenseSum,
     Each,
     Emptiness,
     Expert,
-    Filled,
     Hits,
     Index,
-    ListSum,
-    PairGrid,
-    Pieces,
     Plain,
     Rows,
     Selection,
-    Sum,
-    SumRead,
     Unknown,
     Value,
 )

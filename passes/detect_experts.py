@@ -29,17 +29,24 @@ from moe_compile.detect import (
     counts,
     crossed,
     dense,
+    entries,
     every,
+    joined_rows,
     listings,
     lists,
     marks,
+    masks,
     one_hot_tables,
+    pair_grids,
     pairs,
     picked,
     picked_columns,
     picked_products,
+    routing_weights,
     rows,
+    scattered_rows,
     selection,
+    sliced_rows,
     slot_flat,
     slot_places,
     slot_results,
@@ -50,9 +57,12 @@ from moe_compile.detect import (
     sorted_rows,
     sums,
     tables,
+    visit_index,
 )  # fmt: skip
-from moe_compile.detect.interpreter import Facts, Interpreter, Rule, goes_with_its_region
-from moe_compile.detect.values import Every, ListRegion, Picked, Region
+from moe_compile.detect.dense_values import Every, Picked
+from moe_compile.detect.facts import Facts
+from moe_compile.detect.interpreter import Interpreter, Rule, goes_with_its_region
+from moe_compile.detect.sum_values import ListRegion, Region
 from moe_compile.region import Body, Expr, Leaf, experts
 from moe_compile.rewrite import PassReport, RewritePass, drop_dead, emit
 from moe_compile.series import series_of
@@ -65,7 +75,9 @@ def rules() -> dict[str, tuple[Rule, ...]]:
     every_table = (
         listings.RULES, slot_flat.RULES, slot_places.RULES, slot_rows.RULES, slot_results.RULES,
         chosen_results.RULES, crossed.RULES, one_hot_tables.RULES,
-        counts.RULES, tables.RULES, selection.RULES, sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
+        pair_grids.RULES, counts.RULES, sliced_rows.RULES, joined_rows.RULES, scattered_rows.RULES, tables.RULES,
+        masks.RULES, visit_index.RULES, entries.RULES, selection.RULES, routing_weights.RULES,
+        sorted_rows.RULES, dense.RULES, every.RULES, pairs.RULES,
         picked_columns.RULES, picked_products.RULES, picked.RULES, sums.RULES,
         lists.RULES, marks.RULES, slots.RULES, slot_tables.RULES, slot_sums.RULES, rows.RULES,
     )  # fmt: skip

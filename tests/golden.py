@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from moe_compile.capture import Capture, capture
-from moe_compile.detect.interpreter import Facts
+from moe_compile.capture import capture
+from moe_compile.captured import Capture
+from moe_compile.detect.facts import Facts
 from moe_compile.passes.detect_experts import DetectExperts
 from moe_compile.rewrite import PassReport
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_compile import dynamo_hook
+from moe_compile import dynamo_reports
 from moe_compile.report import RegionReport
 
 T, K, E, D, FF = 12, 2, 4, 8, 16
@@ -104,13 +104,13 @@ def original(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def regions() -> Iterator[list[RegionReport]]:
     """The regions that the hook met meanwhile."""
-    found: dynamo_hook.Collected = []
+    found: dynamo_reports.Collected = []
     reports: list[RegionReport] = []
-    token = dynamo_hook.collector.set(found)
+    token = dynamo_reports.collector.set(found)
     try:
         yield reports
     finally:
-        dynamo_hook.collector.reset(token)
+        dynamo_reports.collector.reset(token)
         reports += [report for _, report in found]
 
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Interpreter, op_of
+from moe_compile.detect.interpreter import Interpreter
+from moe_compile.detect.nodes import op_of
+from moe_compile.detect.sum_values import Sum
 from moe_compile.detect.unify import leaves_of
-from moe_compile.detect.values import Rows, Selection, Sum, Unknown
+from moe_compile.detect.values import Rows, Selection, Unknown
 from moe_compile.region import Expr, Leaf
 
 aten = torch.ops.aten

@@ -12,11 +12,16 @@ from torch.fx import Node
 
 from moe_compile.detect.crossed import fits, is_whole
 from moe_compile.detect.dense import terms_of
+from moe_compile.detect.dense_values import Dense, DenseSum, Every, Positions, Spread, Stacked
 from moe_compile.detect.every import aten, elsewhere, sum_of, weight_of
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.ids import INTEGERS
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.rows import whole_slice
-from moe_compile.detect.selection import INTEGERS, everyone, same_size
-from moe_compile.detect.values import Dense, DenseSum, Every, PairGrid, Plain, Positions, Spread, Stacked, Value
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sorted_values import PairGrid
+from moe_compile.detect.values import Plain, Value
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,13 @@ from dataclasses import replace
 
 from torch.fx import Node
 
+from moe_compile.detect.dense_values import Every, Spread
 from moe_compile.detect.every import aten, elsewhere, made_of, sum_of, weight_of
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.one_hot_tables import as_table, equation_of
-from moe_compile.detect.selection import same_size
-from moe_compile.detect.values import Every, Plain, Spread, Value
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.values import Plain, Value
 from moe_compile.region import Expr
 
 # -- products -------------------------------------------------------------------------------

@@ -19,28 +19,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of, op_of, storages
+from moe_compile.detect.dense_values import DenseSum, DenseTerm, DenseWeight, Infinite, Spread, Stacked
+from moe_compile.detect.ids import INTEGERS, not_distinct
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import name_of, op_of, storages
 from moe_compile.detect.rows import whole_slice
-from moe_compile.detect.selection import INTEGERS, equal_sizes, not_distinct, same_size
+from moe_compile.detect.shapes import equal_sizes, same_size
 from moe_compile.detect.slot_tables import above_zero
-from moe_compile.detect.values import (
-    Buffer,
-    DenseSum,
-    DenseTerm,
-    DenseWeight,
-    Infinite,
-    MaskedWeights,
-    Member,
-    Plain,
-    Rows,
-    RowTuple,
-    Selection,
-    Spread,
-    Stacked,
-    Sum,
-    Unknown,
-    Value,
-)
+from moe_compile.detect.sum_values import Buffer, Sum
+from moe_compile.detect.values import MaskedWeights, Member, Plain, Rows, RowTuple, Selection, Unknown, Value
 from moe_compile.region import Expr
 
 aten = torch.ops.aten

@@ -17,10 +17,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors
-from moe_compile.detect.interpreter import Call, Rule, name_of, op_of
+from moe_compile.detect.dense_values import Every, Infinite, Spread
+from moe_compile.detect.ids import not_distinct
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import name_of, op_of
 from moe_compile.detect.rows import whole_slice
-from moe_compile.detect.selection import everyone, not_distinct, same_size
-from moe_compile.detect.values import Buffer, Every, Infinite, Plain, Rows, RowTuple, Spread, Sum, Unknown, Value
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sum_values import Buffer, Sum
+from moe_compile.detect.values import Plain, Rows, RowTuple, Unknown, Value
 from moe_compile.region import Expr
 
 aten = torch.ops.aten

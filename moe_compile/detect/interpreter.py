@@ -5,9 +5,8 @@ Mutation: each storage has a version; reading a name of it that is older than it
 Grad mode: values computed under an explicit `no_grad` may say who is chosen, not what is computed.
 """
 
-import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,59 +16,37 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from moe_compile.detect.copies import MAY_COPY, Copies
+from moe_compile.detect.dense_values import Dense, DenseSum
+from moe_compile.detect.facts import VISIT_OFFSET, Facts
+from moe_compile.detect.nodes import name_of, op_of, storages
+from moe_compile.detect.pieces import joined_parts, part_of, sorted_before, sum_of_pieces
+from moe_compile.detect.sorted_values import Counts, Filled, FlatIds, Permutation, Pieces
+from moe_compile.detect.sum_values import ListSum, Region, Sum, SumRead
 from moe_compile.detect.values import (
-    Buffer,
     Column,
     Constant,
-    Counts,
-    Dense,
-    DenseSum,
-    Each,
     Emptiness,
-    Filled,
-    FlatIds,
     Index,
-    ListSum,
     MaskedWeights,
-    Permutation,
-    Pieces,
     Plain,
-    Region,
     Rows,
     RowTuple,
     Slice,
     Sorted,
-    Sum,
-    SumRead,
     Unknown,
     Value,
     Visit,
 )
 from moe_compile.opaque import applied
-from moe_compile.region import Expr, Table, ids_above
-from moe_compile.series import Series
+from moe_compile.region import Expr, Table
 
 Rule = Callable[["Call"], Value | None]
-LIBRARIES = ("aten", "moe_ep_capture")  # whose ops the rules know by name alone
+
+
 ACCUMULATES = ("index_add", "index_add_", "index_put", "index_put_", "index_copy_")
-VISIT_OFFSET = 2  # a size is never taken for 0 or 1
+
+
 SMALL = 4096  # elements of a constant that is still folded
-
-
-@dataclass
-class Facts:
-    """What the caller knows about the graph's inputs."""
-
-    distinct_ids: frozenset[Node] = frozenset()  # no id twice in a row, as top-k gives
-    constants: Mapping[str, Tensor] | None = None  # get_attr targets that are literals of the program
-    grad_enabled: bool = True  # the grad mode around the graph
-    may_guard: bool = False  # sizes that are equal in the example may be assumed to be: the caller guards it
-    classes: int | None = None  # ids outside [0, classes) are shown to be an error
-    empty: frozenset[Node] = frozenset()  # numbers of rows that are zero here
-    answered: Mapping[Node, bool] = field(default_factory=dict)  # truths that Python was told here
-    visits: Mapping[Node, Each] = field(default_factory=dict)  # inputs whose length is an index, plus VISIT_OFFSET
-    sizes: frozenset[Node] = frozenset()  # how many rows each expert has, none below zero, of rows sorted by expert
-    tables: frozenset[Node] = frozenset()  # of zeros and ones, with one at most in a row [..., E]
 
 
 @dataclass
@@ -284,13 +261,13 @@ class Interpreter:
             return Unknown(f"{name_of(call.node)} mixes rows of other experts")
         parts = []
         for i, e in enumerate(experts):
-            one = Call(call.node, call.op, _part(call.args, i), _part(call.kwargs, i), self)
+            one = Call(call.node, call.op, part_of(call.args, i), part_of(call.kwargs, i), self)
             results = (rule(one) for rule in self.rules.get(call.op, ()))
             value = next((r for r in results if r is not None), None)
             if value is None or isinstance(value, Unknown):
                 return value or Unknown(f"{name_of(call.node)} is not known to be row-wise")
             parts.append((e, self._no_grad_check(call.node, value)))
-        return _joined(call.node, parts, pieces[0])
+        return joined_parts(call.node, parts, pieces[0])
 
     def _no_grad_check(self, node: Node, value: Value) -> Value:
         val = node.meta.get("val")
@@ -452,119 +429,10 @@ class Interpreter:
         return self.table.call(target, tuple(args), kwargs or {}, call.val() if val is None else val)
 
 
-def op_of(node: Node) -> str:
-    """`index_add_` of `aten.index_add_.default`; `getitem` of operator.getitem; `lib::relu` of another library's op."""
-    if node.target is operator.getitem:
-        return "getitem"
-    packet = getattr(node.target, "overloadpacket", None)
-    library = getattr(node.target, "namespace", "python")
-    name = packet.__name__ if packet is not None else getattr(node.target, "__name__", str(node.target))
-    return name if library in LIBRARIES else f"{library}::{name}"
-
-
-def name_of(node: Node) -> str:
-    """How a refusal calls a node: `aten.index_add_`, and the user's line if the trace knows it."""
-    line = source_line(node)
-    target = str(node.target).removesuffix(".default")
-    target = "getitem" if node.target is operator.getitem else target
-    target = f"{cls.__name__}.apply" if (cls := applied(node)) is not None else target
-    return target + (f" at {line}" if line else "")
-
-
-def source_line(node: Node) -> str | None:
-    """file:line of the user's code that made the node."""
-    trace = node.stack_trace or node.meta.get("stack_trace")
-    for entry in reversed((trace or "").split("File ")[1:]):
-        path, _, rest = entry.partition('", line ')
-        if "/torch/" not in path and "moe_compile" not in path:
-            return f"{path.strip().lstrip(chr(34)).rsplit('/', 1)[-1]}:{rest.split(',')[0].split(chr(10))[0]}"
-    return None
-
-
 _OF_OTHERS = Dense | Slice | Column | MaskedWeights  # that say from which values a value is taken
 _INPUTS_STAY = Rows | Unknown | Permutation | FlatIds | Pieces | Filled | Index
-
-
-def _part(arg: Any, i: int) -> Any:
-    """An argument with part i in the place of `Pieces`."""
-    if isinstance(arg, dict):
-        return {k: _part(a, i) for k, a in arg.items()}
-    if isinstance(arg, list):
-        return [_part(a, i) for a in arg]
-    return arg.parts[i][1] if isinstance(arg, Pieces) else arg
-
-
-def _joined(node: Node, parts: list[tuple[int, Value]], like: Pieces) -> Value:
-    """What the results for each expert are together: a sum has one more term for each."""
-    values = [v for _, v in parts]
-    if isinstance(wrong := next((v for v in values if isinstance(v, Unknown)), None), Unknown):
-        return wrong
-    first = values[0]
-    if isinstance(first, Buffer) and all(v == first for v in values):
-        return first
-    if not isinstance(first, Sum):
-        plain = any(v.plain for v in values)
-        return Unknown(f"{name_of(node)} is not known to be row-wise") if plain else replace(like, parts=tuple(parts))
-    sums = [v for v in values if isinstance(v, Sum) and (v.start, v.terms[:-1]) == (first.start, first.terms[:-1])]
-    if len(sums) != len(values):
-        return Unknown(f"{name_of(node)} adds the rows of experts to different sums")
-    terms = [
-        replace(
-            s.terms[-1], selection=replace(s.terms[-1].selection, expert=e, classes=_classes(s.terms[-1], like.number))
-        )
-        for s, (e, _) in zip(sums, parts, strict=True)
-    ]
-    return Sum(first.start, (*first.terms[:-1], *terms))
-
-
-def _classes(term: Rows, number: int) -> int | None:
-    """Joined rows are those of all pairs, so each id has to be an expert's, but where those of nobody were left out."""
-    ids = term.selection.ids
-    dropped = term.selection.order == "slots" or (ids is not None and ids.target is ids_above)
-    return None if dropped else number
-
-
-def sorted_before(value: Pieces) -> bool:
-    """Whether rows were sorted by expert when they came, so that they are results as they are."""
-    first = value.parts[0][1]
-    return (
-        isinstance(first, Rows) and first.selection.order is not None and first.selection.order is first.selection.ids
-    )
-
-
-def sum_of_pieces(node: Node, value: Pieces) -> Sum | None:
-    """Rows that were sorted before: a token each, to which its expert adds once."""
-    if not sorted_before(value) or not all(isinstance(v, Rows) and v.dim == 0 for _, v in value.parts):
-        return None
-    terms = [
-        Rows(replace(v.selection, expert=e, classes=value.classes), v.expr)
-        for e, v in value.parts
-        if isinstance(v, Rows)
-    ]
-    return Sum(Buffer(node, "zero"), tuple(terms))
 
 
 def goes_with_its_region(value: Value) -> bool:
     """Whether a change in place that gave this value is for the region alone, and erased with it."""
     return not value.plain or isinstance(value, Permutation | Constant | FlatIds)
-
-
-def is_random(node: Node) -> bool:
-    """Whether a node draws random numbers, or may: a custom autograd function is free to."""
-    if applied(node) is not None:
-        return True
-    if op_of(node) == "dropout" and (node.args[1] == 0 or node.args[2] is False):
-        return False
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def rows_of(value: Any) -> bool:
-    return isinstance(value, Rows) or (isinstance(value, RowTuple) and any(map(rows_of, value.items)))
-
-
-def storages(node: Node) -> set[Any]:
-    val = node.meta.get("val")
-    if isinstance(val, Tensor):
-        return {val.untyped_storage()._cdata}
-    leaves = [val.example] if isinstance(val, Series) else tree_leaves(val)
-    return {t.untyped_storage()._cdata for t in leaves if isinstance(t, Tensor)}

@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Rule, op_of
-from moe_compile.detect.selection import everyone, same_size
+from moe_compile.detect.dense_values import Spread
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sorted_values import Counts, Listing, TokenOf
 from moe_compile.detect.tables import ids_of_gates
-from moe_compile.detect.values import Counts, Listing, Member, Rows, RowTuple, Spread, TokenOf, Value
+from moe_compile.detect.values import Member, Rows, RowTuple, Value
 from moe_compile.region import Leaf, ids_above
 
 aten = torch.ops.aten

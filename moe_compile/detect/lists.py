@@ -21,25 +21,14 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from moe_compile.detect.dense import ancestors, not_pure
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of, op_of
+from moe_compile.detect.ids import INTEGERS
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import name_of, op_of
 from moe_compile.detect.rows import POINTWISE
-from moe_compile.detect.selection import INTEGERS, same_size
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sum_values import Buffer, ListRegion, ListSum, ListTerm, Region, Sum
 from moe_compile.detect.unify import leaves_of, unify
-from moe_compile.detect.values import (
-    Buffer,
-    ListRegion,
-    ListSum,
-    ListTerm,
-    Plain,
-    Region,
-    Rows,
-    RowTuple,
-    Selection,
-    Slice,
-    Sum,
-    Unknown,
-    Value,
-)
+from moe_compile.detect.values import Plain, Rows, RowTuple, Selection, Slice, Unknown, Value
 from moe_compile.region import Body, Expr, experts
 from moe_compile.rewrite import emit
 

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compile.detect.dense_values import Dense
+from moe_compile.detect.ids import INTEGERS
 from moe_compile.detect.interpreter import Call, Rule
-from moe_compile.detect.selection import INTEGERS, ZEROS, same_size
-from moe_compile.detect.values import Buffer, Dense, Plain, Value
+from moe_compile.detect.nodes import ZEROS
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sum_values import Buffer
+from moe_compile.detect.values import Plain, Value
 
 KEEPS_MARKS = ("to", "_to_copy", "bool", "long", "int", "float", "type_as", "clone", "contiguous", "detach")
 

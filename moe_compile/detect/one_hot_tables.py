@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from moe_compile.detect.dense_values import Spread
 from moe_compile.detect.every import elsewhere
 from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.slots import Slots, is_table
-from moe_compile.detect.values import Member, Plain, Spread, Value
+from moe_compile.detect.values import Member, Plain, Value
 
 
 def as_table(call: Call, value: Any, node: Node) -> Spread | None:

@@ -11,25 +11,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.dense_values import Chosen, DenseSum, DenseTerm, DenseWeight, Positions, Stacked
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.rows import whole_slice
-from moe_compile.detect.selection import same_size
-from moe_compile.detect.values import (
-    Buffer,
-    Chosen,
-    DenseSum,
-    DenseTerm,
-    DenseWeight,
-    PairGrid,
-    Plain,
-    Positions,
-    Repeated,
-    Rows,
-    Selection,
-    Stacked,
-    Sum,
-    Value,
-)
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sorted_values import PairGrid
+from moe_compile.detect.sum_values import Buffer, Sum
+from moe_compile.detect.values import Plain, Repeated, Rows, Selection, Value
 
 aten = torch.ops.aten
 

@@ -18,12 +18,17 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors
+from moe_compile.detect.dense_values import Picked
 from moe_compile.detect.every import OF_FEATURES, POINTWISE
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.ids import INTEGERS, ids_node
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.rows import POINTWISE as BY_ROW
-from moe_compile.detect.selection import INTEGERS, everyone, ids_node, same_size
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sum_values import Buffer, Sum
 from moe_compile.detect.unify import parts_of
-from moe_compile.detect.values import Buffer, Picked, Plain, Rows, RowTuple, Sum, Value
+from moe_compile.detect.values import Plain, Rows, RowTuple, Value
 from moe_compile.region import Expr
 
 aten = torch.ops.aten

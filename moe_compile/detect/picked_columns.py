@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.by_column import column_of
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
+from moe_compile.detect.dense_values import Picked
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import name_of
 from moe_compile.detect.picked import elsewhere, num_dims, products
-from moe_compile.detect.selection import everyone, same_size
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sum_values import Buffer, Region, Sum
 from moe_compile.detect.sums import finish
-from moe_compile.detect.values import Buffer, Picked, Region, Rows, RowTuple, Sum, Unknown, Value
+from moe_compile.detect.values import Rows, RowTuple, Unknown, Value
 from moe_compile.region import Expr, Leaf
 
 aten = torch.ops.aten

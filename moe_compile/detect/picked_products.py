@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.dense_values import Picked
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import op_of
 from moe_compile.detect.picked import (
     elsewhere,
     made,
@@ -26,8 +28,8 @@ from moe_compile.detect.picked import (
     shaped_expr,
     unshaped,
 )
-from moe_compile.detect.selection import same_size
-from moe_compile.detect.values import Picked, Value
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.values import Value
 from moe_compile.region import Expr
 
 aten = torch.ops.aten

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from moe_compile.detect.ids import not_distinct
 from moe_compile.detect.interpreter import Call, Rule
-from moe_compile.detect.selection import not_distinct, same_size
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.values import Constant, Repeated, Rows, RowTuple, Selection, Slice, Sorted, Unknown, Value
 from moe_compile.region import Expr, Leaf
 

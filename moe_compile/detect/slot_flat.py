@@ -13,8 +13,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Rule, name_of, op_of
-from moe_compile.detect.selection import same_size
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import name_of, op_of
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.slot_places import FlatPlaces, OfKept, all_slots, elsewhere, own_places, own_slots
 from moe_compile.detect.slots import Places, at_most
 from moe_compile.detect.values import Unknown, Value

@@ -17,12 +17,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors, not_pure
-from moe_compile.detect.interpreter import Call, Interpreter, name_of, op_of
+from moe_compile.detect.dense_values import Every
+from moe_compile.detect.interpreter import Call, Interpreter
 from moe_compile.detect.lists import PRODUCTS, RowsOfList, _flat
+from moe_compile.detect.nodes import name_of, op_of
 from moe_compile.detect.rows import POINTWISE
-from moe_compile.detect.selection import same_size
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sum_values import ListTerm
 from moe_compile.detect.unify import leaves_of
-from moe_compile.detect.values import Every, ListTerm, Plain, Rows, RowTuple, Slice, Unknown, Value
+from moe_compile.detect.values import Plain, Rows, RowTuple, Slice, Unknown, Value
 from moe_compile.region import Expr, Leaf
 
 VIEWS = ("view", "reshape", "_unsafe_view", "contiguous")

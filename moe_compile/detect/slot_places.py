@@ -15,10 +15,15 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
-from moe_compile.detect.selection import everyone, same_size, unflattened
+from moe_compile.detect.dense_values import Dense, Positions
+from moe_compile.detect.ids import unflattened
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import op_of
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.slots import Count, Early, Places, at_most
-from moe_compile.detect.values import Dense, FlatIds, Plain, Positions, Repeated, Rows, RowTuple, Selection, Value
+from moe_compile.detect.sorted_values import FlatIds
+from moe_compile.detect.values import Plain, Repeated, Rows, RowTuple, Selection, Value
 from moe_compile.region import Expr, Leaf, ids_where
 
 aten = torch.ops.aten

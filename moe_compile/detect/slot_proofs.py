@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from moe_compile.detect.ids import not_distinct, some_of
 from moe_compile.detect.interpreter import Interpreter
-from moe_compile.detect.selection import not_distinct, some_of
 from moe_compile.detect.slots import Number, Slots, Term, at_most, below, cut_of
 from moe_compile.rewrite import emit
 

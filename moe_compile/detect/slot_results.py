@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors
+from moe_compile.detect.dense_values import Dense, Every
+from moe_compile.detect.ids import unflattened
 from moe_compile.detect.interpreter import Call, Rule
-from moe_compile.detect.selection import everyone, same_size, unflattened
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.slot_flat import Address, address, is_of
 from moe_compile.detect.slot_lists import bodies
 from moe_compile.detect.slot_places import (
@@ -35,8 +38,10 @@ from moe_compile.detect.slot_places import (
 )
 from moe_compile.detect.slot_rows import Put
 from moe_compile.detect.slots import Count, Early, at_most
+from moe_compile.detect.sorted_values import Pieces
+from moe_compile.detect.sum_values import Buffer, Sum
 from moe_compile.detect.sums import add_term, total_of
-from moe_compile.detect.values import Buffer, Dense, Every, Pieces, Plain, Rows, Sum, Unknown, Value
+from moe_compile.detect.values import Plain, Rows, Unknown, Value
 from moe_compile.region import Expr
 
 aten = torch.ops.aten

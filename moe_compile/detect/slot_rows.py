@@ -14,12 +14,15 @@ from typing import Any
 
 from torch.fx import Node
 
+from moe_compile.detect.dense_values import Every
+from moe_compile.detect.ids import unflattened
 from moe_compile.detect.interpreter import Call, Rule
-from moe_compile.detect.selection import same_size, unflattened
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.slot_flat import address
 from moe_compile.detect.slot_places import OfKept, elsewhere, least, rows_kept, same, sized, top_k_of
 from moe_compile.detect.slots import Count, Places, at_most
-from moe_compile.detect.values import Buffer, Every, Plain, Repeated, Rows, Value
+from moe_compile.detect.sum_values import Buffer
+from moe_compile.detect.values import Plain, Repeated, Rows, Value
 from moe_compile.region import Expr
 
 

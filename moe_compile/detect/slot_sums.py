@@ -15,14 +15,17 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect.dense import ancestors
+from moe_compile.detect.dense_values import Every, Stacked
 from moe_compile.detect.every import made_of
 from moe_compile.detect.grids import as_table
 from moe_compile.detect.interpreter import Call, Rule
-from moe_compile.detect.selection import everyone, same_size
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.slot_lists import bodies
 from moe_compile.detect.slot_proofs import counted_along, not_disjoint, number_of, sizes_of, whole
 from moe_compile.detect.slots import Slots, Term
-from moe_compile.detect.values import Buffer, Every, Plain, Rows, Selection, Stacked, Sum, Unknown, Value
+from moe_compile.detect.sum_values import Buffer, Sum
+from moe_compile.detect.values import Plain, Rows, Selection, Unknown, Value
 from moe_compile.region import Expr, ids_stacked
 from moe_compile.rewrite import emit
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
-from moe_compile.detect.selection import same_size, some_of
+from moe_compile.detect.ids import some_of
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import op_of
+from moe_compile.detect.shapes import same_size
 from moe_compile.detect.slots import EXACT, Early, Number, Places, Slots, Term, in_place, is_table
 from moe_compile.detect.values import Column, Dim, Member, Plain, Value
 

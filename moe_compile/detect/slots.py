@@ -27,10 +27,13 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, op_of
+from moe_compile.detect.dense_values import Dense, Positions
+from moe_compile.detect.ids import some_of
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
 from moe_compile.detect.marks import Marks
-from moe_compile.detect.selection import same_size, some_of
-from moe_compile.detect.values import Dense, Dim, Member, Positions, Value
+from moe_compile.detect.nodes import op_of
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.values import Dim, Member, Value
 from moe_compile.region import ids_kept
 
 EXACT = (torch.int64, torch.int32, torch.float32, torch.float64)  # that count to more than any capacity

@@ -8,25 +8,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from moe_compile.detect.interpreter import Call, Rule, name_of
+from moe_compile.detect.ids import INTEGERS, ids_node, top_k
+from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import name_of
 from moe_compile.detect.rows import one_row, result, selection_of
-from moe_compile.detect.selection import INTEGERS, everyone, ids_node, same_size, top_k
-from moe_compile.detect.values import (
-    Counts,
-    FlatIds,
-    Outside,
-    PairGrid,
-    Permutation,
-    Plain,
-    Repeated,
-    Rows,
-    RowTuple,
-    Selection,
-    Sorted,
-    TokenOf,
-    Unknown,
-    Value,
-)
+from moe_compile.detect.selection import everyone
+from moe_compile.detect.shapes import same_size
+from moe_compile.detect.sorted_values import Counts, FlatIds, Outside, PairGrid, Permutation, TokenOf
+from moe_compile.detect.values import Plain, Repeated, Rows, RowTuple, Selection, Sorted, Unknown, Value
 from moe_compile.region import outside_is_zero
 
 aten = torch.ops.aten

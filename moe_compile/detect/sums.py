@@ -7,27 +7,17 @@ from torch import Tensor
 from torch.fx import Node
 
 from moe_compile.detect import by_column, dense, lists
+from moe_compile.detect.dense_values import DenseSum, Positions
 from moe_compile.detect.grids import GRID, grid_of
-from moe_compile.detect.interpreter import Call, Interpreter, Rule, name_of
-from moe_compile.detect.selection import equal_sizes, index_vectors, misfit, not_distinct, same_size
+from moe_compile.detect.ids import not_distinct
+from moe_compile.detect.interpreter import Call, Interpreter, Rule
+from moe_compile.detect.nodes import name_of
+from moe_compile.detect.selection import index_vectors
+from moe_compile.detect.shapes import equal_sizes, misfit, same_size
+from moe_compile.detect.sorted_values import PairGrid
+from moe_compile.detect.sum_values import Buffer, ListSum, Region, Sum, SumRead
 from moe_compile.detect.unify import Families, by_expert, leaves_of, parts_of, unify
-from moe_compile.detect.values import (
-    Buffer,
-    DenseSum,
-    Each,
-    Index,
-    ListSum,
-    PairGrid,
-    Plain,
-    Positions,
-    Region,
-    Rows,
-    Selection,
-    Sum,
-    SumRead,
-    Unknown,
-    Value,
-)
+from moe_compile.detect.values import Each, Index, Plain, Rows, Selection, Unknown, Value
 from moe_compile.region import Expr, Leaf, ids_above, ids_in, ids_kept, ids_stacked, ids_where, outside_is_zero
 
 aten = torch.ops.aten

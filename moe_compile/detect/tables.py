@@ -17,22 +17,14 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from moe_compile.detect.interpreter import Call, Rule, op_of
+from moe_compile.detect.dense_values import Dense, DenseWeight, Spread
+from moe_compile.detect.interpreter import Call, Rule
 from moe_compile.detect.marks import Marks
-from moe_compile.detect.selection import equal_sizes, index_vectors, one_weight_a_token
-from moe_compile.detect.values import (
-    Column,
-    Constant,
-    Dense,
-    DenseWeight,
-    Index,
-    Member,
-    Plain,
-    Rows,
-    Selection,
-    Spread,
-    Value,
-)
+from moe_compile.detect.nodes import op_of
+from moe_compile.detect.routing_weights import one_weight_a_token
+from moe_compile.detect.selection import index_vectors
+from moe_compile.detect.shapes import equal_sizes
+from moe_compile.detect.values import Column, Constant, Index, Member, Plain, Rows, Selection, Value
 from moe_compile.region import ids_above, ids_by_sizes, ids_in, ids_kept, ids_stacked, ids_where
 from moe_compile.rewrite import emit
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from moe_compile.detect.interpreter import is_random
+from moe_compile.detect.nodes import is_random
 from moe_compile.errors import Refusal
 from moe_compile.graph_text import graph_text
 from moe_compile.parallel.exchange import (
