@@ -15,6 +15,9 @@ from tests.tiny import D, Net, compiled
 
 def once() -> None:
     torch.set_num_threads(1)  # no thread that a fork would lose
+    # The first backward of a process counts its devices, and starts threads for them.  A torch built for CUDA that
+    # finds no GPU counts one as soon as it has made a fake tensor: so the first one is here.
+    torch.ones(1, requires_grad=True).backward()
     torch.hub.tqdm.monitor_interval = 0
     for dtype in (torch.float32, torch.bfloat16):
         native.library(dtype)
