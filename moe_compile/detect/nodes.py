@@ -48,6 +48,21 @@ def source_line(node: Node) -> str | None:
     return None
 
 
+def out_of_place(target: Any) -> Any:
+    """`pow.Tensor_Scalar` of `pow_.Scalar`: what takes the same and returns what an in-place op writes; or None.
+
+    Told by the arguments: an overload of the same name may be another (`pow.Scalar` takes a number first).
+    """
+    schema = target._schema
+    packet = getattr(torch.ops.aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+    wanted = [(a.kwarg_only, str(a.type)) for a in schema.arguments]
+    for name in () if packet is None else packet.overloads():
+        found = getattr(packet, name)
+        if [(a.kwarg_only, str(a.type)) for a in found._schema.arguments] == wanted and not found._schema.is_mutable:
+            return found
+    return None
+
+
 def is_random(node: Node) -> bool:
     """Whether a node draws random numbers, or may: a custom autograd function is free to."""
     if applied(node) is not None:

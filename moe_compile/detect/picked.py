@@ -22,7 +22,7 @@ from moe_compile.detect.dense_values import Picked
 from moe_compile.detect.every import OF_FEATURES, POINTWISE
 from moe_compile.detect.ids import INTEGERS, ids_node
 from moe_compile.detect.interpreter import Call, Rule
-from moe_compile.detect.nodes import op_of
+from moe_compile.detect.nodes import op_of, out_of_place
 from moe_compile.detect.rows import POINTWISE as BY_ROW
 from moe_compile.detect.selection import everyone
 from moe_compile.detect.shapes import same_size
@@ -75,7 +75,9 @@ def pointwise(call: Call) -> Value | None:
         mine: Any = call.node.args[0]
         if call.arg(0) is not first or first.expr.level != "row" or not call.run.is_fresh(mine):
             return None
-        target = getattr(getattr(aten, call.op[:-1]), target._overloadname)  # type: ignore[union-attr]
+        target = out_of_place(target)
+        if target is None:
+            return None
     if any(isinstance(v, Value) for v in call.kwargs.values()) or not of_pairs(call, first, val):
         return None
     if not all(isinstance(s, int) and s > 0 for s in val.shape[num_dims(call, first) :]):

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from moe_compile.detect.ids import not_distinct
 from moe_compile.detect.interpreter import Call, Rule
+from moe_compile.detect.nodes import out_of_place
 from moe_compile.detect.shapes import same_size
 from moe_compile.detect.values import Constant, Repeated, Rows, RowTuple, Selection, Slice, Sorted, Unknown, Value
 from moe_compile.region import Expr, Leaf
@@ -155,16 +156,18 @@ def pointwise(call: Call) -> Value | None:
         may_lead = by_row and rank == out.dim() and _is_one(expr.val.shape[0])
         if expr.level != "row" and rank >= out.dim() and not may_lead:
             return Unknown(f"{call.op} adds a tensor of shape {tuple(expr.val.shape)} across the rows")
-    return result(call, selection, _functional(call, args))
+    found = _functional(call, args)
+    return found if isinstance(found, Unknown) else result(call, selection, found)
 
 
-def _functional(call: Call, args: list[Any]) -> Expr:
+def _functional(call: Call, args: list[Any]) -> Expr | Unknown:
     """The call as an expression; an in-place op as its functional form, with the dtype it would keep."""
     target = call.node.target
     if not call.op.endswith("_") or call.op.startswith("_"):
         return expr_of(call, target, args, call.kwargs)
-    packet = getattr(aten, call.op[:-1])
-    overload = getattr(packet, target._overloadname)  # type: ignore[union-attr]
+    overload = out_of_place(target)
+    if overload is None:
+        return Unknown(f"{target} has no form that writes elsewhere")
     expr = expr_of(call, overload, args, call.kwargs)
     dtypes = {a.val.dtype for a in _leaves(args) if isinstance(a, Expr)}
     if dtypes <= {call.val().dtype}:

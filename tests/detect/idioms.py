@@ -382,6 +382,14 @@ class ChangesRowsInPlace(Listed):
 
 
 @idiom(any_ids=True)
+class RaisesRowsInPlace(Listed):
+    """`pow_` and `pow` name their overloads differently."""
+
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return self.experts[e](x.pow_(2)).pow_(torch.full((), 2.0))
+
+
+@idiom(any_ids=True)
 class OtherIds(Listed):
     """The ids that choose are computed from those that come in."""
 
