@@ -44,8 +44,6 @@ extern "C" void gather(const number* x, int64_t d, const int32_t* order, int64_t
   for (int64_t r = 0; r < pairs; r++) std::memcpy(rows + r * d, x + order[r] / top_k * d, d * sizeof(number));
 }
 
-constexpr int C = 8;  // vectors of a row at a time
-
 // `count` numbers of a row from j on, at most C vectors: each by itself
 template <typename F>
 static inline void for_vectors(int64_t count, F&& use) {

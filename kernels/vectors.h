@@ -17,6 +17,7 @@ constexpr int N = 2;  // 12 of 16
 constexpr int V = 4;
 constexpr int N = 4;
 #endif
+constexpr int C = 8;  // vectors of a row at a time, where rows are passed through
 typedef float vec __attribute__((vector_size(4 * V)));
 typedef uint32_t bits __attribute__((vector_size(4 * V)));
 typedef uint16_t halves __attribute__((vector_size(2 * V)));

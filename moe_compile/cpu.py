@@ -71,7 +71,7 @@ def _product(x_RD: Tensor, weights: Sequence[Tensor], offsets_E: Tensor, y_RF: T
 def grouped_gemm_scaled(x_RD: Tensor, weights: Sequence[Tensor], scales: Tensor | None, offsets_E: Tensor) -> Tensor:
     """One expert after the other, in f32: each that has rows widens its weight in the place of the last one's."""
     scaled.check(x_RD, weights, scales, offsets_E)
-    if x_RD.dtype not in FLOATS:
+    if x_RD.dtype not in native.NUMBERS:
         return scaled.reference(x_RD, weights, scales, offsets_E)
     w_FD = ops.per_expert(weights)
     wide_FD = torch.empty_like(w_FD[0], dtype=torch.float32)
@@ -107,8 +107,6 @@ def _weight_gradient(dy_RF: Tensor, x_RD: Tensor, offsets_E: Tensor) -> Tensor:
 
 # -- to the experts and back ----------------------------------------------------------------
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def dispatch(x_TD: Tensor, ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     if native.why_not(x_TD):
@@ -142,6 +140,7 @@ def _gather(x_TD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
 
 
 def _positions(like: Tensor, order_R: Tensor) -> Tensor:
+    """The inverse of the order."""
     position_R = torch.empty_like(order_R)
     native.library(like.dtype).invert(order_R.data_ptr(), order_R.shape[0], position_R.data_ptr())  # type: ignore[union-attr]
     return position_R

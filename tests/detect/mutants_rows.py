@@ -83,6 +83,12 @@ class PositionOfRow(Listed):
         return self.experts[e](x + torch.arange(x.shape[0]).unsqueeze(1))
 
 
+@mutant("pow_ adds a tensor of shape (r, 1) across the rows")
+class RaisedByPosition(Listed):
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return self.experts[e](x.pow_(1 + torch.arange(x.shape[0]).unsqueeze(1)))
+
+
 @mutant("slice along dimension 0 lets rows depend on each other")
 class FirstRow(Listed):
     def run(self, e: int, x: Tensor) -> Tensor:
